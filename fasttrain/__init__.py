@@ -1,0 +1,3 @@
+"""The fastest honest way to train an image classifier on one GPU."""
+
+__version__ = "0.1.0"
