@@ -1,0 +1,146 @@
+"""CustomResNet: the network, its shape table, and its cost.
+
+Shape suffixes: N images, C channels, H rows, W columns, K classes.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+def _block(in_channels: int, out_channels: int, *, pool: bool, dropout: float) -> list[nn.Module]:
+    """Convolution, max pooling where asked for, BatchNorm, ReLU, dropout.
+
+    Pooling stands before BatchNorm and ReLU, so that both touch a quarter of the elements.
+    """
+    layers: list[nn.Module] = [nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)]
+    if pool:
+        layers.append(nn.MaxPool2d(2))
+    return [*layers, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True), nn.Dropout(dropout)]
+
+
+class CustomResNet(nn.Module):
+    """A nine-layer residual network for 32x32 images: 6,573,130 parameters with ten classes.
+
+    Takes images_NCHW (N, 3, 32, 32) in floating point and returns logits_NK (N, num_classes).
+    Parameters are float32 in channels_last; run it under autocast for half precision.
+    Source: the assignment's table; the layout follows the ResNet-9 of D. Page, "How to Train Your ResNet".
+    """
+
+    def __init__(self, num_classes: int = 10, dropout: float = 0.0) -> None:
+        super().__init__()
+
+        def block(in_channels: int, out_channels: int, *, pool: bool) -> list[nn.Module]:
+            return _block(in_channels, out_channels, pool=pool, dropout=dropout)
+
+        self.prep = nn.Sequential(*block(3, 64, pool=False))
+        self.layer1 = nn.Sequential(*block(64, 128, pool=True))
+        self.res1 = nn.Sequential(*block(128, 128, pool=False), *block(128, 128, pool=False))
+        self.layer2 = nn.Sequential(*block(128, 256, pool=True))
+        self.layer3 = nn.Sequential(*block(256, 512, pool=True))
+        self.res2 = nn.Sequential(*block(512, 512, pool=False), *block(512, 512, pool=False))
+        self.pool = nn.MaxPool2d(4)
+        self.fc = nn.Linear(512, num_classes)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        x = self.prep(images_NCHW)
+        x = self.layer1(x)
+        x = x + self.res1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        x = x + self.res2(x)
+        return self.fc(self.pool(x).flatten(1))
+
+
+def block_shapes(model: CustomResNet) -> list[tuple[str, tuple[int, ...]]]:
+    """The shape after every block at one image, under the names that the assignment prints.
+
+    A residual sum is no module: it is read as the input of the module behind it.
+    """
+    shapes: list[tuple[str, tuple[int, ...]]] = []
+    probe = copy.deepcopy(model).to("meta").eval()
+
+    def before(module: nn.Module, name: str) -> None:
+        module.register_forward_pre_hook(lambda _, inputs: shapes.append((name, tuple(inputs[0].shape))))
+
+    def after(module: nn.Module, name: str) -> None:
+        module.register_forward_hook(lambda _, __, output: shapes.append((name, tuple(output.shape))))
+
+    after(probe.prep, "PrepLayer")
+    after(probe.layer1, "Layer 1, X")
+    after(probe.res1, "Layer 1, R1")
+    before(probe.layer2, "Layer 1, X + R1")
+    after(probe.layer2, "Layer 2")
+    after(probe.layer3, "Layer 3, X")
+    after(probe.res2, "Layer 3, R2")
+    before(probe.pool, "Layer 3, X + R2")
+    after(probe.pool, "Max Pooling")
+    before(probe.fc, "Reshape before FC")
+    after(probe.fc, "After FC")
+    probe(torch.empty(1, 3, 32, 32, device="meta"))
+    return shapes
+
+
+def multiply_adds(model: CustomResNet) -> int:
+    """Multiply-adds of the convolutions and the linear layer for one image, forward.
+
+    A training step costs three times as many (forward, gradient of the input, gradient of the weights), and
+    each is two floating-point operations.
+    """
+    total = 0
+    probe = copy.deepcopy(model).to("meta").eval()
+
+    def count(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        positions = output.shape[2] * output.shape[3] if output.dim() == 4 else 1
+        total += module.weight.numel() * positions
+
+    for module in probe.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    probe(torch.empty(1, 3, 32, 32, device="meta"))
+    return total
+
+
+def training_flop_per_image(model: CustomResNet) -> int:
+    """Floating-point operations of one training step for one image."""
+    return 2 * 3 * multiply_adds(model)
+
+
+def summary(model: CustomResNet) -> str:
+    """The assignment's summary: a table of all layers, totals, and the shape after every block."""
+    import torchinfo
+
+    with torch.random.fork_rng():  # torchinfo draws its input from the global generator
+        table = torchinfo.summary(
+            copy.deepcopy(model).cpu(),
+            input_size=(1, 3, 32, 32),
+            col_names=("input_size", "kernel_size", "output_size", "num_params", "trainable"),
+            col_width=16,
+            verbose=0,
+        )
+    # torchinfo 1.8 prints the name of an enum in its footer: keep its table, print the totals here.
+    body = str(table).split("\nTotal params:")[0].rstrip("=\n")
+    rule = body.splitlines()[0]
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    lines = [
+        body,
+        rule,
+        f"Total params: {table.total_params:,}",
+        f"Trainable params: {trainable:,}",
+        f"Non-trainable params: {table.total_params - trainable:,}",
+        f"Total mult-adds (M): {table.total_mult_adds / 1e6:.2f}",
+        f"Input size (MB): {table.total_input / 1e6:.2f}",
+        f"Forward/backward pass size (MB): {table.total_output_bytes / 1e6:.2f}",
+        f"Params size (MB): {table.total_param_bytes / 1e6:.2f}",
+        f"Estimated Total Size (MB): "
+        f"{(table.total_input + table.total_output_bytes + table.total_param_bytes) / 1e6:.2f}",
+        rule,
+        "",
+    ]
+    for name, shape in block_shapes(model):
+        lines.append(f"{name:<20}{list(shape)}")
+    return "\n".join(lines)
