@@ -1,0 +1,457 @@
+import hashlib
+import io
+import json
+import os
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fasttrain.data import cifar
+from fasttrain.errors import UserError
+
+RECORDS = 4
+
+
+def records(count: int, seed: int) -> bytes:
+    content = np.random.default_rng(seed).integers(0, 256, (count, cifar.RECORD_BYTES), np.uint8)
+    content[:, 0] %= 10
+    return content.tobytes()
+
+
+def write_set(root: Path) -> Path:
+    folder = root / cifar.FOLDER
+    folder.mkdir(parents=True)
+    for seed, name in enumerate(cifar.FILES):
+        (folder / name).write_bytes(records(RECORDS + seed, seed))
+    return folder
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in cifar.FILES}
+
+
+# Reading
+
+
+def test_read_keeps_order_planes_and_labels(tmp_path: Path) -> None:
+    folder = write_set(tmp_path)
+    data = cifar.read(tmp_path)
+    raw = b"".join((folder / name).read_bytes() for name in cifar.TRAIN_FILES)
+    assert data.train.images.shape == (len(raw) // 3073, 3, 32, 32) and data.train.images.dtype == np.uint8
+    for index in (0, RECORDS, len(data.train.labels) - 1):
+        record = raw[index * 3073 : (index + 1) * 3073]
+        assert data.train.labels[index] == record[0]
+        # channel 1 (green), row 2, column 3
+        assert data.train.images[index, 1, 2, 3] == record[1 + 1024 + 2 * 32 + 3]
+        assert data.train.images[index].tobytes() == record[1:]
+    assert len(data.test.labels) == RECORDS + 5
+    assert data.classes == cifar.CLASSES
+
+
+def test_root_may_be_the_inner_folder(tmp_path: Path) -> None:
+    folder = write_set(tmp_path)
+    assert cifar.exists(folder) and cifar.exists(tmp_path) and not cifar.exists(tmp_path / "elsewhere")
+    assert np.array_equal(cifar.read(folder).train.images, cifar.read(tmp_path).train.images)
+
+
+@pytest.mark.parametrize("name", cifar.FILES)
+def test_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    (write_set(tmp_path) / name).unlink()
+    assert not cifar.exists(tmp_path)
+    with pytest.raises(UserError, match=name):
+        cifar.read(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 3072, 3074])
+def test_truncated_file_is_named_with_its_size(tmp_path: Path, size: int) -> None:
+    path = write_set(tmp_path) / "data_batch_3.bin"
+    path.write_bytes(bytes(size))
+    with pytest.raises(UserError, match=rf"data_batch_3\.bin: {size} bytes.* 3073"):
+        cifar.read(tmp_path)
+
+
+def test_label_out_of_range_names_the_record(tmp_path: Path) -> None:
+    path = write_set(tmp_path) / cifar.TEST_FILE
+    content = bytearray(path.read_bytes())
+    content[2 * 3073] = 10
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"test_batch\.bin: record 2 has label 10, expected 0 to 9"):
+        cifar.read(tmp_path)
+    (path.parent / cifar.CLASSES_FILE).write_text("\n".join("abcdefghijk") + "\n\n")
+    assert cifar.read(tmp_path).classes == tuple("abcdefghijk")
+
+
+# Names
+
+
+def pretend_release(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the small files in `folder` the release, for this test."""
+    images = np.concatenate(
+        [np.frombuffer((folder / name).read_bytes(), np.uint8).reshape(-1, 3073) for name in cifar.TRAIN_FILES]
+    )[:, 1:].reshape(-1, 3, 32, 32)
+    mean, std = cifar.channel_statistics(images)
+    monkeypatch.setattr(cifar, "RELEASE_SHA256", digests(folder))
+    monkeypatch.setattr(cifar, "PUBLISHED_MEAN", tuple(round(value, 4) for value in mean))
+    monkeypatch.setattr(cifar, "PUBLISHED_STD", tuple(round(value, 4) for value in std))
+
+
+def test_only_the_releases_content_is_called_cifar_10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_set(tmp_path)
+    assert cifar.read(tmp_path).name == "CIFAR-10 (unverified)"
+    pretend_release(folder, monkeypatch)
+    assert cifar.read(tmp_path).name == "CIFAR-10"
+    assert all(state.verified for state in cifar.checksum_state(tmp_path))
+
+    path = folder / "data_batch_2.bin"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert cifar.read(tmp_path).name == "CIFAR-10 (unverified)"
+    states = cifar.checksum_state(tmp_path)
+    assert [state.name for state in states if not state.verified] == ["data_batch_2.bin"]
+    assert [(state.records, state.bytes) for state in states][1] == (RECORDS + 1, (RECORDS + 1) * 3073)
+
+
+def test_a_release_with_other_statistics_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_release(write_set(tmp_path), monkeypatch)
+    monkeypatch.setattr(cifar, "PUBLISHED_STD", (0.2470, 0.2435, 0.2616))
+    with pytest.raises(UserError, match="mean and std"):
+        cifar.read(tmp_path)
+
+
+def test_a_stand_in_names_itself_but_not_cifar_10(tmp_path: Path) -> None:
+    path = write_set(tmp_path) / cifar.NAME_FILE
+    path.write_text('{"name": "CIFAR-10 (JPEG q75)"}')
+    assert cifar.read(tmp_path).name == "CIFAR-10 (JPEG q75)"
+    for claim in ('{"name": "CIFAR-10"}', '{"name": " cifar10"}', '{"name": 3}', '["CIFAR-10"]', "not JSON", "{}"):
+        path.write_text(claim)
+        with pytest.raises(UserError, match=cifar.NAME_FILE):
+            cifar.read(tmp_path)
+
+
+# Statistics
+
+
+def test_statistics_match_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    # More than one chunk, a different spread per channel.
+    images = np.random.default_rng(0).integers(0, [[[[90]], [[180]], [[256]]]], (1700, 3, 8, 8), np.uint8)
+    mean, std = cifar.channel_statistics(images)
+    reference = images.astype(np.float64) / 255
+    assert mean == pytest.approx(reference.mean((0, 2, 3)), rel=1e-12)
+    assert std == pytest.approx(reference.std((0, 2, 3)), rel=1e-12)
+
+
+def test_statistics_are_of_the_training_images(tmp_path: Path) -> None:
+    write_set(tmp_path)
+    data = cifar.read(tmp_path)
+    assert (data.mean, data.std) == cifar.channel_statistics(data.train.images)
+
+
+def test_statistics_are_cached_until_the_content_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_set(tmp_path)
+    first = cifar.read(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.delattr(cifar, "channel_statistics")  # a second count would fail
+        assert cifar.read(tmp_path).mean == first.mean
+
+    # Same size, same time, other content.
+    path = folder / "data_batch_1.bin"
+    before = path.stat()
+    path.write_bytes(records(RECORDS, seed=99))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    second = cifar.read(tmp_path)
+    assert second.mean != first.mean
+    assert (second.mean, second.std) == cifar.channel_statistics(second.train.images)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("damage", ['"mean": [0.5, 0.5]', '"mean": [0.5, 0.5, NaN]', '"mean": "abc"', '"mean": null', "{"])
+def test_a_damaged_cache_is_counted_again(tmp_path: Path, damage: str) -> None:
+    folder = write_set(tmp_path)
+    first = cifar.read(tmp_path)
+    path = folder / cifar.STATISTICS_FILE
+    cache = json.loads(path.read_text())
+    path.write_text(f'{{"sha256": {json.dumps(cache["sha256"])}, "std": [0.2, 0.2, 0.2], {damage}}}')
+    again = cifar.read(tmp_path)
+    assert (again.mean, again.std) == (first.mean, first.std)
+    assert json.loads(path.read_text()) == cache
+
+
+def test_a_read_only_folder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_set(tmp_path)
+
+    def refuse(path: Path, text: str) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(cifar, "_write_atomically", refuse)  # chmod would not stop root
+    assert cifar.read(tmp_path).name == "CIFAR-10 (unverified)"
+
+
+def test_locate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTTRAIN_DATA", raising=False)
+    assert cifar.locate(None) == Path("data")
+    monkeypatch.setenv("FASTTRAIN_DATA", "elsewhere")
+    assert cifar.locate(None) == Path("elsewhere")
+    assert cifar.locate(Path("here")) == Path("here")
+
+
+# Downloading
+
+
+class Mirror(ThreadingHTTPServer):
+    """Serves one archive. `cuts`: after how many bytes each connection breaks; those beyond the list do not."""
+
+    daemon_threads = True
+
+    def __init__(self, content: bytes, ranges: bool = True, cuts: tuple[int, ...] = ()) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.content, self.ranges, self.cuts = content, ranges, list(cuts)
+        self.asked: list[str | None] = []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/cifar-10-binary.tar.gz"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Mirror
+
+    def do_GET(self) -> None:
+        mirror = self.server
+        asked = self.headers.get("Range")
+        mirror.asked.append(asked)
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and mirror.ranges else 0
+        if start >= len(mirror.content):
+            self.send_error(416)
+            return
+        body = mirror.content[start:]
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(mirror.content) - 1}/{len(mirror.content)}")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: mirror.cuts.pop(0)] if mirror.cuts else body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+Serve = Callable[..., Mirror]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    mirrors: list[Mirror] = []
+
+    def start(content: bytes, **how: object) -> Mirror:
+        mirror = Mirror(content, **how)  # type: ignore[arg-type]
+        mirrors.append(mirror)
+        threading.Thread(target=mirror.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return mirror
+
+    yield start
+    for mirror in mirrors:
+        mirror.shutdown()
+        mirror.server_close()
+
+
+def members() -> dict[str, bytes]:
+    """The release's layout in small."""
+    files = {f"{cifar.FOLDER}/{name}": records(RECORDS, seed) for seed, name in enumerate(cifar.FILES)}
+    return {**files, f"{cifar.FOLDER}/{cifar.CLASSES_FILE}": "\n".join(cifar.CLASSES).encode() + b"\n\n"}
+
+
+def pack(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """An archive of `files`, which becomes the release's archive for this test."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    archive = buffer.getvalue()
+    monkeypatch.setattr(cifar, "BATCH_BYTES", RECORDS * cifar.RECORD_BYTES)
+    monkeypatch.setattr(cifar, "ARCHIVE_BYTES", len(archive))
+    monkeypatch.setattr(cifar, "ARCHIVE_MD5", hashlib.md5(archive).hexdigest())
+    return archive
+
+
+@pytest.fixture
+def archive(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    return pack(members(), monkeypatch)
+
+
+def assert_complete(root: Path) -> None:
+    assert [path.name for path in root.iterdir()] == [cifar.FOLDER]  # neither the archive nor a temporary folder
+    assert {f"{cifar.FOLDER}/{path.name}": path.read_bytes() for path in (root / cifar.FOLDER).iterdir()} == members()
+
+
+def part_of(root: Path) -> Path:
+    return root / "cifar-10-binary.tar.gz.part"
+
+
+def test_download(tmp_path: Path, archive: bytes, serve: Serve) -> None:
+    mirror = serve(archive)
+    root = tmp_path / "new" / "data"
+    cifar.download(root, [mirror.url])
+    assert_complete(root)
+    cifar.download(root, [mirror.url])
+    assert mirror.asked == [None]  # the second call found the files
+
+
+def test_a_cut_connection_is_resumed(tmp_path: Path, archive: bytes, serve: Serve) -> None:
+    mirror = serve(archive, cuts=(9000, 7000))
+    cifar.download(tmp_path, [mirror.url])
+    assert_complete(tmp_path)
+    assert mirror.asked == [None, "bytes=9000-", "bytes=16000-"]
+
+
+def test_an_interrupted_download_goes_on_in_the_next_run(tmp_path: Path, archive: bytes, serve: Serve) -> None:
+    mirror = serve(archive, cuts=(9000, 0))
+    with pytest.raises(cifar.DownloadError, match=f"9000 of {len(archive)} bytes"):
+        cifar.download(tmp_path, [mirror.url])
+    assert part_of(tmp_path).read_bytes() == archive[:9000]
+    cifar.download(tmp_path, [mirror.url])
+    assert_complete(tmp_path)
+    assert mirror.asked[-1] == "bytes=9000-"
+
+
+def test_a_server_without_ranges_starts_anew(tmp_path: Path, archive: bytes, serve: Serve) -> None:
+    part_of(tmp_path).write_bytes(archive[:5000])
+    mirror = serve(archive, ranges=False)
+    cifar.download(tmp_path, [mirror.url])
+    assert_complete(tmp_path)
+    assert mirror.asked == ["bytes=5000-"]
+
+
+def test_a_stale_part_is_dropped(tmp_path: Path, archive: bytes, serve: Serve) -> None:
+    for stale in (b"?" * 5000, b"?" * len(archive), b"?" * (len(archive) + 1)):
+        root = tmp_path / str(len(stale))
+        root.mkdir()
+        part_of(root).write_bytes(stale)
+        cifar.download(root, [serve(archive).url])
+        assert_complete(root)
+
+
+def test_a_range_beyond_the_end_starts_anew(tmp_path: Path, archive: bytes, serve: Serve) -> None:
+    # 416: the mirror's file is shorter than our part. The part is good, the mirror is not, the next one is.
+    part_of(tmp_path).write_bytes(archive[:-10])
+    short = serve(archive[:-20])
+    good = serve(archive)
+    cifar.download(tmp_path, [short.url, good.url])
+    assert_complete(tmp_path)
+    assert short.asked == [f"bytes={len(archive) - 10}-", None]
+
+
+@pytest.mark.parametrize("change", [lambda good: good[:-1] + b"?", lambda good: good + b"?", lambda good: good * 100])
+def test_wrong_bytes_lead_to_the_next_mirror(
+    tmp_path: Path, archive: bytes, serve: Serve, change: Callable[[bytes], bytes]
+) -> None:
+    wrong = serve(change(archive))
+    with pytest.raises(cifar.DownloadError, match=r"not the release's.*cifar-10-batches-bin by hand.*--data synthetic"):
+        cifar.download(tmp_path, [wrong.url])
+    assert list(tmp_path.iterdir()) == []
+    cifar.download(tmp_path, [wrong.url, serve(archive).url])
+    assert_complete(tmp_path)
+
+
+def test_every_mirrors_reason_is_told(tmp_path: Path, archive: bytes, serve: Serve) -> None:
+    gone = serve(b"")  # answers 416 to everything
+    file = (tmp_path / "no-such-file").as_uri()
+    with pytest.raises(cifar.DownloadError) as caught:
+        cifar.download(tmp_path, [gone.url, file, "ftp://127.0.0.1/x", "http://127.0.0.1:1/x"])
+    message = str(caught.value)
+    assert "\n" not in message
+    for reason in (f"{gone.url}: HTTP 416", f"{file}: ", "ftp://127.0.0.1/x: not a", "http://127.0.0.1:1/x: "):
+        assert reason in message
+
+
+def test_mirrors_of_the_environment(tmp_path: Path, archive: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "copy.tar.gz").write_bytes(archive)
+    monkeypatch.setenv("FASTTRAIN_MIRRORS", f"file:///no/such/file , {(tmp_path / 'copy.tar.gz').as_uri()}")
+    cifar.download(tmp_path / "data")
+    assert_complete(tmp_path / "data")
+
+
+def test_strange_members_are_left_in_the_archive(tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    evil = {"../evil.bin": b"", "/evil.bin": b"", f"{cifar.FOLDER}/../evil.bin": b"", "test_batch.bin": b"",
+            f"{cifar.FOLDER}/deeper/test_batch.bin": b"", f"{cifar.FOLDER}/readme.html": b""}  # fmt: skip
+    root = tmp_path / "data"
+    cifar.download(root, [serve(pack({**evil, **members()}, monkeypatch)).url])
+    assert_complete(root)
+    assert list(tmp_path.iterdir()) == [root]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("data_batch_4.bin", bytes(100_000)), ("data_batch_4.bin", b""), (cifar.CLASSES_FILE, b"?" * 5000)],
+)
+def test_a_member_of_another_size_is_refused(
+    tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes
+) -> None:
+    files = {**members(), f"{cifar.FOLDER}/{name}": content}
+    with pytest.raises(UserError, match=f"{name} has {len(content)} bytes"):
+        cifar.download(tmp_path, [serve(pack(files, monkeypatch)).url])
+    assert not (tmp_path / cifar.FOLDER).exists()
+
+
+def test_a_link_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar, "BATCH_BYTES", 0)
+    path = tmp_path / "links.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        link = tarfile.TarInfo(f"{cifar.FOLDER}/data_batch_1.bin")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        tar.addfile(link)
+    with pytest.raises(UserError, match="no plain file"):
+        cifar._unpack(path, tmp_path / cifar.FOLDER)
+
+
+def test_a_lacking_member_is_named(tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = members()
+    del files[f"{cifar.FOLDER}/test_batch.bin"]
+    with pytest.raises(UserError, match=r"lacks test_batch\.bin"):
+        cifar.download(tmp_path, [serve(pack(files, monkeypatch)).url])
+    assert not (tmp_path / cifar.FOLDER).exists()
+
+
+def test_a_full_disk_leaves_nothing_visible(
+    tmp_path: Path, archive: bytes, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[object] = []
+
+    def copy_two_then_fail(source: io.BufferedReader, target: io.BufferedWriter) -> None:
+        if len(copied) == 2:
+            raise OSError(28, "No space left on device")
+        copied.append(target.write(source.read()))
+
+    monkeypatch.setattr(cifar.shutil, "copyfileobj", copy_two_then_fail)
+    with pytest.raises(UserError, match="No space left on device"):
+        cifar.download(tmp_path, [serve(archive).url])
+    assert [path.name for path in tmp_path.iterdir()] == [part_of(tmp_path).name]
+    monkeypatch.undo()
+
+
+def test_an_unwritable_root_is_no_download_error(tmp_path: Path, archive: bytes, serve: Serve) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as caught:
+        cifar.download(tmp_path / "file" / "data", [serve(archive).url])
+    assert not isinstance(caught.value, cifar.DownloadError)
+
+
+def test_files_placed_by_hand_are_never_overwritten(tmp_path: Path, archive: bytes, serve: Serve) -> None:
+    (write_set(tmp_path) / "data_batch_5.bin").unlink()
+    mirror = serve(archive)
+    with pytest.raises(UserError, match="move it away"):
+        cifar.download(tmp_path, [mirror.url])
+    assert mirror.asked == []
+
+
+def test_new_folder_refuses_a_folder_that_has_files(tmp_path: Path) -> None:
+    target = tmp_path / "set"
+    with pytest.raises(UserError, match="set"), cifar.new_folder(target) as folder:
+        (folder / "mine").write_text("mine")
+        assert not target.exists()
+        target.mkdir()
+        (target / "theirs").write_text("theirs")
+    assert [path.name for path in target.iterdir()] == ["theirs"]
+    assert list(tmp_path.iterdir()) == [target]
