@@ -1,0 +1,173 @@
+"""The contract that every loader meets, and the choice of the data set and of its loaders."""
+
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasttrain.data import cifar, synthetic
+from fasttrain.data.cifar import Dataset, Split
+from fasttrain.data.sampler import Sampler
+from fasttrain.errors import UserError
+from fasttrain.recipe import Recipe
+
+DataChoice = Literal["auto", "cifar10", "synthetic"]
+
+EVAL_BATCH_SIZE = 1000
+"""Divides CIFAR-10's 10,000 test images, so that every batch has one shape."""
+
+
+class Loader(Protocol):
+    """Batches on the device: images_NCHW in channels_last, labels_N in int64.
+
+    An iteration is one epoch. Training loaders shuffle anew each epoch, augment, and drop the last, smaller
+    batch; evaluation loaders deliver every image exactly once, in stored order, as it is.
+    """
+
+    name: str
+    sampler: Sampler
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def open_dataset(data: DataChoice, data_dir: Path | None, announce: Callable[[str], object]) -> Dataset:
+    """The data set that `data` asks for, downloaded or generated where it is not there yet.
+
+    cifar10: the files in the data folder, else a download. auto: the same, and where the download fails, the
+    synthetic stand-in, announced. synthetic: the stand-in.
+    Raises UserError if there is no such data set, or if its files are not as they should be.
+    """
+    root = cifar.locate(data_dir)
+    stand_in = root / "synthetic"
+    if data != "synthetic":
+        try:
+            if not cifar.exists(root):
+                cifar.download(root)
+            dataset = cifar.read(root)
+            if data == "cifar10" and dataset.name == synthetic.NAME:
+                raise UserError(f"--data cifar10: {root} holds the synthetic stand-in; name another --data-dir")
+            return dataset
+        except cifar.DownloadError as error:
+            if data == "cifar10":
+                raise
+            announce(
+                f"NOT CIFAR-10: {error}. Training on a generated stand-in instead; "
+                f"every result says '{synthetic.NAME}'."
+            )
+    synthetic.generate(stand_in)
+    return cifar.read(stand_in)
+
+
+def pick_loader(requested: str, device: torch.device, announce: Callable[[str], object]) -> Literal["dali", "tensor"]:
+    """The loader to use: DALI where it is installed and drives this device, else the pure-torch one, in one line.
+
+    Raises UserError if DALI was asked for and cannot be had.
+    """
+    if requested == "tensor":
+        return "tensor"
+    reason = _dali_missing(device)
+    if reason is None:
+        return "dali"
+    if requested == "dali":
+        raise UserError(f"--loader dali: {reason}; take --loader tensor")
+    announce(f"loader: {reason}; using the pure-torch loader")
+    return "tensor"
+
+
+def _dali_missing(device: torch.device) -> str | None:
+    if device.type not in ("cpu", "cuda"):
+        return f"DALI does not run on {device.type}"
+    try:
+        from fasttrain.data.dali import dali_version
+
+        dali_version()
+    except ImportError as error:
+        if platform.system() != "Linux":
+            return f"DALI has no wheel for {platform.system()}"
+        return f"DALI is not installed ({error})"
+    return None
+
+
+def build_loader(
+    dataset: Dataset,
+    recipe: Recipe,
+    *,
+    train: bool,
+    kind: Literal["dali", "tensor"],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Loader:
+    """The loader for the training images (shuffled, augmented) or for the test images (as they are).
+
+    Raises UserError if the batch is larger than the training set.
+    """
+    split = dataset.train if train else dataset.test
+    batch_size = recipe.batch_size if train else min(EVAL_BATCH_SIZE, len(split.labels))
+    if batch_size > len(split.labels):
+        raise UserError(
+            f"--batch-size {batch_size}: {dataset.name} has {len(split.labels)} training images; take at most that"
+        )
+    size = split.images.shape[-1]
+    if recipe.cutout > size:
+        raise UserError(f"--cutout {recipe.cutout}: the images are {size} pixels wide; take at most that")
+    settings: dict[str, Any] = {
+        "images": padded(split, recipe.crop_padding) if train else split.images,
+        "labels": split.labels,
+        "sampler": Sampler(len(split.labels), batch_size, train=train, seed=recipe.seed),
+        "crop": size,
+        "flip": train and recipe.flip,
+        "cutout": recipe.cutout if train else 0,
+        "mean": dataset.mean,
+        "std": dataset.std,
+        "dtype": torch.float32 if dtype == torch.float32 else torch.float16,
+        "device": device,
+        "seed": recipe.seed,
+    }
+    if kind == "dali":
+        from fasttrain.data.dali import DaliLoader
+
+        return DaliLoader(**settings, threads=recipe.loader_threads)
+    from fasttrain.data.tensor import TensorLoader
+
+    return TensorLoader(**settings)
+
+
+def padded(split: Split, padding: int) -> np.ndarray:
+    """The images with a reflected border: (N, 3, H + 2 padding, W + 2 padding) uint8.
+
+    Padded once, here, so that no crop ever leaves its image.
+    """
+    border = (padding, padding)
+    return np.pad(split.images, ((0, 0), (0, 0), border, border), mode="reflect")
+
+
+def show_dataset(dataset: Dataset) -> None:
+    """Print what is on disk: files with their checksum state, counts per class, mean and standard deviation."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{dataset.name} in {dataset.root}", markup=False)
+    files = Table("file", "records", "bytes", "checksum")
+    for state in cifar.checksum_state(dataset.root):
+        files.add_row(state.name, f"{state.records:,}", f"{state.bytes:,}", "verified" if state.verified else "not the release")
+    classes = Table("class", "training images", "test images")
+    for index, name in enumerate(dataset.classes):
+        counts = [int((split.labels == index).sum()) for split in (dataset.train, dataset.test)]
+        classes.add_row(name, *(f"{count:,}" for count in counts))
+    statistics = Table("channel", "mean", "standard deviation", title="training images, 0 to 1")
+    for channel, mean, std in zip(("red", "green", "blue"), dataset.mean, dataset.std, strict=True):
+        statistics.add_row(channel, f"{mean:.4f}", f"{std:.4f}")
+    for table in (files, classes, statistics):
+        console.print(table)
