@@ -1,0 +1,220 @@
+"""The command line: `fasttrain VERB` or `python -m fasttrain VERB`. Parses, delegates, nothing else."""
+
+import sys
+import time
+
+STARTED = time.perf_counter()  # before the slow imports: they are part of what a user waits for
+
+import argparse  # noqa: E402
+from collections.abc import Callable, Sequence  # noqa: E402
+from dataclasses import dataclass, field  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any, Literal, TypeVar  # noqa: E402
+
+from fasttrain.errors import UserError  # noqa: E402
+from fasttrain.recipe import PRESETS, Recipe, load_recipe  # noqa: E402
+
+import tyro  # noqa: E402  isort: skip
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    data: Literal["auto", "cifar10", "synthetic"] = "auto"
+    """auto: CIFAR-10 on disk, else downloaded, else a generated stand-in. cifar10 never falls back."""
+    data_dir: Path | None = None
+    """Folder of the data; by default $FASTTRAIN_DATA, else data/."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(DataOptions):
+    recipe: str = "auto"
+    """assignment, default, laptop, or a recipe's JSON file; auto: default with a GPU, laptop without."""
+    settings: tyro.conf.OmitArgPrefixes[Recipe] = field(default_factory=Recipe)
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(RunOptions):
+    """Train a network and leave a run's folder: figures, log and checkpoints."""
+
+    out: Path = Path("runs")
+    """Where run folders are made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindLrOptions(RunOptions):
+    """Suggest a peak learning rate: the loss over rising rates, repeated."""
+
+    start_lr: float = 1e-2
+    """Lowest rate tried."""
+    end_lr: float = 10.0
+    """Highest rate tried."""
+    num_iter: int = 200
+    """Steps from the lowest to the highest."""
+    repeats: int = 3
+    """Independent tries; the suggestion is their median."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(DataOptions):
+    """Measure a checkpoint on every test image."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A run's last.pt or best.pt."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    mistakes: int = 5
+    """How many of the most confident mistakes to list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """Say what is installed, what will be used, what is missing and how to mend it."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+
+
+def train(args: Sequence[str]) -> int:
+    options = _parse_run(TrainOptions, "train", args)
+    from fasttrain.train import train
+
+    train(
+        options.settings,
+        data=options.data,
+        data_dir=options.data_dir,
+        out=options.out,
+        device=options.device,
+        started=STARTED,
+    )
+    return 0
+
+
+def find_lr(args: Sequence[str]) -> int:
+    options = _parse_run(FindLrOptions, "find-lr", args)
+    from fasttrain.data.loader import open_dataset, pick_loader
+    from fasttrain.lr_find import find_max_lr
+    from fasttrain.machine import pick_compute_dtype, pick_device
+
+    device = pick_device(options.device)
+    search = find_max_lr(
+        open_dataset(options.data, options.data_dir, print),
+        options.settings,
+        kind=pick_loader(options.settings.loader, device, print),
+        device=device,
+        dtype=pick_compute_dtype(options.settings.compute_dtype, device),
+        start_lr=options.start_lr,
+        end_lr=options.end_lr,
+        num_iter=options.num_iter,
+        repeats=options.repeats,
+    )
+    tries = ", ".join(f"{lr:.3g}" for lr in search.suggestions)
+    print(f"suggested --max-lr {search.suggestion:.3g} (median of {tries})")
+    return 0
+
+
+def summary(args: Sequence[str]) -> int:
+    @dataclass
+    class Options:
+        """Print the network layer by layer, and the shape after every block."""
+
+    _parse(Options, "summary", args)
+    from fasttrain.model import CustomResNet, summary
+
+    print(summary(CustomResNet()))
+    return 0
+
+
+def evaluate(args: Sequence[str]) -> int:
+    options = _parse(EvaluateOptions, "evaluate", args)
+    from fasttrain.data.loader import open_dataset
+    from fasttrain.evaluate import evaluate_checkpoint
+
+    evaluate_checkpoint(
+        options.checkpoint,
+        lambda: open_dataset(options.data, options.data_dir, print),
+        device=options.device,
+        mistakes=options.mistakes,
+    )
+    return 0
+
+
+def data(args: Sequence[str]) -> int:
+    @dataclass(frozen=True, kw_only=True)
+    class Options(DataOptions):
+        """Fetch the data set if need be, and show what is there: counts, classes, statistics, checksums."""
+
+    options = _parse(Options, "data", args)
+    from fasttrain.data.loader import open_dataset, show_dataset
+
+    show_dataset(open_dataset(options.data, options.data_dir, print))
+    return 0
+
+
+def doctor(args: Sequence[str]) -> int:
+    options = _parse(DeviceOptions, "doctor", args)
+    from fasttrain.machine import doctor
+
+    return doctor(options.device)
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "train": (train, "train a network and leave a run's folder"),
+    "find-lr": (find_lr, "suggest a peak learning rate"),
+    "summary": (summary, "print the network layer by layer"),
+    "evaluate": (evaluate, "measure a checkpoint on the test images"),
+    "data": (data, "fetch the data set and show what is there"),
+    "doctor": (doctor, "say what is installed and what is missing"),
+}
+
+
+def _parse(options: type[T], verb: str, args: Sequence[str], default: Any = tyro.MISSING_NONPROP) -> T:
+    """The dataclass filled from the flags; prints help or what is wrong and exits, as tyro does."""
+    return tyro.cli(options, prog=f"fasttrain {verb}", args=args, default=default)
+
+
+def _parse_run(options: type[T], verb: str, args: Sequence[str]) -> T:
+    """Like _parse, but the chosen recipe supplies the defaults of all the recipe's flags."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default="auto")
+    first.add_argument("--device", default="auto")
+    known, _ = first.parse_known_args(args)
+    asks_for_help = any(flag in ("-h", "--help") for flag in args)
+    name = known.recipe
+    if name == "auto":
+        name = "default" if asks_for_help or _on_gpu(known.device) else "laptop"
+    return _parse(options, verb, args, default=options(recipe=known.recipe, settings=load_recipe(name)))
+
+
+def _on_gpu(device: str) -> bool:
+    from fasttrain.machine import pick_device
+
+    return pick_device(device).type == "cuda"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 2 for a user's mistake, 130 when interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="fasttrain",
+        description="The fastest honest way to train an image classifier on one GPU.",
+        epilog="commands:\n" + "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of the commands below")
+    args = list(sys.argv[1:] if args is None else args)
+    command = parser.parse_args(args[:1]).command
+    try:
+        return COMMANDS[command][0](args[1:])
+    except UserError as error:
+        print(f"fasttrain {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"fasttrain {command}: interrupted; the last finished epoch's checkpoint is kept", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""A run's folder and what a person sees while it runs: a progress bar on a terminal, plain lines when piped."""
+
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fasttrain.errors import UserError
+from fasttrain.files import write_json
+
+T = TypeVar("T")
+
+EPOCH_COLUMNS = (
+    ("epoch", "{epoch:>5}"),
+    ("train loss", "{train_loss:>10.4f}"),
+    ("train acc", "{train_accuracy:>9.2%}"),
+    ("test loss", "{test_loss:>9.4f}"),
+    ("test acc", "{test_accuracy:>8.2%}"),
+    ("lr", "{lr:>9.2e}"),
+    ("seconds", "{seconds:>8.2f}"),
+    ("images/s", "{images_per_sec:>9,.0f}"),
+    ("data wait", "{data_wait_share:>9.2%}"),
+)
+
+
+class RunLog:
+    """The folder `out`/<time>-<recipe>/ of one run, and its console.
+
+    recipe.json and machine.json are written by the caller's first words, metrics.jsonl grows by a line per
+    epoch, result.json comes at the end: a folder without it is a run that did not finish.
+    """
+
+    def __init__(self, out: Path, recipe_name: str) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.folder = _new_folder(out, f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe_name}")
+        self._header_shown = False
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False)
+
+    def write(self, name: str, values: dict[str, Any]) -> None:
+        """Write one of the folder's JSON files, atomically."""
+        write_json(self.folder / name, values)
+
+    def steps(self, batches: Iterable[T], total: int, title: str) -> Iterator[T]:
+        """Iterate, with a progress bar where there is a terminal."""
+        if not self.console.is_terminal:
+            yield from batches
+            return
+        columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            yield from progress.track(batches, total=total)
+
+    def epoch(self, metrics: dict[str, float]) -> None:
+        """Append an epoch's metrics to metrics.jsonl and print them as a line of the table.
+
+        A loss that is no number is written as null: JSON has no NaN.
+        """
+        row = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        path = self.folder / "metrics.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); make room and start again") from error
+        if not self._header_shown:
+            widths = [len(form.format(**metrics)) for _, form in EPOCH_COLUMNS]
+            names = [name for name, _ in EPOCH_COLUMNS]
+            self.say("  ".join(name.rjust(width) for name, width in zip(names, widths, strict=True)))
+            self._header_shown = True
+        self.say("  ".join(form.format(**metrics) for _, form in EPOCH_COLUMNS))
+
+
+def _new_folder(out: Path, name: str) -> Path:
+    """Create out/name, or out/name-2 and so on where runs start in the same second."""
+    for attempt in range(1, 1000):
+        folder = out / (name if attempt == 1 else f"{name}-{attempt}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if not folder.is_dir():
+                raise UserError(f"--out {out}: expected a folder; name another one") from None
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from error
+    raise UserError(f"--out {out}: holds 999 runs of this second; name another folder")

@@ -1,0 +1,144 @@
+"""One training step: autocast, loss, backward, optimizer, schedule. Nothing in here waits for the device."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasttrain.machine import compiler_available
+from fasttrain.model import CustomResNet
+from fasttrain.optim import build_optimizer, one_cycle, set_schedule
+from fasttrain.recipe import Recipe
+
+
+class TrainStep:
+    """Call it with a batch; it updates the model and keeps sums of loss and hits on the device.
+
+    compute_dtype: dtype of the matrix products; float32 means no autocast. fp16 gets a gradient scaler.
+    compile_mode: torch.compile's mode, or None for eager.
+    """
+
+    def __init__(
+        self,
+        model: CustomResNet,
+        recipe: Recipe,
+        *,
+        max_lr: float,
+        total_steps: int,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        compile_mode: str | None,
+    ) -> None:
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.recipe, self.max_lr, self.total_steps = recipe, max_lr, total_steps
+        self.device, self.compute_dtype = device, compute_dtype
+        self.step = 0
+        self.optimizer = build_optimizer(model, recipe, lr=max_lr)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
+        self.loss_fn = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+        self._compiled = compile_mode is not None
+        self._forward: nn.Module = (
+            torch.compile(model, mode=compile_mode, dynamic=False) if compile_mode is not None else model
+        )
+        self._sums = torch.zeros(2, device=device)
+        self._images = 0
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step taken."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> None:
+        """One optimizer step on one batch. Raises ValueError past the schedule's end."""
+        if self.step >= self.total_steps:
+            raise ValueError(f"step {self.step} is past the schedule's {self.total_steps} steps")
+        lr, beta1 = one_cycle(self.step, self.total_steps, self.max_lr, self.recipe)
+        set_schedule(self.optimizer, lr, beta1)
+        logits_NK, loss = self._forward_backward(images_NCHW, labels_N)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        hits = (logits_NK.argmax(1) == labels_N).sum()
+        self._sums += torch.stack([loss * len(labels_N), hits])
+        self._images += len(labels_N)
+        self.step += 1
+
+    def take_metrics(self) -> tuple[float, float]:
+        """Mean loss and accuracy (0 to 1) since the last call. The one place that waits for the device."""
+        loss_sum, hits = self._sums.tolist()
+        images = max(self._images, 1)
+        self._sums.zero_()
+        self._images = 0
+        return loss_sum / images, hits / images
+
+    def warm_up(self, images_NCHW: Tensor, labels_N: Tensor) -> float:
+        """Compile on one batch like those to come; returns the seconds it took, 0 for an eager step.
+
+        Leaves weights, BatchNorm's statistics and random generators as they were.
+        """
+        if not self._compiled:
+            return 0.0
+        start = time.perf_counter()
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        with torch.random.fork_rng(device_type=self.device.type, enabled=self.recipe.dropout > 0):
+            self._forward_backward(images_NCHW, labels_N)
+        self.optimizer.zero_grad(set_to_none=True)
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(buffers[name])
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on, but for the model."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {"step": self.step, "total_steps": self.total_steps, "max_lr": self.max_lr},
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["scheduler"]["step"]
+        self.total_steps = state["scheduler"]["total_steps"]
+        self.max_lr = state["scheduler"]["max_lr"]
+        self.scaler.load_state_dict(state["scaler"])
+
+    def _forward_backward(self, images_NCHW: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and mean loss, both detached, with the gradients left on the parameters."""
+        self.model.train()
+        with autocast(self.device, self.compute_dtype):
+            logits_NK = self._forward(images_NCHW)
+        loss = self.loss_fn(logits_NK.float(), labels_N)
+        self.scaler.scale(loss).backward()
+        return logits_NK.detach(), loss.detach()
+
+
+def autocast(device: torch.device, compute_dtype: torch.dtype) -> torch.autocast:
+    """Autocast to the compute dtype; does nothing at float32."""
+    enabled = compute_dtype != torch.float32
+    return torch.autocast(device.type, dtype=compute_dtype if enabled else None, enabled=enabled)
+
+
+def precision_name(requested: str, compute_dtype: torch.dtype) -> str:
+    """How results name the precision: bf16, fp16, tf32 or fp32."""
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    return "tf32" if requested == "tf32" else names[compute_dtype]
+
+
+def pick_compile_mode(requested: str, device: torch.device, announce: Callable[[str], object]) -> str | None:
+    """torch.compile's mode, or None for eager.
+
+    auto compiles on a GPU and stays eager on a CPU: there the convolutions come from oneDNN either way, and
+    the compiled step was measured slower (benchmarks/LOG.md). Where no compiler is there, falls back to
+    eager and says so in one line.
+    """
+    if requested == "off" or (requested == "auto" and device.type == "cpu"):
+        return None
+    reason = compiler_available(device)
+    if reason is not None:
+        announce(f"torch.compile: {reason}; running eager")
+        return None
+    return "default" if requested == "auto" else requested

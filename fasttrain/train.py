@@ -1,0 +1,181 @@
+"""The training loop: from a recipe to a run's folder."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasttrain.checkpoint import save_checkpoint
+from fasttrain.data.cifar import Dataset
+from fasttrain.data.loader import DataChoice, Loader, build_loader, open_dataset, pick_loader
+from fasttrain.evaluate import evaluate
+from fasttrain.lr_find import find_max_lr
+from fasttrain.machine import (
+    describe,
+    measure_matmul_tflops,
+    pick_compute_dtype,
+    pick_device,
+    set_fp32_precision,
+)
+from fasttrain.metrics import WaitTimer, model_flops_utilization, peak_memory_gib
+from fasttrain.model import CustomResNet, training_flop_per_image
+from fasttrain.recipe import PRESETS, Recipe
+from fasttrain.runlog import RunLog
+from fasttrain.step import TrainStep, pick_compile_mode, precision_name
+
+
+def train(
+    recipe: Recipe,
+    *,
+    data: DataChoice = "auto",
+    data_dir: Path | None = None,
+    out: Path = Path("runs"),
+    device: str = "auto",
+    started: float | None = None,
+) -> dict[str, Any]:
+    """Train one recipe and leave a run's folder; returns what its result.json holds.
+
+    started: time.perf_counter() when the process began, for wall_seconds; now, if not given.
+    Raises UserError on anything that the user can mend, and KeyboardInterrupt when interrupted: the last
+    finished epoch's checkpoint stays.
+    """
+    started = time.perf_counter() if started is None else started
+    run_device = pick_device(device)
+    compute_dtype = pick_compute_dtype(recipe.compute_dtype, run_device)
+    set_fp32_precision(allow_tf32=recipe.compute_dtype == "tf32")
+
+    log = RunLog(out, recipe.name)
+    log.write("recipe.json", recipe.to_dict())
+    log.write("machine.json", describe(run_device))
+    dataset = open_dataset(data, data_dir, log.say)
+    kind = pick_loader(recipe.loader, run_device, log.say)
+    mode = pick_compile_mode(recipe.compile, run_device, log.say)
+    settings: dict[str, Any] = {"kind": kind, "device": run_device, "dtype": compute_dtype}
+    train_loader = build_loader(dataset, recipe, train=True, **settings)
+    test_loader = build_loader(dataset, recipe, train=False, **settings)
+    precision = precision_name(recipe.compute_dtype, compute_dtype)
+    log.say(
+        f"{recipe.name}: {dataset.name}, {recipe.epochs} epochs of {len(train_loader)} steps of "
+        f"{recipe.batch_size}, {run_device.type}, {precision}, {train_loader.name}, "
+        f"{f'compiled ({mode})' if mode else 'eager'} -> {log.folder}"
+    )
+
+    matmul_tflops = measure_matmul_tflops(run_device, compute_dtype)
+    max_lr = recipe.max_lr
+    if max_lr == "auto":
+        search = find_max_lr(dataset, recipe, **settings)
+        max_lr = search.suggestion
+        log.say(f"max_lr {max_lr:.3g}: the median of {', '.join(f'{lr:.3g}' for lr in search.suggestions)}")
+
+    torch.manual_seed(recipe.seed)
+    model = CustomResNet(len(dataset.classes), recipe.dropout)
+    step = TrainStep(
+        model,
+        recipe,
+        max_lr=max_lr,
+        total_steps=recipe.epochs * len(train_loader),
+        device=run_device,
+        compute_dtype=compute_dtype,
+        compile_mode=mode,
+    )
+    compile_seconds = step.warm_up(*_blank_batch(train_loader, recipe, compute_dtype, run_device))
+
+    history: list[dict[str, Any]] = []
+    for epoch in range(1, recipe.epochs + 1):
+        timer = WaitTimer(train_loader)
+        epoch_start = time.perf_counter()
+        for index, (images_NCHW, labels_N) in enumerate(log.steps(timer, len(train_loader), f"epoch {epoch}")):
+            step(images_NCHW, labels_N)
+            if recipe.name == "laptop" and epoch == 1 and index + 1 == min(5, len(train_loader)):
+                _announce_full_recipe(log, dataset, recipe, (index + 1) / (time.perf_counter() - epoch_start))
+        train_loss, train_accuracy = step.take_metrics()  # waits for the device: the epoch is over
+        seconds = time.perf_counter() - epoch_start
+        test_start = time.perf_counter()
+        test = evaluate(model, test_loader, run_device, compute_dtype)
+        history.append(
+            {
+                "epoch": epoch,
+                "train_loss": train_loss,
+                "train_accuracy": train_accuracy,
+                "test_loss": test.loss,
+                "test_accuracy": test.accuracy,
+                "lr": step.lr,
+                "seconds": seconds,
+                "test_seconds": time.perf_counter() - test_start,
+                "images_per_sec": len(train_loader) * recipe.batch_size / seconds,
+                "data_wait_share": timer.wait_seconds / seconds,
+            }
+        )
+        log.epoch(history[-1])
+        state = {
+            "model": model.state_dict(),
+            "epoch": epoch,
+            **step.state_dict(),
+            "loader": train_loader.state_dict(),
+            "loss": train_loss,
+            "batch_size": recipe.batch_size,
+            "recipe": recipe.to_dict(),
+            "dataset": dataset.name,
+            "classes": list(dataset.classes),
+            "mean": list(dataset.mean),
+            "std": list(dataset.std),
+        }
+        save_checkpoint(log.folder / "last.pt", state)
+        if test.accuracy == max(row["test_accuracy"] for row in history):
+            save_checkpoint(log.folder / "best.pt", state)
+
+    train_seconds = sum(row["seconds"] for row in history)
+    images_per_sec = recipe.epochs * len(train_loader) * recipe.batch_size / train_seconds
+    best = max(history, key=lambda row: row["test_accuracy"])
+    result = {
+        "recipe": recipe.to_dict(),
+        "dataset": dataset.name,
+        "device": run_device.type,
+        "loader": train_loader.name,
+        "precision": precision,
+        "compile": mode or "off",
+        "epochs": recipe.epochs,
+        "max_lr": max_lr,
+        "test_accuracy": history[-1]["test_accuracy"],
+        "best_test_accuracy": best["test_accuracy"],
+        "best_epoch": best["epoch"],
+        "epoch_seconds": [row["seconds"] for row in history],
+        "train_seconds": train_seconds,
+        "test_seconds": sum(row["test_seconds"] for row in history),
+        "compile_seconds": compile_seconds,
+        "wall_seconds": time.perf_counter() - started,
+        "images_per_sec": images_per_sec,
+        "data_wait_share": sum(row["data_wait_share"] * row["seconds"] for row in history) / train_seconds,
+        "mfu": model_flops_utilization(images_per_sec, training_flop_per_image(model), matmul_tflops),
+        "matmul_tflops_measured": matmul_tflops,
+        "peak_memory_gib": peak_memory_gib(run_device),
+        "peak_resident_gib": peak_memory_gib(torch.device("cpu")),
+    }
+    log.write("result.json", result)
+    log.say(
+        f"{dataset.name}: test accuracy {result['test_accuracy']:.2%} after {recipe.epochs} epochs "
+        f"(best {best['test_accuracy']:.2%} at epoch {best['epoch']}, chosen on the test images); "
+        f"{train_seconds:.1f} s of training, {result['wall_seconds']:.1f} s in all -> {log.folder}"
+    )
+    return result
+
+
+def _blank_batch(
+    loader: Loader, recipe: Recipe, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of the loader's shape, dtype and strides, to compile on without taking one from it."""
+    shape = (recipe.batch_size, 3, 32, 32)
+    image_dtype = torch.float32 if dtype == torch.float32 else torch.float16
+    images = torch.zeros(shape, dtype=image_dtype, device=device).to(memory_format=torch.channels_last)
+    return images, torch.zeros(recipe.batch_size, dtype=torch.int64, device=device)
+
+
+def _announce_full_recipe(log: RunLog, dataset: Dataset, recipe: Recipe, steps_per_sec: float) -> None:
+    full = PRESETS["default"]
+    images = full.epochs * len(dataset.train.labels)
+    minutes = images / (steps_per_sec * recipe.batch_size) / 60
+    log.say(
+        f"The laptop recipe trains {recipe.epochs} epochs. The full recipe's {full.epochs} would take about "
+        f"{minutes:.0f} minutes here: fasttrain train --recipe {full.name}"
+    )
