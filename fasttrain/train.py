@@ -45,16 +45,17 @@ def train(
     compute_dtype = pick_compute_dtype(recipe.compute_dtype, run_device)
     set_fp32_precision(allow_tf32=recipe.compute_dtype == "tf32")
 
-    log = RunLog(out, recipe.name)
-    log.write("recipe.json", recipe.to_dict())
-    log.write("machine.json", describe(run_device))
-    dataset = open_dataset(data, data_dir, log.say)
-    kind = pick_loader(recipe.loader, run_device, log.say)
-    mode = pick_compile_mode(recipe.compile, run_device, log.say)
+    dataset = open_dataset(data, data_dir, print)
+    kind = pick_loader(recipe.loader, run_device, print)
+    mode = pick_compile_mode(recipe.compile, run_device, print)
     settings: dict[str, Any] = {"kind": kind, "device": run_device, "dtype": compute_dtype}
     train_loader = build_loader(dataset, recipe, train=True, **settings)
     test_loader = build_loader(dataset, recipe, train=False, **settings)
     precision = precision_name(recipe.compute_dtype, compute_dtype)
+
+    log = RunLog(out, recipe.name)
+    log.write("recipe.json", recipe.to_dict())
+    log.write("machine.json", describe(run_device))
     log.say(
         f"{recipe.name}: {dataset.name}, {recipe.epochs} epochs of {len(train_loader)} steps of "
         f"{recipe.batch_size}, {run_device.type}, {precision}, {train_loader.name}, "

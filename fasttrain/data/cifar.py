@@ -1,9 +1,9 @@
 """CIFAR-10's binary release: fetch it, verify it, read it.
 
-The release (https://www.cs.toronto.edu/~kriz/cifar.html) is a folder `cifar-10-batches-bin` with five training
-files and one test file. A file is a row of records of 3073 bytes: a label, then the red, green and blue planes
-of a 32x32 image, row-major. The Python release holds the same pixels as pickles, which can run code when they
-are opened; this one is inert.
+The release (https://www.cs.toronto.edu/~kriz/cifar.html) is a folder `cifar-10-batches-bin` with five
+training files and one test file. A file is a row of records of 3073 bytes: a label, then the red, green and blue
+planes of a 32x32 image, row-major. The Python release holds the same pixels as pickles, which can run code when
+they are opened; this one is inert.
 
 A set is called "CIFAR-10" only if all six files have the release's SHA-256. Any other set in this layout (a
 generated stand-in, a re-encoded copy) names itself in a `dataset.json` beside its files, as in
@@ -48,8 +48,8 @@ ARCHIVE_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # as the release's page gives 
 BATCH_BYTES = 10_000 * RECORD_BYTES
 CLASSES_BYTES_MAX = 4096
 
-# The release's page gives no checksum of the files inside the archive. These are the ones that the Ruby package
-# torchvision checks on every read; two unrelated projects found the same one for the test file.
+# The release's page gives no checksum of the files inside the archive. These are the ones that the Ruby
+# package torchvision checks on every read; two unrelated projects found the same one for the test file.
 RELEASE_SHA256 = {
     "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
     "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
@@ -120,7 +120,7 @@ def read(root: Path) -> Dataset:
     """Read and validate all six files.
 
     root: the folder that holds `cifar-10-batches-bin`, or that folder itself. Files may have any number of
-    records. Class names come from `batches.meta.txt`, or are the release's where that file is absent or empty.
+    records. Class names come from `batches.meta.txt`, or are the release's if that file is absent or empty.
     Needs one file's worth of memory beyond the result.
     Raises UserError for a missing or truncated file, a label out of range, or a name that the content belies.
     """
@@ -174,7 +174,7 @@ def channel_statistics(images: np.ndarray) -> tuple[Channels, Channels]:
 
 
 def checksum_state(root: Path) -> list[FileState]:
-    """Size, records and checksum of each of the six files. Raises UserError for a missing or truncated file."""
+    """Size, records and checksum of each file. Raises UserError for a missing or truncated one."""
     folder = _folder(root)
     states = []
     for name in FILES:
@@ -197,7 +197,7 @@ def download(root: Path, mirrors: Sequence[str] | None = None) -> None:
         return
     target = root / FOLDER
     if target.exists():
-        raise UserError(f"{target}: exists but lacks some of {', '.join(FILES)}; move it away and download again")
+        raise UserError(f"{target}: exists but lacks some of {', '.join(FILES)}; move it away and try again")
     if mirrors is None:
         listed = os.environ.get("FASTTRAIN_MIRRORS", "").split(",")
         mirrors = [url.strip() for url in listed if url.strip()] or MIRRORS
@@ -215,7 +215,7 @@ def download(root: Path, mirrors: Sequence[str] | None = None) -> None:
         else:
             raise DownloadError(
                 f"CIFAR-10 could not be downloaded ({'; '.join(failures)}). "
-                f"Place the files of {PurePosixPath(MIRRORS[0]).name} in {target} by hand, or use --data synthetic"
+                f"Place the files of cifar-10-binary.tar.gz in {target} by hand, or use --data synthetic"
             )
         _unpack(part, target)
         part.unlink()
@@ -232,7 +232,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill, which becomes `target` when the block ends, or vanishes if the block fails.
+    """Yield an empty folder to fill, which becomes `target` when the block ends, or vanishes if it fails.
 
     Raises UserError if the disk refuses: full, read-only, or a `target` that has files already.
     """
@@ -255,7 +255,8 @@ def _disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"{error.filename or path}: {reason}; check its permissions and the free space") from error
+        place = error.filename or path
+        raise UserError(f"{place}: {reason}; check its permissions and the free space") from error
 
 
 # Reading
@@ -276,8 +277,8 @@ def _count_records(path: Path) -> int:
     size = path.stat().st_size
     if size == 0 or size % RECORD_BYTES:
         raise UserError(
-            f"{path}: {size} bytes, expected a positive multiple of {RECORD_BYTES} ({BATCH_BYTES} in the release): "
-            "the file is truncated or of another format; remove its folder and fetch the data again"
+            f"{path}: {size} bytes, expected a positive multiple of {RECORD_BYTES} "
+            f"({BATCH_BYTES} in the release); it is truncated or of another format: remove its folder and fetch the data again"
         )
     return size // RECORD_BYTES
 
@@ -297,8 +298,8 @@ def _check_labels(path: Path, labels: np.ndarray, classes: int) -> None:
     wrong = np.flatnonzero(labels >= classes)
     if len(wrong):
         raise UserError(
-            f"{path}: record {wrong[0]} has label {labels[wrong[0]]}, expected 0 to {classes - 1}: "
-            "the file is damaged or of another format; remove its folder and fetch the data again"
+            f"{path}: record {wrong[0]} has label {labels[wrong[0]]}, expected 0 to {classes - 1}; "
+            "it is damaged or of another format: remove its folder and fetch the data again"
         )
 
 
@@ -312,7 +313,7 @@ def _name(folder: Path, digests: Mapping[str, str]) -> str:
     if not isinstance(name, str) or not name.strip():
         raise UserError(f'{path}: expected {{"name": "..."}}, the name of this set')
     if name.replace("-", "").replace(" ", "").upper() == "CIFAR10":
-        raise UserError(f'{path}: says "{name}", but the files are not the release\'s: name the set otherwise')
+        raise UserError(f'{path}: says "{name}", but the files are not that release: name the set otherwise')
     return name.strip()
 
 
@@ -349,9 +350,10 @@ def _write_atomically(path: Path, text: str) -> None:
 
 def _check_statistics(folder: Path, mean: Channels, std: Channels) -> None:
     found = tuple(round(value, 4) for value in mean + std)
-    if found != PUBLISHED_MEAN + PUBLISHED_STD:
+    published = PUBLISHED_MEAN + PUBLISHED_STD
+    if found != published:
         raise UserError(
-            f"{folder}: mean and std per channel are {found}, the release's are {PUBLISHED_MEAN + PUBLISHED_STD}; "
+            f"{folder}: mean and std per channel are {found}, the release's are {published}; "
             f"remove {folder / STATISTICS_FILE} and try again"
         )
 
@@ -364,7 +366,10 @@ class _MirrorError(Exception):
 
 
 def _fetch(url: str, part: Path) -> None:
-    """Complete `part` from one mirror and verify it. Raises _MirrorError; a `part` with wrong content is removed."""
+    """Complete `part` from one mirror and verify it.
+
+    Raises _MirrorError. A `part` with wrong content is then gone; one that is only too short stays for next time.
+    """
     while True:
         begun = part.exists()
         _transfer(url, part)
@@ -385,7 +390,7 @@ def _md5(path: Path) -> str:
 
 
 def _transfer(url: str, part: Path) -> None:
-    """Append to `part` until it has the archive's size; connect anew as long as each connection brings more."""
+    """Append to `part` until it has the archive's size, over as many connections as bring anything new."""
     with _progress() as show:
         size = part.stat().st_size if part.exists() else 0
         while size < ARCHIVE_BYTES:
@@ -397,7 +402,7 @@ def _transfer(url: str, part: Path) -> None:
 
 
 def _transfer_once(url: str, part: Path, offset: int, show: Callable[[int], None]) -> str:
-    """One connection. Returns why it broke off midway, or nothing. Raises _MirrorError if it brought nothing."""
+    """One connection. Returns why it broke off midway, or nothing. Raises _MirrorError if it never began."""
     reason = ""
     with _open(url, offset) as response:
         # Only a 206 goes on where we stopped: a server without ranges, or a file, begins at the beginning.
@@ -429,7 +434,7 @@ def _open(url: str, offset: int) -> Any:
         return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=SILENCE_SECONDS)
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code == 416 and offset:  # its file is shorter than our part: one of them is wrong, start anew
+        if error.code == 416 and offset:  # its file is shorter than our part: one of them is wrong
             return _open(url, 0)
         raise _MirrorError(f"HTTP {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
@@ -456,7 +461,7 @@ def _progress() -> Iterator[Callable[[int], None]]:
 def _unpack(archive: Path, target: Path) -> None:
     """Copy the release's files out of the archive, by name; nothing else in it is looked at.
 
-    Never extractall: the names, links and modes of a downloaded tar are not to be trusted with the file system.
+    Never extractall: a downloaded tar's names, links and modes are not to be trusted with the file system.
     """
     with new_folder(target) as folder, tarfile.open(archive, "r:gz") as tar:
         missing = {*FILES, CLASSES_FILE}
@@ -465,11 +470,12 @@ def _unpack(archive: Path, target: Path) -> None:
             name = path.name
             if path != PurePosixPath(FOLDER, name) or name not in missing:
                 continue
-            right_size = member.size <= CLASSES_BYTES_MAX if name == CLASSES_FILE else member.size == BATCH_BYTES
+            size = member.size
+            right_size = size <= CLASSES_BYTES_MAX if name == CLASSES_FILE else size == BATCH_BYTES
             content = tar.extractfile(member) if member.isreg() and right_size else None
             if content is None:
                 raise DownloadError(
-                    f"{archive}: {member.name} has {member.size} bytes or is no plain file; remove the archive"
+                    f"{archive}: {member.name} has {size} bytes or is no plain file; remove the archive"
                 )
             with (folder / name).open("wb") as output:
                 shutil.copyfileobj(content, output)

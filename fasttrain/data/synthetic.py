@@ -1,11 +1,12 @@
 """A generated stand-in for CIFAR-10, in the same files: for tests, and for a machine without a network.
 
 Ten classes of texture and shape, each at a random place, size and phase, in two random colours under a random
-ramp of light and noise. Which of the two colours is the brighter is a coin toss, so the mean image of every class
-is the same grey: a linear classifier on pixels learns little, while a small convolutional network soon learns
-nearly all. No class turns into another by a horizontal flip: diagonal stripes of both directions are one class.
+ramp of light and noise. Which of the two colours is the brighter is a coin toss, so the mean image of every
+class is the same grey: a linear classifier on pixels learns little, while a small convolutional network soon
+learns nearly all. No class turns into another by a horizontal flip: diagonals of both directions are one class.
 
-Figures reached on this set say that the code works, nothing about CIFAR-10; its name, "synthetic", goes with them.
+Figures reached on this set say that the code works and nothing of CIFAR-10.
+Its name, "synthetic", goes with them.
 """
 
 import json
@@ -17,15 +18,16 @@ import numpy as np
 from fasttrain.data import cifar
 from fasttrain.errors import UserError
 
-GENERATOR = 1  # raise it when a change below changes the images, so that an old set is not taken for a new one
+NAME = "synthetic"
+GENERATOR = 1  # raise it when a change below changes the images: an old set must not pass for a new one
 SIDE = 32
 CHUNK = 500  # images drawn at once: bounds the memory
 NOISE = 24  # standard deviation in 8-bit steps: enough that the first epochs still err
 SQRT_2 = np.float32(2**0.5)
 
 # A pattern maps pixel coordinates around a random centre, x (N, 1, 32) and y (N, 32, 1), to a figure that is
-# positive inside and negative outside; `_images` clips it to -0.5..0.5, which leaves soft edges. `scale`, (N, 1, 1),
-# is half of an object's radius or of a texture's period, in pixels; `phase`, (N, 1, 1), is an angle of 0..2 pi.
+# positive inside and negative outside; `_images` clips it to -0.5..0.5, which leaves soft edges. `scale` and
+# `phase`, (N, 1, 1), are half of an object's radius or of a texture's period in pixels, and 0..2 pi.
 Pattern = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -68,10 +70,10 @@ PATTERNS: dict[str, Pattern] = {
 def generate(root: Path, train_count: int = 10_000, test_count: int = 2_000, seed: int = 0) -> None:
     """Write the set into root/cifar-10-batches-bin, which appears whole or not at all.
 
-    The same arguments give the same bytes (on one machine: NumPy's sine may differ in its last bit on another).
+    The same arguments give the same bytes on one machine; NumPy's sine may differ in its last bit on another.
     Does nothing where a set of the same arguments is finished.
-    Raises ValueError for fewer than 5 training images or 1 test image, as no file may be empty; UserError if the
-    folder holds anything else, or cannot be written.
+    Raises ValueError for fewer than 5 training images or 1 test image, as no file may be empty; UserError if
+    the folder holds anything else or cannot be written.
     """
     if train_count < len(cifar.TRAIN_FILES) or test_count < 1:
         raise ValueError(f"expected train_count >= 5 and test_count >= 1, got {train_count} and {test_count}")
@@ -92,7 +94,7 @@ def generate(root: Path, train_count: int = 10_000, test_count: int = 2_000, see
     with cifar.new_folder(target) as folder:
         for index, (name, count) in enumerate(zip(cifar.FILES, [*counts, test_count], strict=True)):
             rng = np.random.default_rng([seed, index])
-            labels = rng.permutation(np.arange(count, dtype=np.uint8) % len(PATTERNS))
+            labels = rng.permutation(np.arange(count) % len(PATTERNS)).astype(np.uint8)
             with (folder / name).open("wb") as file:
                 for start in range(0, count, CHUNK):
                     chunk = labels[start : start + CHUNK]
