@@ -12,7 +12,8 @@ import shutil
 import subprocess
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -98,6 +99,13 @@ def precision_name(requested: str, compute_dtype: torch.dtype) -> str:
     return "tf32" if requested == "tf32" else names[compute_dtype]
 
 
+@contextmanager
+def fork_rng(device: torch.device) -> Iterator[None]:
+    """Leave torch's global random generators, the CPU's and the device's, as they were before the block."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
 def set_fp32_precision(allow_tf32: bool) -> None:
     """Let float32 matmuls and convolutions round their inputs to TF32, or forbid it to both.
 
@@ -107,23 +115,6 @@ def set_fp32_precision(allow_tf32: bool) -> None:
     # `fp32_precision` settings differs from them, and its own inductor (2.13) still reads them.
     torch.set_float32_matmul_precision("high" if allow_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = allow_tf32
-
-
-def compile_mode(requested: str, device: torch.device, announce: Callable[[str], object]) -> str | None:
-    """torch.compile's mode, or None for eager: auto compiles on an NVIDIA GPU that has a compiler.
-
-    announce is told when auto would have compiled but cannot. Raises UserError if a mode was asked for by
-    name and nothing here can compile.
-    """
-    if requested == "off" or (requested == "auto" and device.type != "cuda"):
-        return None
-    reason = compiler_available(device)
-    if reason is None:
-        return "default" if requested == "auto" else requested
-    if requested != "auto":
-        raise UserError(f"--compile {requested}: {reason}; or take --compile off")
-    announce(f"not compiling: {reason}")
-    return None
 
 
 def compiler_available(device: torch.device) -> str | None:

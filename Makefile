@@ -1,0 +1,81 @@
+# Short names for the usual commands; `make` alone lists them. Nothing here is needed to use the package.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+# The usual flags as variables: make train EPOCHS=3 DATA=synthetic. `=` and not `?=`, so that a variable
+# of the same name in the environment (DATA, SEED) cannot change a training unseen.
+DATA = auto
+RECIPE =
+EPOCHS =
+SEED =
+MAX_LR =
+DATA_DIR =
+DEVICE =
+# Anything else, as typed: ARGS="--batch-size 256".
+ARGS =
+
+# option(flag, value): nothing when the value is empty.
+option = $(if $(2), $(1) "$(2)")
+data_flags = $(call option,--data,$(DATA))$(call option,--data-dir,$(DATA_DIR))
+device_flags = $(call option,--device,$(DEVICE))
+recipe_flags = $(call option,--recipe,$(RECIPE))$(call option,--epochs,$(EPOCHS))$(call option,--seed,$(SEED))$(call option,--max-lr,$(MAX_LR))
+flags = $(recipe_flags)$(data_flags)$(device_flags)$(if $(ARGS), $(ARGS))
+
+fasttrain = "$(BIN)/python" -m fasttrain
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup train lr-find summary evaluate data doctor test check bench profile tables clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: $(VENV)/installed  ## install fasttrain and its tools into .venv, pinned by constraints.txt
+
+# The stamp comes last: an install that failed half-way is tried again.
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x "$(BIN)/python" || $(PYTHON) -m venv "$(VENV)"
+	"$(BIN)/python" -m pip install -c constraints.txt -e ".[dev]"
+	touch "$@"
+
+train: setup  ## train: RECIPE= EPOCHS= SEED= MAX_LR= DATA= DATA_DIR= DEVICE= ARGS=
+	$(fasttrain) train$(flags)
+
+lr-find: setup  ## suggest a learning rate; the same variables
+	$(fasttrain) find-lr$(flags)
+
+summary: setup  ## print the network, layer by layer
+	$(fasttrain) summary$(if $(ARGS), $(ARGS))
+
+data: setup  ## fetch and verify the images: DATA= DATA_DIR=
+	$(fasttrain) data$(data_flags)$(if $(ARGS), $(ARGS))
+
+evaluate: setup  ## measure a checkpoint on the test images: ARGS=its path
+	$(fasttrain) evaluate$(data_flags)$(device_flags)$(if $(ARGS), $(ARGS))
+
+doctor: setup  ## say what this machine can do and what is missing: DEVICE=
+	$(fasttrain) doctor$(device_flags)$(if $(ARGS), $(ARGS))
+
+test: setup  ## run the tests: ARGS="-k model"
+	"$(BIN)/python" -m pytest $(ARGS)
+
+check: setup  ## lint and type-check
+	"$(BIN)/python" -m ruff check
+	"$(BIN)/python" -m ruff format --check
+	"$(BIN)/python" -m mypy
+
+bench: setup  ## time the training step and the loaders
+	"$(BIN)/python" -m benchmarks.step $(ARGS)
+	"$(BIN)/python" -m benchmarks.loader $(ARGS)
+
+profile: setup  ## profile one training step
+	"$(BIN)/python" -m benchmarks.profile $(ARGS)
+
+tables: setup  ## print the README's tables from benchmarks/results
+	"$(BIN)/python" -m benchmarks.tables
+
+clean:  ## remove what was installed, built and cached; runs/ and data/ stay
+	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find fasttrain benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,29 @@
+"""Tests marked `gpu` run where there is an NVIDIA GPU, and are skipped with a reason elsewhere."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fasttrain.data import cifar, synthetic
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder that holds a small synthetic set: 64 training and 40 test images."""
+    folder = tmp_path_factory.mktemp("data")
+    synthetic.generate(folder, train_count=64, test_count=40)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(dataset_dir: Path) -> cifar.Dataset:
+    return cifar.read(dataset_dir)

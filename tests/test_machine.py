@@ -1,0 +1,154 @@
+"""The machine is described as it is: what is not there is refused or named, never guessed."""
+
+import json
+import platform
+import sys
+
+import pytest
+import torch
+import torch._inductor.config
+
+from fasttrain import machine
+from fasttrain.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def give_cpu_instructions(monkeypatch: pytest.MonkeyPatch, **instructions: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize("requested", ["cuda:99", "tpu", "xpu", "meta", ""])
+def test_a_device_that_is_not_there_is_refused(requested: str) -> None:
+    with pytest.raises(UserError, match="expected one of auto, cpu"):
+        machine.pick_device(requested)
+
+
+def test_auto_takes_the_cpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.pick_device("auto") == CPU
+    with pytest.raises(UserError, match="--device cuda"):
+        machine.pick_device("cuda")
+
+
+def test_a_gpu_is_taken_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert machine.pick_device("auto") == machine.pick_device("cuda") == torch.device("cuda", 0)
+    assert machine.pick_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(UserError, match="cuda:0, cuda:1"):
+        machine.pick_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("instruction", "dtype"),
+    [
+        ("avx512_bf16", torch.bfloat16),
+        ("amx_bf16", torch.bfloat16),
+        ("bf16", torch.bfloat16),
+        ("avx512_f", torch.float32),
+    ],
+)
+def test_auto_takes_bf16_where_the_cpu_has_it(
+    monkeypatch: pytest.MonkeyPatch, instruction: str, dtype: torch.dtype
+) -> None:
+    give_cpu_instructions(monkeypatch, **{instruction: True})
+    assert machine.pick_compute_dtype("auto", CPU) == dtype
+
+
+@pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_auto_takes_a_half_precision_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, has_bf16: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(machine, "has_native_bf16", lambda device: has_bf16)
+    assert machine.pick_compute_dtype("auto", torch.device("cuda", 0)) == dtype
+
+
+@pytest.mark.parametrize("requested", ["bf16", "fp16", "tf32"])
+def test_a_precision_that_the_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch, requested: str) -> None:
+    give_cpu_instructions(monkeypatch)
+    with pytest.raises(UserError, match=f"--compute-dtype {requested}: .* fp32"):
+        machine.pick_compute_dtype(requested, CPU)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("error")
+def test_tf32_is_allowed_to_all_or_to_none() -> None:
+    for allow in (True, False):
+        machine.set_fp32_precision(allow_tf32=allow)
+        assert torch.backends.cudnn.allow_tf32 is allow
+        assert torch.backends.cuda.matmul.allow_tf32 is allow
+
+
+def test_a_missing_compiler_is_named_with_its_remedy() -> None:
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert "install g++" in (machine.compiler_available(CPU) or "")
+
+
+def test_fork_rng_puts_the_generators_back() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    with machine.fork_rng(CPU):
+        torch.rand(5)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_describe_is_json_and_names_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = json.dumps(machine.describe(CPU))
+    assert json.loads(text)["torch"] == torch.__version__
+    assert platform.node() not in text
+    assert str(machine.Path.home()) not in text
+
+
+def test_rates_are_positive() -> None:
+    assert machine.measure_matmul_tflops(CPU, torch.float32, seconds=0.05) > 0
+    assert machine.measure_copy_gbps(CPU, seconds=0.05) > 0
+
+
+@pytest.fixture
+def quick_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "measure_matmul_tflops", lambda device, dtype: 1.0)
+    monkeypatch.setattr(machine, "measure_copy_gbps", lambda device: 1.0)
+
+
+@pytest.mark.usefixtures("quick_rates")
+@pytest.mark.parametrize(
+    ("module", "fix"),
+    [
+        ("torchinfo", "pip install torchinfo"),
+        ("torch_lr_finder", "pip install torch-lr-finder"),
+        pytest.param(
+            "nvidia.dali",
+            "pip install nvidia-dali-cuda120",
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="DALI is made for Linux"),
+        ),
+    ],
+)
+def test_doctor_names_a_missing_package_and_its_fix(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: str, fix: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # Makes `import module` fail.
+    monkeypatch.setenv("COLUMNS", "200")
+    assert machine.doctor("cpu") == 0, "training goes on without it"
+    assert fix in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick_rates")
+def test_doctor_fails_where_training_would(capsys: pytest.CaptureFixture[str]) -> None:
+    assert machine.doctor("cuda:99") == 1
+    assert "cannot run" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_describe_on_a_gpu() -> None:
+    described = machine.describe(torch.device("cuda", 0))
+    json.dumps(described)
+    assert described["gpu_name"] and described["gpu_driver"]
+
+
+@pytest.mark.gpu
+def test_compute_on_a_gpu() -> None:
+    device = machine.pick_device("auto")
+    assert device.type == "cuda"
+    assert machine.measure_matmul_tflops(device, machine.pick_compute_dtype("auto", device)) > 1
