@@ -142,14 +142,21 @@ class DaliLoader:
                 **augmentation,
             )
             if self._cutout:
-                corners = range(self._crop - self._cutout + 1)
+                # DALI 2.4's erase has no float16 kernel for the GPU. The mean is zero once normalised, and a
+                # zero has the same bits in every type: there the batch passes as integers, without a copy.
+                as_integers = use_gpu and self._dtype != torch.float32
+                if as_integers:
+                    images = fn.reinterpret(images, dtype=types.INT16)
+                corners = [float(corner) for corner in range(self._crop - self._cutout + 1)]
                 images = fn.erase(
                     images,
-                    anchor=fn.random.uniform(values=[float(corner) for corner in corners], shape=2),
+                    anchor=fn.random.uniform(values=corners, shape=2),
                     shape=[float(self._cutout)] * 2,
                     axis_names="HW",
-                    fill_value=0.0,  # the mean, once normalised
+                    fill_value=0.0,
                 )
+                if as_integers:
+                    images = fn.reinterpret(images, dtype=types.FLOAT16)
             return images, fn.cast(labels, dtype=types.INT64)
 
         return pipeline()
