@@ -12,7 +12,7 @@ from pathlib import Path  # noqa: E402
 from typing import Any, Literal, TypeVar  # noqa: E402
 
 from fasttrain.errors import UserError  # noqa: E402
-from fasttrain.recipe import PRESETS, Recipe, load_recipe  # noqa: E402
+from fasttrain.recipe import Recipe, load_recipe  # noqa: E402
 
 import tyro  # noqa: E402  isort: skip
 
@@ -97,9 +97,10 @@ def find_lr(args: Sequence[str]) -> int:
     options = _parse_run(FindLrOptions, "find-lr", args)
     from fasttrain.data.loader import open_dataset, pick_loader
     from fasttrain.lr_find import find_max_lr
-    from fasttrain.machine import pick_compute_dtype, pick_device
+    from fasttrain.machine import pick_compute_dtype, pick_device, set_fp32_precision
 
     device = pick_device(options.device)
+    set_fp32_precision(allow_tf32=options.settings.compute_dtype == "tf32")
     search = find_max_lr(
         open_dataset(options.data, options.data_dir, print),
         options.settings,
@@ -176,7 +177,10 @@ def _parse(options: type[T], verb: str, args: Sequence[str], default: Any = tyro
     return tyro.cli(options, prog=f"fasttrain {verb}", args=args, default=default)
 
 
-def _parse_run(options: type[T], verb: str, args: Sequence[str]) -> T:
+R = TypeVar("R", bound=RunOptions)
+
+
+def _parse_run(options: type[R], verb: str, args: Sequence[str]) -> R:
     """Like _parse, but the chosen recipe supplies the defaults of all the recipe's flags."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="auto")
@@ -212,7 +216,8 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"fasttrain {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"fasttrain {command}: interrupted; the last finished epoch's checkpoint is kept", file=sys.stderr)
+        said = "interrupted; the last finished epoch's checkpoint is kept"
+        print(f"fasttrain {command}: {said}", file=sys.stderr)
         return 130
 
 

@@ -27,7 +27,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; {expected}") from error
     except Exception as error:  # a torn or foreign file fails anywhere in zipfile, pickle or torch
-        raise UserError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}); {expected}") from error
+        reason = type(error).__name__
+        raise UserError(f"{path}: cannot be read as a checkpoint ({reason}); {expected}") from error
     missing = [key for key in REQUIRED if not isinstance(state, dict) or key not in state]
     if missing:
         raise UserError(f"{path}: holds no {', '.join(missing)}; {expected}")

@@ -50,7 +50,9 @@ class Evaluation:
         return wrong[self.confidences_N[wrong].argsort(descending=True, stable=True)]
 
 
-def evaluate(model: nn.Module, loader: Loader, device: torch.device, compute_dtype: torch.dtype) -> Evaluation:
+def evaluate(
+    model: nn.Module, loader: Loader, device: torch.device, compute_dtype: torch.dtype
+) -> Evaluation:
     """Run the network over one epoch of an evaluation loader; the model's mode is restored.
 
     Waits for the device once, at the end.
@@ -107,7 +109,7 @@ def evaluate_checkpoint(
     )
     model = CustomResNet(len(dataset.classes))
     model.load_state_dict(state["model"])
-    result = evaluate(model.to(run_device, memory_format=torch.channels_last), loader, run_device, compute_dtype)
+    result = evaluate(model.to(run_device), loader, run_device, compute_dtype)
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(
@@ -131,5 +133,6 @@ def evaluate_checkpoint(
     console.print(table)
     for index in result.misclassified()[:mistakes].tolist():
         truth, said = dataset.classes[result.labels_N[index]], dataset.classes[result.predictions_N[index]]
-        console.print(f"test image {index}: {truth}, taken for {said} at {result.confidences_N[index]:.1%}", markup=False)
+        confidence = result.confidences_N[index]
+        console.print(f"test image {index}: {truth}, taken for {said} at {confidence:.1%}", markup=False)
     return result

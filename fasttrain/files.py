@@ -31,7 +31,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{path}: cannot be written ({reason}); make room or choose another folder") from error
+        raise UserError(f"{path}: cannot be written ({reason}); make room or take another folder") from error
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

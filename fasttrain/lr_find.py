@@ -6,15 +6,16 @@ import io
 import math
 import statistics
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fasttrain.data.cifar import Dataset
-from fasttrain.data.loader import build_loader
+from fasttrain.data.loader import LoaderKind, build_loader
 from fasttrain.errors import UserError
+from fasttrain.machine import fork_rng
 from fasttrain.model import CustomResNet
 from fasttrain.optim import build_optimizer
 from fasttrain.recipe import Recipe
@@ -56,7 +57,7 @@ def find_max_lr(
     dataset: Dataset,
     recipe: Recipe,
     *,
-    kind: Literal["dali", "tensor"],
+    kind: LoaderKind,
     device: torch.device,
     dtype: torch.dtype,
     start_lr: float = 1e-2,
@@ -73,7 +74,7 @@ def find_max_lr(
     Source: Smith 2017, arXiv:1506.01186; range and length as in the assignment.
     """
     curves = []
-    with torch.random.fork_rng(device_type=device.type):
+    with fork_rng(device):
         for repeat in range(repeats):
             seeded = dataclasses.replace(recipe, seed=recipe.seed + repeat)
             curves.append(_curve(dataset, seeded, kind, device, dtype, start_lr, end_lr, num_iter))
@@ -89,7 +90,7 @@ def find_max_lr(
 def _curve(
     dataset: Dataset,
     recipe: Recipe,
-    kind: Literal["dali", "tensor"],
+    kind: LoaderKind,
     device: torch.device,
     dtype: torch.dtype,
     start_lr: float,
@@ -105,7 +106,7 @@ def _curve(
             return batch
 
     torch.manual_seed(recipe.seed)
-    model = CustomResNet(len(dataset.classes), recipe.dropout).to(device, memory_format=torch.channels_last)
+    model = CustomResNet(len(dataset.classes), recipe.dropout).to(device)
     loader = build_loader(dataset, recipe, train=True, kind=kind, device=device, dtype=dtype)
     finder = LRFinder(
         model,
@@ -121,7 +122,8 @@ def _curve(
         # The library wants a scaler even where bf16 needs none: a disabled one passes everything on.
         grad_scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
     )
-    # The library stops on a loss that has grown fivefold, but goes on through NaN: the criterion raises there.
+    # The library stops on a loss that has grown fivefold, but goes on through NaN: there the criterion
+    # raises.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(_Diverged):
         finder.range_test(EndlessBatches(loader), start_lr=start_lr, end_lr=end_lr, num_iter=num_iter)
     count = min(len(finder.history["lr"]), len(finder.history["loss"]))

@@ -42,7 +42,7 @@ class CustomResNet(nn.Module):
         self.res2 = nn.Sequential(*block(512, 512, pool=False), *block(512, 512, pool=False))
         self.pool = nn.MaxPool2d(4)
         self.fc = nn.Linear(512, num_classes)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         x = self.prep(images_NCHW)

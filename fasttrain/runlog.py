@@ -1,4 +1,4 @@
-"""A run's folder and what a person sees while it runs: a progress bar on a terminal, plain lines when piped."""
+"""A run's folder, and what a person sees meanwhile: a progress bar on a terminal, plain lines when piped."""
 
 import json
 import math
@@ -67,7 +67,9 @@ class RunLog:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); make room and start again") from error
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); make room, start again"
+            ) from error
         if not self._header_shown:
             widths = [len(form.format(**metrics)) for _, form in EPOCH_COLUMNS]
             names = [name for name, _ in EPOCH_COLUMNS]
@@ -87,5 +89,5 @@ def _new_folder(out: Path, name: str) -> Path:
             if not folder.is_dir():
                 raise UserError(f"--out {out}: expected a folder; name another one") from None
         except OSError as error:
-            raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from error
+            raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another") from error
     raise UserError(f"--out {out}: holds 999 runs of this second; name another folder")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttrain.machine import compiler_available
+from fasttrain.machine import compiler_available, fork_rng
 from fasttrain.model import CustomResNet
 from fasttrain.optim import build_optimizer, one_cycle, set_schedule
 from fasttrain.recipe import Recipe
@@ -31,7 +31,7 @@ class TrainStep:
         compute_dtype: torch.dtype,
         compile_mode: str | None,
     ) -> None:
-        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model = model.to(device)
         self.recipe, self.max_lr, self.total_steps = recipe, max_lr, total_steps
         self.device, self.compute_dtype = device, compute_dtype
         self.step = 0
@@ -39,7 +39,7 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
         self.loss_fn = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
         self._compiled = compile_mode is not None
-        self._forward: nn.Module = (
+        self._forward: Callable[[Tensor], Tensor] = (
             torch.compile(model, mode=compile_mode, dynamic=False) if compile_mode is not None else model
         )
         self._sums = torch.zeros(2, device=device)
@@ -82,7 +82,7 @@ class TrainStep:
             return 0.0
         start = time.perf_counter()
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        with torch.random.fork_rng(device_type=self.device.type, enabled=self.recipe.dropout > 0):
+        with fork_rng(self.device):
             self._forward_backward(images_NCHW, labels_N)
         self.optimizer.zero_grad(set_to_none=True)
         for name, buffer in self.model.named_buffers():
@@ -120,12 +120,6 @@ def autocast(device: torch.device, compute_dtype: torch.dtype) -> torch.autocast
     """Autocast to the compute dtype; does nothing at float32."""
     enabled = compute_dtype != torch.float32
     return torch.autocast(device.type, dtype=compute_dtype if enabled else None, enabled=enabled)
-
-
-def precision_name(requested: str, compute_dtype: torch.dtype) -> str:
-    """How results name the precision: bf16, fp16, tf32 or fp32."""
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-    return "tf32" if requested == "tf32" else names[compute_dtype]
 
 
 def pick_compile_mode(requested: str, device: torch.device, announce: Callable[[str], object]) -> str | None:

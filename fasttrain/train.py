@@ -16,13 +16,14 @@ from fasttrain.machine import (
     measure_matmul_tflops,
     pick_compute_dtype,
     pick_device,
+    precision_name,
     set_fp32_precision,
 )
 from fasttrain.metrics import WaitTimer, model_flops_utilization, peak_memory_gib
 from fasttrain.model import CustomResNet, training_flop_per_image
 from fasttrain.recipe import PRESETS, Recipe
 from fasttrain.runlog import RunLog
-from fasttrain.step import TrainStep, pick_compile_mode, precision_name
+from fasttrain.step import TrainStep, pick_compile_mode
 
 
 def train(
@@ -86,7 +87,9 @@ def train(
     for epoch in range(1, recipe.epochs + 1):
         timer = WaitTimer(train_loader)
         epoch_start = time.perf_counter()
-        for index, (images_NCHW, labels_N) in enumerate(log.steps(timer, len(train_loader), f"epoch {epoch}")):
+        for index, (images_NCHW, labels_N) in enumerate(
+            log.steps(timer, len(train_loader), f"epoch {epoch}")
+        ):
             step(images_NCHW, labels_N)
             if recipe.name == "laptop" and epoch == 1 and index + 1 == min(5, len(train_loader)):
                 _announce_full_recipe(log, dataset, recipe, (index + 1) / (time.perf_counter() - epoch_start))
@@ -123,7 +126,7 @@ def train(
             "std": list(dataset.std),
         }
         save_checkpoint(log.folder / "last.pt", state)
-        if test.accuracy == max(row["test_accuracy"] for row in history):
+        if all(test.accuracy > row["test_accuracy"] for row in history[:-1]):
             save_checkpoint(log.folder / "best.pt", state)
 
     train_seconds = sum(row["seconds"] for row in history)

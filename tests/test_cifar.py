@@ -181,10 +181,10 @@ def test_a_damaged_cache_is_counted_again(tmp_path: Path, mean: str) -> None:
 def test_a_read_only_folder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_set(tmp_path)
 
-    def refuse(path: Path, text: str) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
+    def refuse(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(cifar, "_write_atomically", refuse)  # chmod would not stop root
+    monkeypatch.setattr("tempfile.mkstemp", refuse)  # chmod would not stop root
     assert cifar.read(tmp_path).name == "CIFAR-10 (unverified)"
 
 
@@ -354,6 +354,14 @@ def test_wrong_bytes_lead_to_the_next_mirror(
     assert list(tmp_path.iterdir()) == []
     cifar.download(tmp_path, [wrong.url, serve(archive).url])
     assert_complete(tmp_path)
+
+
+def test_an_endless_answer_cannot_fill_the_disk(
+    tmp_path: Path, archive: bytes, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cifar, "CHUNK_BYTES", 1000)
+    cifar._transfer(serve(archive * 100).url, part_of(tmp_path))
+    assert part_of(tmp_path).stat().st_size <= len(archive) + 1000
 
 
 def test_every_mirrors_reason_is_told(tmp_path: Path, archive: bytes, serve: Serve) -> None:

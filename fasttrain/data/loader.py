@@ -15,6 +15,7 @@ from fasttrain.data.sampler import Sampler
 from fasttrain.errors import UserError
 from fasttrain.recipe import Recipe
 
+LoaderKind = Literal["dali", "tensor"]
 DataChoice = Literal["auto", "cifar10", "synthetic"]
 
 EVAL_BATCH_SIZE = 1000
@@ -56,7 +57,7 @@ def open_dataset(data: DataChoice, data_dir: Path | None, announce: Callable[[st
                 cifar.download(root)
             dataset = cifar.read(root)
             if data == "cifar10" and dataset.name == synthetic.NAME:
-                raise UserError(f"--data cifar10: {root} holds the synthetic stand-in; name another --data-dir")
+                raise UserError(f"--data cifar10: {root} holds the stand-in; name another --data-dir")
             return dataset
         except cifar.DownloadError as error:
             if data == "cifar10":
@@ -69,8 +70,8 @@ def open_dataset(data: DataChoice, data_dir: Path | None, announce: Callable[[st
     return cifar.read(stand_in)
 
 
-def pick_loader(requested: str, device: torch.device, announce: Callable[[str], object]) -> Literal["dali", "tensor"]:
-    """The loader to use: DALI where it is installed and drives this device, else the pure-torch one, in one line.
+def pick_loader(requested: str, device: torch.device, announce: Callable[[str], object]) -> LoaderKind:
+    """DALI where it is installed and drives this device, else the pure-torch loader, announced in one line.
 
     Raises UserError if DALI was asked for and cannot be had.
     """
@@ -104,7 +105,7 @@ def build_loader(
     recipe: Recipe,
     *,
     train: bool,
-    kind: Literal["dali", "tensor"],
+    kind: LoaderKind,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Loader:
@@ -116,7 +117,7 @@ def build_loader(
     batch_size = recipe.batch_size if train else min(EVAL_BATCH_SIZE, len(split.labels))
     if batch_size > len(split.labels):
         raise UserError(
-            f"--batch-size {batch_size}: {dataset.name} has {len(split.labels)} training images; take at most that"
+            f"--batch-size {batch_size}: {dataset.name} has {len(split.labels)} training images, take fewer"
         )
     size = split.images.shape[-1]
     if recipe.cutout > size:
@@ -153,7 +154,7 @@ def padded(split: Split, padding: int) -> np.ndarray:
 
 
 def show_dataset(dataset: Dataset) -> None:
-    """Print what is on disk: files with their checksum state, counts per class, mean and standard deviation."""
+    """Print what is on disk: files and checksum state, counts per class, mean and standard deviation."""
     from rich.console import Console
     from rich.table import Table
 
@@ -161,7 +162,8 @@ def show_dataset(dataset: Dataset) -> None:
     console.print(f"{dataset.name} in {dataset.root}", markup=False)
     files = Table("file", "records", "bytes", "checksum")
     for state in cifar.checksum_state(dataset.root):
-        files.add_row(state.name, f"{state.records:,}", f"{state.bytes:,}", "verified" if state.verified else "not the release")
+        checksum = "verified" if state.verified else "not the release"
+        files.add_row(state.name, f"{state.records:,}", f"{state.bytes:,}", checksum)
     classes = Table("class", "training images", "test images")
     for index, name in enumerate(dataset.classes):
         counts = [int((split.labels == index).sum()) for split in (dataset.train, dataset.test)]

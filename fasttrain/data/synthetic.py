@@ -3,10 +3,9 @@
 Ten classes of texture and shape, each at a random place, size and phase, in two random colours under a random
 ramp of light and noise. Which of the two colours is the brighter is a coin toss, so the mean image of every
 class is the same grey: a linear classifier on pixels learns little, while a small convolutional network soon
-learns nearly all. No class turns into another by a horizontal flip: diagonals of both directions are one class.
+learns nearly all. A horizontal flip turns no class into another: diagonals of both directions are one class.
 
-Figures reached on this set say that the code works and nothing of CIFAR-10.
-Its name, "synthetic", goes with them.
+Figures reached on this set say that the code works, and nothing about CIFAR-10.
 """
 
 import json
@@ -79,7 +78,7 @@ def generate(root: Path, train_count: int = 10_000, test_count: int = 2_000, see
         raise ValueError(f"expected train_count >= 5 and test_count >= 1, got {train_count} and {test_count}")
     target = root / cifar.FOLDER
     identity = {
-        "name": "synthetic",
+        "name": NAME,
         "generator": GENERATOR,
         "train_count": train_count,
         "test_count": test_count,

@@ -68,7 +68,8 @@ class TensorLoader:
 
     def _next(self) -> tuple[Tensor, Tensor]:
         # Seeded anew at every step, so that the step alone is the loader's state.
-        self._generator.manual_seed(int(np.random.SeedSequence((self._seed, self._step)).generate_state(1)[0]))
+        [seed] = np.random.SeedSequence((self._seed, self._step)).generate_state(1)
+        self._generator.manual_seed(int(seed))
         indices = torch.from_numpy(self.sampler(self._step)).to(self._device, non_blocking=True)
         self._step += 1
         images_NHWC = (self._cropped(indices) - self._mean) * self._inverse_std
