@@ -1,0 +1,92 @@
+"""Imports go downward only: the table below is the house's floor plan, and every module has a floor."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+FLOORS = [
+    {"fasttrain", "fasttrain.data", "fasttrain.errors"},
+    {"fasttrain.files", "fasttrain.recipe", "fasttrain.model", "fasttrain.data.sampler"},
+    {
+        "fasttrain.machine",
+        "fasttrain.optim",
+        "fasttrain.metrics",
+        "fasttrain.data.cifar",
+        "fasttrain.data.dali",
+        "fasttrain.data.tensor",
+    },
+    {"fasttrain.data.synthetic", "fasttrain.step", "fasttrain.runlog", "fasttrain.checkpoint"},
+    {"fasttrain.data.loader"},
+    {"fasttrain.evaluate", "fasttrain.lr_find"},
+    {"fasttrain.train"},
+    {"fasttrain.__main__"},
+]
+FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
+
+HEAVY = {"torch", "nvidia", "matplotlib", "torch_lr_finder", "torchinfo"}
+LIGHT_MODULES = [
+    "fasttrain",
+    "fasttrain.data",
+    "fasttrain.errors",
+    "fasttrain.files",
+    "fasttrain.recipe",
+    "fasttrain.__main__",
+]
+
+
+def module_paths() -> dict[str, Path]:
+    paths = {}
+    for path in sorted((ROOT / "fasttrain").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        paths[".".join(part for part in parts if part != "__init__")] = path
+    return paths
+
+
+MODULES = module_paths()
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, at its top or nested; of `from package import module`, the latter."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: a relative import"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if submodule in MODULES else node.module
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_every_module_has_a_floor() -> None:
+    assert set(MODULES) == set(FLOOR)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_downward(module: str) -> None:
+    for target in imports(MODULES[module]):
+        if target.split(".")[0] == "fasttrain":
+            assert FLOOR[target] < FLOOR[module], f"{module} imports {target}"
+        assert target.split(".")[0] not in {"benchmarks", "tests"}, f"{module} imports {target}"
+
+
+@pytest.mark.parametrize("module", LIGHT_MODULES)
+def test_light_module_brings_nothing_heavy(module: str) -> None:
+    """`--help` and a mistyped flag are answered at once because these bring neither torch nor DALI."""
+    done = run_python(f"import sys, {module}; print(*sys.modules)")
+    assert done.returncode == 0, done.stderr
+    assert not HEAVY & set(done.stdout.split())
+
+
+def test_importing_says_nothing() -> None:
+    done = run_python(f"import importlib\nfor name in {list(MODULES)}: importlib.import_module(name)")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

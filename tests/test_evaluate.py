@@ -1,0 +1,40 @@
+import pytest
+import torch
+from torch import nn
+
+from fasttrain.evaluate import Evaluation, evaluate
+
+CPU = torch.device("cpu")
+LABELS = torch.tensor([0, 1, 2, 1, 0])
+LOGITS = torch.tensor([[9.0, 0, 0], [0, 3, 0], [0, 5, 0], [0, 0, 1], [4, 0, 0]])
+
+
+class Parrot(nn.Module):
+    """Returns the logits that it is given as images."""
+
+    def forward(self, images):
+        assert not self.training
+        return images
+
+
+def result() -> Evaluation:
+    model = Parrot().train()
+    loader = [(LOGITS[:3], LABELS[:3]), (LOGITS[3:], LABELS[3:])]  # batches of different size
+    evaluation = evaluate(model, loader, CPU, torch.float32)  # type: ignore[arg-type]
+    assert model.training
+    return evaluation
+
+
+def test_loss_and_accuracy_weigh_every_image_alike() -> None:
+    assert result().accuracy == pytest.approx(3 / 5)
+    assert result().loss == pytest.approx(nn.functional.cross_entropy(LOGITS, LABELS).item(), rel=1e-6)
+
+
+def test_confusion_counts_truth_by_row_and_prediction_by_column() -> None:
+    assert result().confusion_KK(3).tolist() == [[2, 0, 0], [0, 1, 1], [0, 1, 0]]
+
+
+def test_misclassified_starts_with_the_most_confident_mistake() -> None:
+    assert result().misclassified().tolist() == [2, 3]
+    confidence = result().confidences_N
+    assert confidence[2] == pytest.approx(LOGITS[2].softmax(0).max().item())

@@ -1,0 +1,290 @@
+"""Both loaders, held to one contract and to each other."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fasttrain.data import cifar, loader, synthetic
+from fasttrain.data.cifar import Dataset, Split
+from fasttrain.data.loader import build_loader, open_dataset, pick_loader
+from fasttrain.data.sampler import Sampler
+from fasttrain.errors import UserError
+from fasttrain.recipe import Recipe
+
+CPU = torch.device("cpu")
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+PLAIN = {"crop_padding": 0, "flip": False, "cutout": 0}
+KINDS = ["dali", "tensor"]
+
+try:
+    import nvidia.dali  # noqa: F401
+except ImportError:
+    KINDS = ["tensor"]
+needs_dali = pytest.mark.skipif("dali" not in KINDS, reason="DALI has no wheel here")
+
+
+def random_dataset(train: int = 600, test: int = 130) -> Dataset:
+    rng = np.random.default_rng(0)
+    splits = [
+        Split(rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8), rng.integers(0, 10, n).astype(np.uint8))
+        for n in (train, test)
+    ]
+    return Dataset("random", Path("nowhere"), tuple("abcdefghij"), splits[0], splits[1], MEAN, STD)
+
+
+def ramp_dataset(count: int) -> Dataset:
+    """Every pixel tells its place: red = row, green = column, blue = 255; so an offset can be read off."""
+    image = np.empty((3, 32, 32), np.uint8)
+    image[0], image[1], image[2] = np.arange(32)[:, None] + 100, np.arange(32) + 100, 255
+    split = Split(np.broadcast_to(image, (count, 3, 32, 32)).copy(), np.zeros(count, np.uint8))
+    return Dataset("ramp", Path("nowhere"), ("a",), split, split, (0.0, 0.0, 0.0), (1 / 255,) * 3)
+
+
+def build(
+    kind: str,
+    dataset: Dataset,
+    *,
+    train: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device = CPU,
+    **fields,
+):
+    recipe = Recipe(**{"batch_size": 128, **fields})
+    return build_loader(dataset, recipe, train=train, kind=kind, device=device, dtype=dtype)
+
+
+def epoch(batches) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """All batches at once, uncopied: what a loader has handed out stays as it was."""
+    return list(batches)
+
+
+@needs_dali
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_both_give_identical_values_labels_and_strides_on_the_test_split(dtype: torch.dtype) -> None:
+    dataset = random_dataset()
+    pairs = zip(
+        epoch(build("dali", dataset, train=False, dtype=dtype)),
+        epoch(build("tensor", dataset, train=False, dtype=dtype)),
+        strict=True,
+    )
+    for (images, labels), (expected_images, expected_labels) in pairs:
+        assert torch.equal(images, expected_images) and torch.equal(labels, expected_labels)
+        assert images.dtype == expected_images.dtype and images.stride() == expected_images.stride()
+
+
+@needs_dali
+def test_both_deliver_the_same_images_in_the_same_shuffled_order() -> None:
+    dataset = random_dataset()
+    ours, reference = build("dali", dataset, **PLAIN), build("tensor", dataset, **PLAIN)
+    for _ in range(2):
+        for (images, labels), (expected_images, expected_labels) in zip(ours, reference, strict=True):
+            assert torch.equal(images, expected_images) and torch.equal(labels, expected_labels)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_are_the_normalised_pixels(kind: str) -> None:
+    dataset = random_dataset(test=20)
+    [(images, labels)] = epoch(build(kind, dataset, train=False, dtype=torch.float32))
+    mean, std = (np.float64(v)[:, None, None] for v in (MEAN, STD))
+    expected = (dataset.test.images / 255 - mean) / std
+    assert np.abs(images.numpy() - expected).max() < 1e-5
+    assert labels.tolist() == dataset.test.labels.tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_are_half_precision_channels_last_with_int64_labels(kind: str) -> None:
+    images, labels = next(iter(build(kind, random_dataset())))
+    assert images.shape == (128, 3, 32, 32) and images.dtype == torch.float16
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert labels.shape == (128,) and labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_drops_the_last_batch_and_evaluation_counts_every_image_once(kind: str, monkeypatch) -> None:
+    monkeypatch.setattr(loader, "EVAL_BATCH_SIZE", 50)
+    dataset = random_dataset(train=600, test=130)
+    train, test = build(kind, dataset), build(kind, dataset, train=False)
+    assert len(train) == 4 and [len(labels) for _, labels in train] == [128] * 4
+    for _ in range(2):  # a second evaluation must see the same
+        batches = epoch(test)
+        assert [len(labels) for _, labels in batches] == [50, 50, 30]
+        assert torch.cat([labels for _, labels in batches]).tolist() == dataset.test.labels.tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_epoch_is_a_full_reshuffle_without_repeats(kind: str) -> None:
+    dataset = random_dataset(train=512)
+    batches = build(kind, dataset, dtype=torch.float32, **PLAIN)
+    keys = []
+    for _ in range(3):
+        images = torch.cat([images for images, _ in epoch(batches)])
+        keys.append(images.double().sum((1, 2, 3)).tolist())
+        assert len(set(keys[-1])) == 512
+    assert sorted(keys[0]) == sorted(keys[1]) == sorted(keys[2])
+    for first, second in ((0, 1), (1, 2), (0, 2)):
+        ranks = [np.argsort(np.argsort(keys[index])) for index in (first, second)]
+        assert abs(np.corrcoef(*ranks)[0, 1]) < 0.2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_offsets_are_uniform_over_9_by_9_and_half_of_the_images_are_mirrored(kind: str) -> None:
+    count = 8100
+    batches = build(kind, ramp_dataset(count), batch_size=count, dtype=torch.float32, cutout=0)
+    images, _ = next(iter(batches))
+    row, column = images[:, 0, :, 0].numpy() - 100, images[:, 1, 0, :].numpy() - 100
+    # Row 4 of the padded image is row 0: at offset 4 the middle of the crop shows its own row.
+    row_offset = row[:, 16] - 16 + 4
+    mirrored = column[:, 15] > column[:, 16]
+    middle = np.where(mirrored, column[:, 15], column[:, 16])
+    column_offset = middle - 16 + 4
+    counts = np.zeros((9, 9))
+    np.add.at(counts, (row_offset.astype(int), column_offset.astype(int)), 1)
+    # Each of 81 cells expects 100; chi-squared with 80 degrees of freedom exceeds 140 once in 25,000 runs.
+    assert ((counts - 100) ** 2 / 100).sum() < 140
+    assert abs(mirrored.mean() - 0.5) < 0.025
+    assert (images[:, 2] == 255).all()  # the border is reflected, not black
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_border_is_the_images_own_reflection(kind: str) -> None:
+    batches = build(kind, ramp_dataset(256), batch_size=256, dtype=torch.float32, cutout=0, flip=False)
+    images, _ = next(iter(batches))
+    rows = set(map(tuple, (images[:, 0, :, 0].int() - 100).tolist()))
+    reflected = [*range(4, 0, -1), *range(32), *range(30, 26, -1)]
+    assert rows == {tuple(reflected[offset : offset + 32]) for offset in range(9)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cutout_is_one_8_by_8_square_at_the_mean_anywhere_in_the_image(kind: str) -> None:
+    dataset = ramp_dataset(5000)  # its mean is 0, which no pixel has
+    batches = build(kind, dataset, batch_size=5000, dtype=torch.float32, crop_padding=0, flip=False)
+    images, _ = next(iter(batches))
+    hole = (images == 0).all(1)
+    assert (hole.sum((1, 2)) == 64).all()
+    rows, columns = hole.any(2), hole.any(1)
+    assert (rows.sum(1) == 8).all() and (columns.sum(1) == 8).all()
+    for stripe in (rows, columns):
+        corners = stripe.int().argmax(1).bincount(minlength=25).numpy()
+        assert len(corners) == 25 and ((corners - 200) ** 2 / 200).sum() < 60  # 24 degrees of freedom
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("on", ["crop_padding", "flip", "cutout"])
+def test_each_augmentation_works_alone(kind: str, on: str) -> None:
+    dataset = random_dataset()
+    [(plain, _), *_] = epoch(build(kind, dataset, **PLAIN))
+    [(changed, _), *_] = epoch(
+        build(kind, dataset, **PLAIN | {on: {"crop_padding": 4, "flip": True}.get(on, 8)})
+    )
+    same = (plain == changed).all(1).float().mean((1, 2))
+    expected = {"crop_padding": 0.02, "flip": 0.5, "cutout": 1 - 64 / 1024}[on]
+    assert abs(same.mean().item() - expected) < 0.15
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_seed_same_batches_for_any_number_of_threads(kind: str) -> None:
+    dataset = random_dataset()
+    one, two, other = (
+        epoch(build(kind, dataset, loader_threads=threads, seed=seed))
+        for threads, seed in ((1, 3), (2, 3), (1, 4))
+    )
+    assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(one, two, strict=True))
+    assert not torch.equal(one[0][0], other[0][0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_restored_state_goes_on_bit_exactly_in_the_middle_of_an_epoch(kind: str) -> None:
+    dataset = random_dataset()
+    first, second = build(kind, dataset), build(kind, dataset)
+    epoch(first)
+    batches = iter(first)
+    next(batches)
+    state = first.state_dict()
+    expected = epoch(batches) + epoch(first)
+    second.load_state_dict(state)
+    restored = epoch(second) + epoch(second)
+    assert len(restored) == 3 + 4
+    assert all(
+        torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(expected, restored, strict=True)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("train", [True, False])
+def test_dalis_gpu_pipeline_gives_what_its_cpu_backend_gives(dtype: torch.dtype, train: bool) -> None:
+    """Augmented too: the random draws happen on the CPU either way."""
+    dataset, device = random_dataset(), torch.device("cuda", 0)
+    pairs = zip(
+        epoch(build("dali", dataset, train=train, dtype=dtype, device=device)),
+        epoch(build("dali", dataset, train=train, dtype=dtype)),
+        strict=True,
+    )
+    for (images, labels), (expected_images, expected_labels) in pairs:
+        assert images.device == labels.device == device
+        assert images.stride() == expected_images.stride() and images.dtype == expected_images.dtype
+        torch.testing.assert_close(images.cpu(), expected_images, rtol=2e-3, atol=1e-3)
+        assert torch.equal(labels.cpu(), expected_labels)
+
+
+@pytest.mark.gpu
+def test_the_gpu_pipeline_hands_its_batches_over_without_a_host_sync() -> None:
+    batches = build("dali", random_dataset(), device=torch.device("cuda", 0))
+    epoch(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        epoch(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_sampler_is_a_pure_function_of_seed_and_step() -> None:
+    sampler = Sampler(100, 30, train=True, seed=1)
+    in_order = [sampler(step).tolist() for step in range(9)]
+    assert [Sampler(100, 30, train=True, seed=1)(step).tolist() for step in reversed(range(9))] == in_order[
+        ::-1
+    ]
+    assert sampler.steps_per_epoch == 3
+    assert Sampler(100, 30, train=False, seed=1).steps_per_epoch == 4
+
+
+def test_a_batch_larger_than_the_training_set_is_refused() -> None:
+    with pytest.raises(UserError, match="--batch-size 700"):
+        build("tensor", random_dataset(), batch_size=700)
+
+
+def test_without_dali_the_torch_loader_takes_over_in_one_line(monkeypatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "nvidia.dali", None)
+    said: list[str] = []
+    assert pick_loader("auto", CPU, said.append) == "tensor"
+    assert len(said) == 1 and "DALI" in said[0]
+    with pytest.raises(UserError, match="--loader dali"):
+        pick_loader("dali", CPU, said.append)
+    assert pick_loader("tensor", CPU, said.append) == "tensor" and len(said) == 1
+
+
+@pytest.fixture
+def no_network(monkeypatch) -> None:
+    def download(root: Path) -> None:
+        raise cifar.DownloadError("no mirror answered")
+
+    monkeypatch.setattr(cifar, "download", download)
+    generate = synthetic.generate
+    monkeypatch.setattr(synthetic, "generate", lambda root: generate(root, train_count=50, test_count=20))
+
+
+def test_auto_falls_back_loudly_and_cifar10_never_does(no_network, tmp_path) -> None:
+    said: list[str] = []
+    assert open_dataset("auto", tmp_path, said.append).name == "synthetic"
+    assert len(said) == 1 and "NOT CIFAR-10" in said[0] and "no mirror answered" in said[0]
+    with pytest.raises(UserError, match="no mirror answered"):
+        open_dataset("cifar10", tmp_path, said.append)
+
+
+def test_files_on_disk_are_taken_without_a_download(no_network, tmp_path) -> None:
+    synthetic.generate(tmp_path)
+    assert open_dataset("auto", tmp_path, pytest.fail).name == "synthetic"
+    with pytest.raises(UserError, match="--data cifar10"):
+        open_dataset("cifar10", tmp_path, pytest.fail)

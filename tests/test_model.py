@@ -1,0 +1,92 @@
+import pytest
+import torch
+from torch import nn
+
+from fasttrain.model import CustomResNet, block_shapes, multiply_adds, summary, training_flop_per_image
+
+
+def test_parameters_are_the_assignments() -> None:
+    parameters = [p.numel() for p in CustomResNet().parameters()]
+    assert sum(parameters) == 6_573_130
+
+
+def test_shapes_after_every_block_are_the_assignments() -> None:
+    assert block_shapes(CustomResNet()) == [
+        ("PrepLayer", (1, 64, 32, 32)),
+        ("Layer 1, X", (1, 128, 16, 16)),
+        ("Layer 1, R1", (1, 128, 16, 16)),
+        ("Layer 1, X + R1", (1, 128, 16, 16)),
+        ("Layer 2", (1, 256, 8, 8)),
+        ("Layer 3, X", (1, 512, 4, 4)),
+        ("Layer 3, R2", (1, 512, 4, 4)),
+        ("Layer 3, X + R2", (1, 512, 4, 4)),
+        ("Max Pooling", (1, 512, 1, 1)),
+        ("Reshape before FC", (1, 512)),
+        ("After FC", (1, 10)),
+    ]
+
+
+def test_cost_is_113_8_tflop_an_epoch() -> None:
+    assert multiply_adds(CustomResNet()) == 379_261_952
+    assert training_flop_per_image(CustomResNet()) * 50_000 == pytest.approx(113.8e12, rel=1e-3)
+
+
+def test_summary_shows_the_assignments_totals_and_leaves_model_and_rng_alone() -> None:
+    model = CustomResNet()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    text = summary(model)
+    assert torch.equal(torch.rand(3), expected)
+    assert model.training and not any(module._forward_hooks for module in model.modules())
+    for line in (
+        "Total params: 6,573,130",
+        "Trainable params: 6,573,130",
+        "Total mult-adds (M): 379.27",
+        "Forward/backward pass size (MB): 4.65",
+        "Params size (MB): 26.29",
+        "Estimated Total Size (MB): 30.96",
+    ):
+        assert line in text
+    for column in ("Input Shape", "Kernel Shape", "Output Shape", "Param #", "Trainable"):
+        assert column in text
+    assert "Units." not in text
+
+
+def test_dropout_modules_stay_at_rate_zero_and_take_the_recipes_rate() -> None:
+    rates = [m.p for m in CustomResNet(dropout=0.1).modules() if isinstance(m, nn.Dropout)]
+    assert rates == [0.1] * 8
+    assert len([m for m in CustomResNet().modules() if isinstance(m, nn.Dropout)]) == 8
+
+
+def test_weights_and_activations_are_channels_last() -> None:
+    model = CustomResNet()
+    layouts = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.is_contiguous(memory_format=torch.channels_last)
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.ReLU):
+            module.register_forward_hook(
+                lambda _, __, out: layouts.append(out.is_contiguous(memory_format=torch.channels_last))
+            )
+    images = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(images)
+    assert len(layouts) == 24 and all(layouts)
+
+
+def test_residual_sums_carry_their_input() -> None:
+    """With the residual branches silenced, a block passes its input through: the sum is really there."""
+    model = CustomResNet().eval()
+    for branch in (model.res1, model.res2):
+        branch[5].weight.data.zero_()  # the last BatchNorm's scale
+        branch[5].bias.data.zero_()
+    seen = {}
+    model.layer1.register_forward_hook(lambda _, __, out: seen.update(before=out.clone()))
+    model.layer2.register_forward_pre_hook(lambda _, inputs: seen.update(after=inputs[0].clone()))
+    model(torch.randn(1, 3, 32, 32))
+    assert torch.equal(seen["before"], seen["after"])
+
+
+def test_number_of_classes_is_the_last_layers() -> None:
+    assert CustomResNet(num_classes=7)(torch.randn(1, 3, 32, 32)).shape == (1, 7)

@@ -1,0 +1,70 @@
+import dataclasses
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import OneCycleLR
+
+from fasttrain.model import CustomResNet
+from fasttrain.optim import build_optimizer, one_cycle, set_schedule
+from fasttrain.recipe import PRESETS, Recipe
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("total_steps", [10, 97 * 24])
+def test_the_schedule_is_torchs_one_cycle(name: str, total_steps: int) -> None:
+    recipe = PRESETS[name]
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    reference = OneCycleLR(
+        optimizer,
+        max_lr=0.02,
+        total_steps=total_steps,
+        pct_start=recipe.pct_start,
+        anneal_strategy="linear",
+        three_phase=False,
+        cycle_momentum=recipe.cycle_momentum,
+        div_factor=recipe.div_factor,
+        final_div_factor=recipe.final_div_factor,
+    )
+    for step in range(total_steps):
+        lr, beta1 = one_cycle(step, total_steps, 0.02, recipe)
+        assert lr == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12, abs=1e-15)
+        if recipe.cycle_momentum:
+            assert beta1 == pytest.approx(optimizer.param_groups[0]["betas"][0], rel=1e-12)
+        else:
+            assert beta1 is None
+        optimizer.step()
+        if step < total_steps - 1:
+            reference.step()
+
+
+def test_the_assignment_peaks_at_epoch_5_and_is_not_annihilated() -> None:
+    recipe = PRESETS["assignment"]
+    rates = [one_cycle(step, 97 * 24, 1.0, recipe)[0] for step in range(97 * 24)]
+    assert rates.index(max(rates)) + 1 == 97 * 5 and max(rates) == 1
+    assert rates[-1] == pytest.approx(rates[0])
+
+
+@pytest.mark.parametrize("total_steps", [1, 2, 3, 4, 5])
+def test_the_schedule_holds_for_runs_of_a_few_steps(total_steps: int) -> None:
+    for pct_start in (0.2, 0.25, 0.5, 0.99):
+        recipe = dataclasses.replace(PRESETS["default"], pct_start=pct_start)
+        assert all(0 <= one_cycle(step, total_steps, 1.0, recipe)[0] <= 1 for step in range(total_steps))
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw"])
+def test_only_weights_of_convolutions_and_linear_layers_decay(kind) -> None:
+    model = CustomResNet()
+    optimizer = build_optimizer(model, Recipe(optimizer=kind, weight_decay=0.1), lr=0.01)
+    assert type(optimizer).__name__.lower() == kind
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(decays) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        assert decays[id(parameter)] == (0.1 if parameter.dim() > 1 else 0.0), name
+
+
+def test_set_schedule_reaches_every_group() -> None:
+    optimizer = build_optimizer(CustomResNet(), Recipe(), lr=0.01)
+    set_schedule(optimizer, 0.5, 0.9)
+    assert [(group["lr"], group["betas"]) for group in optimizer.param_groups] == [(0.5, (0.9, 0.999))] * 2
+    set_schedule(optimizer, 0.25, None)
+    assert [(group["lr"], group["betas"][0]) for group in optimizer.param_groups] == [(0.25, 0.9)] * 2

@@ -1,0 +1,59 @@
+import json
+
+import pytest
+
+from fasttrain.errors import UserError
+from fasttrain.recipe import PRESETS, Recipe, load_recipe
+
+
+def test_the_assignment_is_faithful() -> None:
+    recipe = PRESETS["assignment"]
+    assert (recipe.epochs, recipe.batch_size, recipe.optimizer, recipe.max_lr) == (24, 512, "adam", "auto")
+    assert recipe.pct_start * recipe.epochs == 5
+    assert recipe.final_div_factor == 1  # no annihilation
+    assert recipe.label_smoothing == 0 and recipe.weight_decay == 0 and recipe.cycle_momentum
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"epochs": 0}, "--epochs 0"),
+        ({"epochs": "3"}, "--epochs"),
+        ({"epochs": True}, "--epochs"),
+        ({"batch_size": 1}, "--batch-size 1"),
+        ({"max_lr": float("nan")}, "--max-lr nan"),
+        ({"max_lr": "fast"}, "float or auto"),
+        ({"max_lr": -1.0}, "--max-lr -1.0"),
+        ({"weight_decay": float("inf")}, "--weight-decay inf"),
+        ({"pct_start": 1.0}, "--pct-start 1.0"),
+        ({"optimizer": "sgd"}, "adam or adamw"),
+        ({"flip": 1}, "--flip"),
+        ({"cutout": 33}, "--cutout 33"),
+        ({"seed": -1}, "--seed -1"),
+        ({"learning_rate": 0.1}, "unknown recipe key 'learning_rate'"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(values: dict, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        Recipe.from_dict(values)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_recipe_survives_its_json_file(tmp_path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(PRESETS["laptop"].to_dict()))
+    assert load_recipe(str(path)) == PRESETS["laptop"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"epochs": 0}', '{"epoks": 3}', "{"])
+def test_a_bad_recipe_file_is_refused_with_its_name(tmp_path, content: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"mine\.json"):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize("name", ["fastest", "missing.json", ""])
+def test_an_unknown_recipe_is_refused_with_the_names_that_exist(name: str) -> None:
+    with pytest.raises(UserError, match="auto, default, assignment, laptop"):
+        load_recipe(name)

@@ -1,0 +1,180 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fasttrain import step as step_module
+from fasttrain.model import CustomResNet
+from fasttrain.recipe import Recipe
+from fasttrain.step import TrainStep, pick_compile_mode
+
+CPU = torch.device("cpu")
+GPU = pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)
+
+
+def batch(device: torch.device = CPU, dtype: torch.dtype = torch.float16, count: int = 8):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, 3, 32, 32, generator=generator).to(device, dtype)
+    labels = torch.randint(10, (count,), generator=generator).to(device)
+    return images.to(memory_format=torch.channels_last), labels
+
+
+def build(compute_dtype=torch.bfloat16, device=CPU, compile_mode=None, **fields) -> TrainStep:
+    torch.manual_seed(0)
+    recipe = Recipe(**fields)
+    return TrainStep(
+        CustomResNet(dropout=recipe.dropout),
+        recipe,
+        max_lr=0.01,
+        total_steps=20,
+        device=device,
+        compute_dtype=compute_dtype,
+        compile_mode=compile_mode,
+    )
+
+
+def test_a_float32_step_is_the_textbook_step() -> None:
+    """Against plain torch: forward, smoothed cross entropy, backward, AdamW with OneCycleLR's first rate."""
+    step = build(torch.float32, weight_decay=0.1, label_smoothing=0.2)
+    model = copy.deepcopy(step.model)
+    images, labels = batch(dtype=torch.float32)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+        ],
+        lr=0.01 / 25,
+    )
+    logits = model(images)
+    loss = nn.functional.cross_entropy(logits, labels, label_smoothing=0.2)
+    loss.backward()
+    optimizer.step()
+
+    step(images, labels)
+    mean_loss, accuracy = step.take_metrics()
+    assert mean_loss == pytest.approx(loss.item(), rel=1e-5)
+    assert accuracy == (logits.argmax(1) == labels).float().mean().item()
+    assert step.lr == pytest.approx(0.01 / 25)
+    for ours, reference in zip(step.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_metrics_are_means_over_the_images_since_the_last_call() -> None:
+    step = build()
+    images, labels = batch()
+    step(images, labels)
+    first = step.take_metrics()
+    step(images, labels)
+    step(images, labels)
+    second = step.take_metrics()
+    assert second[0] < first[0] * 1.5  # one mean, not a sum of two
+    assert 0 <= second[1] <= 1
+
+
+def test_a_few_steps_on_one_batch_learn_it() -> None:
+    step = build(label_smoothing=0.0)
+    images, labels = batch()
+    losses = []
+    for _ in range(12):
+        step(images, labels)
+        loss, accuracy = step.take_metrics()
+        losses.append(loss)
+    assert accuracy == 1 and losses[-1] < losses[0] / 4
+
+
+def test_bf16_computes_in_bf16_and_keeps_float32_weights() -> None:
+    step = build()
+    seen = []
+    step.model.layer1[0].register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    step(*batch())
+    assert seen == [torch.bfloat16]
+    assert {p.dtype for p in step.model.parameters()} == {torch.float32}
+
+
+def test_the_schedule_ends_where_it_was_said_to_end() -> None:
+    step = build()
+    step.step = 20
+    with pytest.raises(ValueError, match="past the schedule"):
+        step(*batch())
+
+
+def test_a_restored_step_goes_on_exactly() -> None:
+    images, labels = batch()
+    first = build(cycle_momentum=True)
+    for _ in range(3):
+        first(images, labels)
+    second = build(cycle_momentum=True)
+    second.model.load_state_dict(copy.deepcopy(first.model.state_dict()))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for step in (first, second):
+        step(images, labels)
+    for ours, expected in zip(
+        second.model.state_dict().values(), first.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_compiling_changes_neither_the_model_nor_the_result(device: torch.device, monkeypatch) -> None:
+    if device.type == "cpu":
+        # Inductor needs half a minute to compile on a CPU; the machinery around it is what is tested here.
+        compile_ = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda model, **_: compile_(model, backend="aot_eager"))
+    eager, compiled = build(device=device), build(device=device, compile_mode="default")
+    images, labels = batch(device)
+    before = copy.deepcopy(compiled.model.state_dict())
+    assert eager.warm_up(images, labels) == 0 and compiled.warm_up(images, labels) > 0
+    for name, value in compiled.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(p.grad is None for p in compiled.model.parameters())
+    assert not any("_orig_mod" in name for name in compiled.model.state_dict())
+    losses = []
+    for step in (eager, compiled):
+        for _ in range(3):
+            step(images, labels)
+        losses.append(step.take_metrics()[0])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_compile_policy_is_eager_on_a_cpu_and_falls_back_in_one_line(monkeypatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(step_module, "compiler_available", lambda device: None)
+    assert pick_compile_mode("auto", CPU, said.append) is None
+    assert pick_compile_mode("off", torch.device("cuda"), said.append) is None
+    assert pick_compile_mode("auto", torch.device("cuda"), said.append) == "default"
+    assert pick_compile_mode("max-autotune", CPU, said.append) == "max-autotune"
+    assert not said
+    monkeypatch.setattr(step_module, "compiler_available", lambda device: "no C++ compiler: install g++")
+    assert pick_compile_mode("default", CPU, said.append) is None
+    assert len(said) == 1 and "install g++" in said[0] and "eager" in said[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("compile_mode", [None, "default"])
+def test_a_step_never_waits_for_the_gpu(compute_dtype: torch.dtype, compile_mode: str | None) -> None:
+    device = torch.device("cuda")
+    step = build(compute_dtype, device, compile_mode)
+    images, labels = batch(device, count=64)
+    step.warm_up(images, labels)
+    step(images, labels)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            step(images, labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert step.take_metrics()[0] > 0
+
+
+@pytest.mark.gpu
+def test_an_overflow_in_fp16_skips_the_step_and_lowers_the_scale() -> None:
+    device = torch.device("cuda")
+    step = build(torch.float16, device)
+    images, labels = batch(device)
+    before = [p.clone() for p in step.model.parameters()]
+    scale = step.scaler.get_scale()
+    step(torch.full_like(images, float("inf")), labels)
+    assert step.scaler.get_scale() < scale
+    assert all(torch.equal(p, b) for p, b in zip(step.model.parameters(), before, strict=True))

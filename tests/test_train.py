@@ -1,0 +1,235 @@
+"""The command line from end to end, on a data set of 64 images."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fasttrain.__main__ import main
+from fasttrain.checkpoint import load_checkpoint
+from fasttrain.data import cifar
+from fasttrain.model import CustomResNet
+from fasttrain.recipe import Recipe
+from fasttrain.step import TrainStep
+from fasttrain.train import train
+
+RESULT_KEYS = {
+    "recipe",
+    "dataset",
+    "device",
+    "precision",
+    "epochs",
+    "test_accuracy",
+    "best_test_accuracy",
+    "epoch_seconds",
+    "train_seconds",
+    "compile_seconds",
+    "wall_seconds",
+    "images_per_sec",
+    "data_wait_share",
+    "mfu",
+    "matmul_tflops_measured",
+}
+
+
+@pytest.fixture(scope="module")
+def run(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two epochs of four steps, made by the command line."""
+    out = tmp_path_factory.mktemp("runs")
+    assert (
+        main(
+            [
+                "train",
+                "--data-dir",
+                str(dataset_dir),
+                "--out",
+                str(out),
+                "--device",
+                "cpu",
+                "--epochs",
+                "2",
+                "--batch-size",
+                "16",
+            ]
+        )
+        == 0
+    )
+    [folder] = out.iterdir()
+    return folder
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_folder(run: Path) -> None:
+    assert {path.name for path in run.iterdir()} == {
+        "recipe.json",
+        "machine.json",
+        "metrics.jsonl",
+        "result.json",
+        "last.pt",
+        "best.pt",
+    }
+    assert run.name.endswith("-laptop")  # what --recipe auto takes without a GPU
+    recipe = Recipe.from_dict(json.loads((run / "recipe.json").read_text()))
+    assert (recipe.epochs, recipe.batch_size, recipe.name) == (2, 16, "laptop")
+
+
+def test_result_holds_the_run_and_agrees_with_the_metrics(run: Path) -> None:
+    result, metrics = json.loads((run / "result.json").read_text()), rows(run)
+    assert result.keys() >= RESULT_KEYS
+    assert result["dataset"] == "synthetic"
+    assert [row["epoch"] for row in metrics] == [1, 2]
+    assert result["test_accuracy"] == metrics[-1]["test_accuracy"]
+    assert result["best_test_accuracy"] == max(row["test_accuracy"] for row in metrics)
+    assert result["epoch_seconds"] == [row["seconds"] for row in metrics]
+    assert result["train_seconds"] == pytest.approx(sum(result["epoch_seconds"]))
+    assert result["images_per_sec"] == pytest.approx(2 * 64 / result["train_seconds"])
+    assert result["wall_seconds"] > result["train_seconds"]
+    assert 0 <= result["data_wait_share"] < 1 and 0 < result["mfu"] < 1.5
+
+
+def test_checkpoints_load_safely_into_a_plain_model(run: Path) -> None:
+    result, metrics = json.loads((run / "result.json").read_text()), rows(run)
+    for name, epoch in (("last.pt", 2), ("best.pt", result["best_epoch"])):
+        state = load_checkpoint(run / name)
+        assert state["epoch"] == epoch and state["batch_size"] == 16
+        assert state["loss"] == metrics[epoch - 1]["train_loss"]
+        CustomResNet().load_state_dict(state["model"])  # uncompiled names
+        assert state["scheduler"]["step"] == 4 * epoch
+
+
+def test_evaluate_gives_the_accuracy_that_the_run_ended_with(run: Path, dataset_dir: Path, capsys) -> None:
+    assert main(["evaluate", str(run / "last.pt"), "--data-dir", str(dataset_dir), "--device", "cpu"]) == 0
+    accuracy = json.loads((run / "result.json").read_text())["test_accuracy"]
+    assert f"test accuracy {accuracy:.2%}" in capsys.readouterr().out
+
+
+def test_evaluate_refuses_another_data_set(run: Path, dataset_dir: Path, tmp_path, capsys) -> None:
+    state = load_checkpoint(run / "last.pt")
+    torch.save(state | {"classes": list(cifar.CLASSES), "dataset": "CIFAR-10"}, tmp_path / "other.pt")
+    assert main(["evaluate", str(tmp_path / "other.pt"), "--data-dir", str(dataset_dir)]) == 2
+    assert "was trained on CIFAR-10, not on synthetic" in capsys.readouterr().err
+
+
+def test_two_runs_of_one_seed_are_equal_bit_for_bit(run: Path, dataset_dir: Path, tmp_path) -> None:
+    recipe = Recipe.from_dict(json.loads((run / "recipe.json").read_text()))
+    train(recipe, data_dir=dataset_dir, out=tmp_path, device="cpu")
+    [again] = tmp_path.iterdir()
+    ours, theirs = (load_checkpoint(folder / "last.pt")["model"] for folder in (again, run))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_laptop_recipe_says_what_the_full_one_would_take(dataset_dir: Path, tmp_path, capsys) -> None:
+    recipe = Recipe(name="laptop", epochs=1, batch_size=32)
+    train(recipe, data_dir=dataset_dir, out=tmp_path, device="cpu")
+    out = capsys.readouterr().out
+    assert out.count("would take about") == 1 and "--recipe default" in out
+    assert "\x1b" not in out and "\r" not in out  # piped: plain lines
+
+
+def test_max_lr_auto_asks_the_finder_first(dataset_dir: Path, tmp_path, monkeypatch) -> None:
+    from fasttrain import train as train_module
+    from fasttrain.lr_find import LrSearch
+
+    monkeypatch.setattr(train_module, "find_max_lr", lambda *_, **__: LrSearch([], [0.5, 0.002, 0.001]))
+    recipe = Recipe(epochs=1, batch_size=32, max_lr="auto")
+    assert train(recipe, data_dir=dataset_dir, out=tmp_path, device="cpu")["max_lr"] == 0.002
+
+
+def test_ctrl_c_keeps_the_last_epochs_checkpoint(dataset_dir: Path, tmp_path, monkeypatch, capsys) -> None:
+    take = TrainStep.__call__
+
+    def interrupt(self: TrainStep, *batch: torch.Tensor) -> None:
+        if self.step == 5:
+            raise KeyboardInterrupt
+        take(self, *batch)
+
+    monkeypatch.setattr(TrainStep, "__call__", interrupt)
+    assert (
+        main(
+            [
+                "train",
+                "--data-dir",
+                str(dataset_dir),
+                "--out",
+                str(tmp_path),
+                "--device",
+                "cpu",
+                "--epochs",
+                "2",
+                "--batch-size",
+                "16",
+            ]
+        )
+        == 130
+    )
+    [folder] = tmp_path.iterdir()
+    assert load_checkpoint(folder / "last.pt")["epoch"] == 1
+    assert not (folder / "result.json").exists()
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_is_null_in_the_metrics(dataset_dir: Path, tmp_path) -> None:
+    train(Recipe(epochs=1, batch_size=32, max_lr=1e30), data_dir=dataset_dir, out=tmp_path, device="cpu")
+    [folder] = tmp_path.iterdir()
+    text = (folder / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    for value in rows(folder)[0].values():
+        assert value is None or math.isfinite(value)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["train", "--recipe", "fastest"], "--recipe fastest"),
+        (["train", "--epochs", "0"], "--epochs 0"),
+        (["train", "--data-dir", "{tmp}/none", "--data", "cifar10"], "none"),
+        (["train", "--batch-size", "65", "--data-dir", "{data}"], "--batch-size 65"),
+        (["train", "--out", "{tmp}/file", "--data-dir", "{data}", "--batch-size", "16"], "--out"),
+        (["train", "--device", "tpu"], "--device tpu"),
+        (["evaluate", "{tmp}/none.pt", "--data-dir", "{data}"], "none.pt"),
+        (["data", "--data-dir", "{tmp}/torn"], "test_batch.bin"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_status_2(
+    args, said, dataset_dir, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setenv("FASTTRAIN_MIRRORS", "file:///nowhere/cifar.tar.gz")
+    (tmp_path / "file").write_text("")
+    torn = tmp_path / "torn" / "cifar-10-batches-bin"
+    torn.mkdir(parents=True)
+    for path in (dataset_dir / "cifar-10-batches-bin").iterdir():
+        (torn / path.name).write_bytes(path.read_bytes())
+    (torn / "test_batch.bin").write_bytes(b"\0" * 100)
+    args = [arg.format(tmp=tmp_path, data=dataset_dir) for arg in args]
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+@pytest.mark.parametrize("args", [["train", "--epoks", "3"], ["train", "--epochs", "three"], ["fly"], []])
+def test_a_wrong_flag_exits_with_status_2(args) -> None:
+    done = subprocess.run([sys.executable, "-m", "fasttrain", *args], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_help_of_train_shows_the_chosen_recipes_defaults(capsys) -> None:
+    for name, epochs in (("laptop", 3), ("assignment", 24)):
+        with pytest.raises(SystemExit):
+            main(["train", "--recipe", name, "--help"])
+        out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert f"Passes over the training images. (default: {epochs})" in out
+
+
+def test_summary_data_and_doctor_answer(dataset_dir: Path, capsys) -> None:
+    assert main(["summary"]) == 0 and "6,573,130" in capsys.readouterr().out
+    assert main(["data", "--data-dir", str(dataset_dir)]) == 0
+    out = capsys.readouterr().out
+    assert "synthetic" in out and "test_batch.bin" in out and "rings" in out
+    assert main(["doctor", "--device", "cpu"]) == 0
