@@ -1,0 +1,1 @@
+"""Measurements: each script prints a table and leaves one JSON file under benchmarks/results/."""

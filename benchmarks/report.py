@@ -1,0 +1,69 @@
+"""What every benchmark shares: interleaved samples, a printed table, a JSON file with all of it."""
+
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fasttrain.errors import UserError
+from fasttrain.files import write_json
+from fasttrain.machine import describe
+
+T = TypeVar("T")
+
+RESULTS = Path(os.environ.get("FASTTRAIN_RESULTS") or Path(__file__).parent / "results")
+
+
+def run(main: Callable[[T], object], options: type[T]) -> None:
+    """Call a benchmark with the options from the command line; a user's mistake ends it with one line."""
+    try:
+        main(tyro.cli(options))
+    except UserError as error:
+        sys.exit(str(error))
+
+
+def interleave(workloads: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Call every workload once per round, in turn, so that a slow minute of the machine hits all alike.
+
+    A workload measures itself and returns its figure. Returns all samples by name.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in workloads}
+    for turn in range(rounds):
+        for name, workload in workloads.items():
+            print(f"round {turn + 1}/{rounds}: {name}", file=sys.stderr)
+            samples[name].append(workload())
+    return samples
+
+
+def spread(samples: list[float]) -> float:
+    """Half the distance between the smallest and the largest sample, relative to the median."""
+    return (max(samples) - min(samples)) / 2 / statistics.median(samples)
+
+
+def save(name: str, device: torch.device, values: dict[str, Any]) -> Path:
+    """Write a benchmark's figures with the machine they come from; returns the file."""
+    machine = describe(device)
+    label = str(machine.get("gpu_name") or machine["cpu_model"] or "unknown")
+    cores = f"{machine['cpu_cores']}-core " if device.type == "cpu" else ""
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{cores}{label}".lower()).strip("-")
+    path = RESULTS / f"{name}-{slug}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"benchmark": name, "time": time.strftime("%Y-%m-%d"), "machine": machine, **values})
+    return path
+
+
+def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table."""
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False, soft_wrap=True).print(table)

@@ -1,0 +1,146 @@
+"""Print the README's tables from the files under benchmarks/results/.
+
+    python -m benchmarks.tables          # write them into README.md
+    python -m benchmarks.tables --check  # fail if README.md says anything else
+
+Each table stands between two marker comments; nothing between them is written by hand.
+"""
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from benchmarks.report import RESULTS
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def markdown(columns: list[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table: text to the left, figures to the right."""
+    lines = [columns, ["---" if index == 0 else "---:" for index in range(len(columns))], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def machine_name(machine: dict[str, Any]) -> str:
+    """The GPU, or the CPU with the cores that were used."""
+    if machine.get("gpu_name"):
+        return str(machine["gpu_name"])
+    return f"{machine['cpu_cores']} cores of {machine['cpu_model']}"
+
+
+def software(machine: dict[str, Any]) -> str:
+    commit = f"{str(machine['git_commit'])[:9]}{' with local changes' if machine['git_dirty'] else ''}"
+    return f"torch {machine['torch']}, DALI {machine['dali']}, commit {commit}"
+
+
+def runs_table(results: Path) -> str:
+    """One row per training run whose files lie under results/runs/."""
+    rows, machines = [], []
+    for path in sorted((results / "runs").glob("*/result.json")):
+        result = json.loads(path.read_text())
+        machine = json.loads((path.parent / "machine.json").read_text())
+        machines.append(f"{machine_name(machine)}; {software(machine)}")
+        rows.append(
+            [
+                f"[{result['recipe']['name']}](benchmarks/results/runs/{path.parent.name})",
+                result["dataset"],
+                str(result["epochs"]),
+                f"{result['test_accuracy']:.2%}",
+                f"{result['best_test_accuracy']:.2%}",
+                f"{statistics.median(result['epoch_seconds']):,.1f}",
+                f"{result['images_per_sec']:,.0f}",
+                f"{result['data_wait_share']:.2%}",
+                "-" if result["mfu"] is None else f"{result['mfu']:.0%}",
+                f"{result['peak_resident_gib']:.2f}",
+                f"{result['device']}, {result['precision']}",
+            ]
+        )
+    columns = ["recipe", "images", "epochs", "test accuracy", "best epoch's", "s/epoch", "images/s"]
+    columns += ["data wait", "of matmul rate", "resident GiB", "device"]
+    note = (
+        "n = 1 run a row, so no spread is known. Accuracy is the final epoch's; the best epoch's was chosen "
+        "on the test images. Seconds: median over the epochs, training only."
+    )
+    return "\n\n".join([markdown(columns, rows), f"{note} Machine: {'; '.join(dict.fromkeys(machines))}."])
+
+
+def rows_table(results: Path, benchmark: str, columns: dict[str, Callable[[dict[str, Any]], str]]) -> str:
+    """The rows of every machine's file of one benchmark, each table over its machine and its n."""
+    parts = []
+    for path in sorted(results.glob(f"{benchmark}-*.json")):
+        values = json.loads(path.read_text())
+        table = markdown(list(columns), [[cell(row) for cell in columns.values()] for row in values["rows"]])
+        parts.append(
+            f"{table}\n\nBatch {values['batch_size']}, median of {values['rounds']} rounds taken in turn, "
+            f"± half the range. Machine: {machine_name(values['machine'])}; {software(values['machine'])}."
+        )
+    return "\n\n".join(parts)
+
+
+def step_table(results: Path) -> str:
+    return rows_table(
+        results,
+        "step",
+        {
+            "training step": lambda row: row["variant"],
+            "ms": lambda row: f"{row['step_ms']:,.1f} ±{row['spread']:.1%}",
+            "speed-up": lambda row: f"{row['speed_up']:.2f}x",
+            "of matmul rate": lambda row: f"{row['mfu']:.0%}",
+        },
+    )
+
+
+def loader_table(results: Path) -> str:
+    return rows_table(
+        results,
+        "loader",
+        {
+            "loader, alone": lambda row: row["loader"],
+            "images/s": lambda row: f"{row['images_per_sec']:,.0f} ±{row['spread']:.1%}",
+        },
+    )
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"runs": runs_table, "step": step_table, "loader": loader_table}
+
+
+def render(text: str, results: Path = RESULTS) -> str:
+    """The README's text with every table printed anew."""
+    for name, table in TABLES.items():
+        start, end = f"<!-- table: {name} -->", "<!-- end of table -->"
+        pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+        body = f"{start}\n\n{table(results)}\n\n{end}"
+        text, count = pattern.subn(lambda _, body=body: body, text)  # type: ignore[misc]
+        if count != 1:
+            raise ValueError(f"README.md: expected {start} ... {end} once, found it {count} times")
+    return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Print the README's tables from benchmarks/results/."""
+
+    check: bool = False
+    """Change nothing; exit with status 1 if README.md disagrees with the files."""
+
+
+def main(options: Options) -> int:
+    text = README.read_text(encoding="utf-8")
+    rendered = render(text)
+    if options.check:
+        if rendered != text:
+            print("README.md disagrees with benchmarks/results: run make tables", file=sys.stderr)
+        return int(rendered != text)
+    README.write_text(rendered, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options)))
