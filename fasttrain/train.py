@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fasttrain.checkpoint import save_checkpoint
 from fasttrain.data.cifar import Dataset
@@ -25,6 +26,9 @@ from fasttrain.recipe import PRESETS, Recipe
 from fasttrain.runlog import RunLog
 from fasttrain.step import TrainStep, pick_compile_mode
 
+FIRST_STEPS = 5
+"""Steps after which the laptop recipe says how long the full one would take."""
+
 
 def train(
     recipe: Recipe,
@@ -43,16 +47,17 @@ def train(
     """
     started = time.perf_counter() if started is None else started
     run_device = pick_device(device)
-    compute_dtype = pick_compute_dtype(recipe.compute_dtype, run_device)
+    dtype = pick_compute_dtype(recipe.compute_dtype, run_device)
+    precision = precision_name(recipe.compute_dtype, dtype)
     set_fp32_precision(allow_tf32=recipe.compute_dtype == "tf32")
+    torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN time its kernels once
 
     dataset = open_dataset(data, data_dir, print)
     kind = pick_loader(recipe.loader, run_device, print)
     mode = pick_compile_mode(recipe.compile, run_device, print)
-    settings: dict[str, Any] = {"kind": kind, "device": run_device, "dtype": compute_dtype}
+    settings: dict[str, Any] = {"kind": kind, "device": run_device, "dtype": dtype}
     train_loader = build_loader(dataset, recipe, train=True, **settings)
     test_loader = build_loader(dataset, recipe, train=False, **settings)
-    precision = precision_name(recipe.compute_dtype, compute_dtype)
 
     log = RunLog(out, recipe.name)
     log.write("recipe.json", recipe.to_dict())
@@ -62,73 +67,35 @@ def train(
         f"{recipe.batch_size}, {run_device.type}, {precision}, {train_loader.name}, "
         f"{f'compiled ({mode})' if mode else 'eager'} -> {log.folder}"
     )
-
-    matmul_tflops = measure_matmul_tflops(run_device, compute_dtype)
+    matmul_tflops = measure_matmul_tflops(run_device, dtype)
     max_lr = recipe.max_lr
     if max_lr == "auto":
+        log.say("max_lr auto: trying rising rates on networks of their own first")
         search = find_max_lr(dataset, recipe, **settings)
         max_lr = search.suggestion
         log.say(f"max_lr {max_lr:.3g}: the median of {', '.join(f'{lr:.3g}' for lr in search.suggestions)}")
 
     torch.manual_seed(recipe.seed)
-    model = CustomResNet(len(dataset.classes), recipe.dropout)
     step = TrainStep(
-        model,
+        CustomResNet(len(dataset.classes), recipe.dropout),
         recipe,
         max_lr=max_lr,
         total_steps=recipe.epochs * len(train_loader),
         device=run_device,
-        compute_dtype=compute_dtype,
+        compute_dtype=dtype,
         compile_mode=mode,
     )
-    compile_seconds = step.warm_up(*_blank_batch(train_loader, recipe, compute_dtype, run_device))
+    compile_seconds = step.warm_up(*_blank_batch(recipe.batch_size, dtype, run_device))
 
     history: list[dict[str, Any]] = []
     for epoch in range(1, recipe.epochs + 1):
-        timer = WaitTimer(train_loader)
-        epoch_start = time.perf_counter()
-        for index, (images_NCHW, labels_N) in enumerate(
-            log.steps(timer, len(train_loader), f"epoch {epoch}")
-        ):
-            step(images_NCHW, labels_N)
-            if recipe.name == "laptop" and epoch == 1 and index + 1 == min(5, len(train_loader)):
-                _announce_full_recipe(log, dataset, recipe, (index + 1) / (time.perf_counter() - epoch_start))
-        train_loss, train_accuracy = step.take_metrics()  # waits for the device: the epoch is over
-        seconds = time.perf_counter() - epoch_start
-        test_start = time.perf_counter()
-        test = evaluate(model, test_loader, run_device, compute_dtype)
-        history.append(
-            {
-                "epoch": epoch,
-                "train_loss": train_loss,
-                "train_accuracy": train_accuracy,
-                "test_loss": test.loss,
-                "test_accuracy": test.accuracy,
-                "lr": step.lr,
-                "seconds": seconds,
-                "test_seconds": time.perf_counter() - test_start,
-                "images_per_sec": len(train_loader) * recipe.batch_size / seconds,
-                "data_wait_share": timer.wait_seconds / seconds,
-            }
-        )
+        figures = _train_epoch(step, train_loader, epoch, log) | _test_epoch(step, test_loader)
+        history.append({"epoch": epoch, **figures})
         log.epoch(history[-1])
-        state = {
-            "model": model.state_dict(),
-            "epoch": epoch,
-            **step.state_dict(),
-            "loader": train_loader.state_dict(),
-            "loss": train_loss,
-            "batch_size": recipe.batch_size,
-            "recipe": recipe.to_dict(),
-            "dataset": dataset.name,
-            "classes": list(dataset.classes),
-            "mean": list(dataset.mean),
-            "std": list(dataset.std),
-        }
-        save_checkpoint(log.folder / "last.pt", state)
-        if all(test.accuracy > row["test_accuracy"] for row in history[:-1]):
-            save_checkpoint(log.folder / "best.pt", state)
+        _save_checkpoints(log.folder, history, step, train_loader, dataset)
 
+    # A peak is a maximum: measured before and after, lest a busy moment flatter the training.
+    matmul_tflops = max(matmul_tflops, measure_matmul_tflops(run_device, dtype))
     train_seconds = sum(row["seconds"] for row in history)
     images_per_sec = recipe.epochs * len(train_loader) * recipe.batch_size / train_seconds
     best = max(history, key=lambda row: row["test_accuracy"])
@@ -151,7 +118,7 @@ def train(
         "wall_seconds": time.perf_counter() - started,
         "images_per_sec": images_per_sec,
         "data_wait_share": sum(row["data_wait_share"] * row["seconds"] for row in history) / train_seconds,
-        "mfu": model_flops_utilization(images_per_sec, training_flop_per_image(model), matmul_tflops),
+        "mfu": model_flops_utilization(images_per_sec, training_flop_per_image(step.model), matmul_tflops),
         "matmul_tflops_measured": matmul_tflops,
         "peak_memory_gib": peak_memory_gib(run_device),
         "peak_resident_gib": peak_memory_gib(torch.device("cpu")),
@@ -165,21 +132,69 @@ def train(
     return result
 
 
-def _blank_batch(
-    loader: Loader, recipe: Recipe, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch of the loader's shape, dtype and strides, to compile on without taking one from it."""
-    shape = (recipe.batch_size, 3, 32, 32)
-    image_dtype = torch.float32 if dtype == torch.float32 else torch.float16
-    images = torch.zeros(shape, dtype=image_dtype, device=device).to(memory_format=torch.channels_last)
-    return images, torch.zeros(recipe.batch_size, dtype=torch.int64, device=device)
+def _train_epoch(step: TrainStep, loader: Loader, epoch: int, log: RunLog) -> dict[str, float]:
+    timer = WaitTimer(loader)
+    start = time.perf_counter()
+    for images_NCHW, labels_N in log.steps(timer, len(loader), f"epoch {epoch}"):
+        step(images_NCHW, labels_N)
+        if step.recipe.name == "laptop" and step.step == min(FIRST_STEPS, step.total_steps):
+            _announce_full_recipe(log, loader, (time.perf_counter() - start) / step.step)
+    loss, accuracy = step.take_metrics()  # waits for the device: only now the epoch is over
+    seconds = time.perf_counter() - start
+    return {
+        "train_loss": loss,
+        "train_accuracy": accuracy,
+        "lr": step.lr,
+        "seconds": seconds,
+        "images_per_sec": len(loader) * step.recipe.batch_size / seconds,
+        "data_wait_share": timer.wait_seconds / seconds,
+    }
 
 
-def _announce_full_recipe(log: RunLog, dataset: Dataset, recipe: Recipe, steps_per_sec: float) -> None:
-    full = PRESETS["default"]
-    images = full.epochs * len(dataset.train.labels)
-    minutes = images / (steps_per_sec * recipe.batch_size) / 60
+def _announce_full_recipe(log: RunLog, loader: Loader, seconds_per_step: float) -> None:
+    full, images = PRESETS["default"], loader.sampler.count
+    minutes = full.epochs * images * seconds_per_step / loader.sampler.batch_size / 60
     log.say(
-        f"The laptop recipe trains {recipe.epochs} epochs. The full recipe's {full.epochs} would take about "
+        f"No GPU: this is the short laptop recipe. The full one, {full.epochs} epochs, would take about "
         f"{minutes:.0f} minutes here: fasttrain train --recipe {full.name}"
     )
+
+
+def _test_epoch(step: TrainStep, loader: Loader) -> dict[str, float]:
+    start = time.perf_counter()
+    test = evaluate(step.model, loader, step.device, step.compute_dtype)
+    return {
+        "test_loss": test.loss,
+        "test_accuracy": test.accuracy,
+        "test_seconds": time.perf_counter() - start,
+    }
+
+
+def _save_checkpoints(
+    folder: Path, history: list[dict[str, Any]], step: TrainStep, loader: Loader, dataset: Dataset
+) -> None:
+    """last.pt after every epoch; best.pt where the test accuracy is the highest so far."""
+    state = {
+        "model": step.model.state_dict(),
+        "epoch": history[-1]["epoch"],
+        **step.state_dict(),
+        "loader": loader.state_dict(),
+        "loss": history[-1]["train_loss"],
+        "batch_size": step.recipe.batch_size,
+        "recipe": step.recipe.to_dict(),
+        "dataset": dataset.name,
+        "classes": list(dataset.classes),
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+    }
+    save_checkpoint(folder / "last.pt", state)
+    if all(history[-1]["test_accuracy"] > row["test_accuracy"] for row in history[:-1]):
+        save_checkpoint(folder / "best.pt", state)
+
+
+def _blank_batch(batch_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A batch of the loaders' shape, dtype and strides, to compile on without taking one from them."""
+    image_dtype = torch.float32 if dtype == torch.float32 else torch.float16
+    images = torch.zeros(batch_size, 3, 32, 32, dtype=image_dtype, device=device)
+    labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    return images.to(memory_format=torch.channels_last), labels
