@@ -195,6 +195,13 @@ def test_same_seed_same_batches_for_any_number_of_threads(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_another_seed_augments_otherwise(kind: str) -> None:
+    dataset = ramp_dataset(128)  # all images alike: whatever differs is the augmentation
+    one, other = (next(iter(build(kind, dataset, seed=seed)))[0] for seed in (3, 4))
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_restored_state_goes_on_bit_exactly_in_the_middle_of_an_epoch(kind: str) -> None:
     dataset = random_dataset()
     first, second = build(kind, dataset), build(kind, dataset)
