@@ -41,12 +41,15 @@ def software(machine: dict[str, Any]) -> str:
 
 
 def runs_table(results: Path) -> str:
-    """One row per training run whose files lie under results/runs/."""
-    rows, machines = [], []
+    """One row per training run whose files lie under results/runs/; its note.txt, if any, goes below."""
+    rows, machines, notes = [], [], []
     for path in sorted((results / "runs").glob("*/result.json")):
         result = json.loads(path.read_text())
         machine = json.loads((path.parent / "machine.json").read_text())
         machines.append(f"{machine_name(machine)}; {software(machine)}")
+        note = path.parent / "note.txt"
+        if note.exists():
+            notes.append(f"{result['recipe']['name']}, {result['epochs']} epochs: {note.read_text().strip()}")
         rows.append(
             [
                 f"[{result['recipe']['name']}](benchmarks/results/runs/{path.parent.name})",
@@ -64,11 +67,12 @@ def runs_table(results: Path) -> str:
         )
     columns = ["recipe", "images", "epochs", "test accuracy", "best epoch's", "s/epoch", "images/s"]
     columns += ["data wait", "of matmul rate", "resident GiB", "device"]
-    note = (
+    caption = (
         "n = 1 run a row, so no spread is known. Accuracy is the final epoch's; the best epoch's was chosen "
         "on the test images. Seconds: median over the epochs, training only."
     )
-    return "\n\n".join([markdown(columns, rows), f"{note} Machine: {'; '.join(dict.fromkeys(machines))}."])
+    caption = " ".join([caption, *notes, f"Machine: {'; '.join(dict.fromkeys(machines))}."])
+    return f"{markdown(columns, rows)}\n\n{caption}"
 
 
 def rows_table(results: Path, benchmark: str, columns: dict[str, Callable[[dict[str, Any]], str]]) -> str:
