@@ -47,6 +47,7 @@ def runs_table(results: Path) -> str:
         result = json.loads(path.read_text())
         machine = json.loads((path.parent / "machine.json").read_text())
         machines.append(f"{machine_name(machine)}; {software(machine)}")
+        seconds = result["epoch_seconds"]
         note = path.parent / "note.txt"
         if note.exists():
             notes.append(f"{result['recipe']['name']}, {result['epochs']} epochs: {note.read_text().strip()}")
@@ -57,7 +58,7 @@ def runs_table(results: Path) -> str:
                 str(result["epochs"]),
                 f"{result['test_accuracy']:.2%}",
                 f"{result['best_test_accuracy']:.2%}",
-                f"{statistics.median(result['epoch_seconds']):,.1f}",
+                f"{statistics.median(seconds):,.1f} ({min(seconds):,.1f}-{max(seconds):,.1f})",
                 f"{result['images_per_sec']:,.0f}",
                 f"{result['data_wait_share']:.2%}",
                 "-" if result["mfu"] is None else f"{result['mfu']:.0%}",
@@ -69,7 +70,7 @@ def runs_table(results: Path) -> str:
     columns += ["data wait", "of matmul rate", "resident GiB", "device"]
     caption = (
         "n = 1 run a row, so no spread is known. Accuracy is the final epoch's; the best epoch's was chosen "
-        "on the test images. Seconds: median over the epochs, training only."
+        "on the test images. Seconds: median (range) over the epochs, training only."
     )
     caption = " ".join([caption, *notes, f"Machine: {'; '.join(dict.fromkeys(machines))}."])
     return f"{markdown(columns, rows)}\n\n{caption}"
