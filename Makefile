@@ -27,7 +27,7 @@ fasttrain = "$(BIN)/python" -m fasttrain
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train lr-find summary evaluate report compare data doctor test check bench profile tables clean
+.PHONY: help setup train lr-find summary evaluate report compare data doctor test check bench profile gpu-report tables clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -78,6 +78,9 @@ bench: setup  ## time the training step and the loaders
 
 profile: setup  ## profile one training step
 	"$(BIN)/python" -m benchmarks.profile $(ARGS)
+
+gpu-report: setup  ## run every benchmark in one visit to a GPU: ARGS="--data-dir data"
+	"$(BIN)/python" -m benchmarks.gpu_report $(ARGS)
 
 tables: setup  ## print the README's tables from benchmarks/results
 	"$(BIN)/python" -m benchmarks.tables

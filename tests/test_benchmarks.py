@@ -1,14 +1,13 @@
 """The README and the result files agree, and the benchmarks run."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import report, tables
+from benchmarks import gpu_report, report, tables, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,30 +51,46 @@ def test_workloads_take_turns() -> None:
     assert report.spread([9.0, 10.0, 12.0]) == pytest.approx(0.15)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["benchmarks.step", "--rounds", "1", "--batch-size", "8", "--device", "cpu"],
-        ["benchmarks.loader", "--rounds", "1", "--batch-size", "64", "--images", "256", "--device", "cpu"],
-        ["benchmarks.profile", "--steps", "1", "--recipe", "{recipe}", "--trace", "{tmp}/trace.json"],
-    ],
-)
-def test_the_benchmark_scripts_run(command: list[str], tmp_path: Path) -> None:
-    recipe = tmp_path / "small.json"
-    recipe.write_text(json.dumps({"batch_size": 8}))
-    arguments = [part.format(recipe=recipe, tmp=tmp_path) for part in command]
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"FASTTRAIN_RESULTS": str(tmp_path)},
-    )
-    assert done.returncode == 0, done.stderr
-    if command[0] == "benchmarks.profile":
-        assert "mkldnn" in done.stdout or "conv" in done.stdout
-        assert (tmp_path / "trace.json").exists()
-    else:
-        [path] = tmp_path.glob(f"{command[0].split('.')[1]}-*.json")
+def test_one_command_runs_every_benchmark(dataset_dir: Path, tmp_path: Path) -> None:
+    """What a visit to a GPU runs, tiny and on the CPU: the script and every part of it."""
+    options = ["--small", "--data-dir", str(dataset_dir), "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.gpu_report", *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    logs = "\n".join(path.read_text() for path in tmp_path.glob("*.log"))
+    assert done.returncode == 0, done.stdout + logs
+    for benchmark in ("machine", "loader", "step", "train-default"):
+        [path] = tmp_path.glob(f"{benchmark}-*.json")
         values = json.loads(path.read_text())
-        assert values["rows"] and values["samples"] and values["machine"]["torch"]
+        assert values["rows"] and values["machine"]["torch"], benchmark
+    assert "conv" in (tmp_path / "profile.log").read_text() and (tmp_path / "trace.json").stat().st_size
+    assert list(tmp_path.glob("runs/*-default/result.json"))
+
+
+def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path: Path, monkeypatch, capsys) -> None:
+    commands = {"fails": "raise SystemExit(3)", "hangs": "import time; time.sleep(60)", "works": "print(1)"}
+    monkeypatch.setattr(
+        gpu_report,
+        "parts",
+        lambda options: [(name, 1, [sys.executable, "-c", code]) for name, code in commands.items()],
+    )
+    with pytest.raises(SystemExit):
+        gpu_report.main(gpu_report.Options(out=tmp_path))
+    out = capsys.readouterr().out
+    assert "exit status 3" in out and "stopped after 1 s" in out and "done" in out
+    assert (tmp_path / "works.log").read_text() == "1\n"
+
+
+def test_a_summary_keeps_every_seed_apart_from_its_mean() -> None:
+    run = {"test_accuracy": 0.9, "epoch_seconds": [1.0, 3.0], "train_seconds": 4.0, "compile_seconds": 2.0}
+    run |= {"wall_seconds": 9.0, "data_wait_share": 0.01, "mfu": None}
+    again = run | {
+        "test_accuracy": 0.8,
+        "epoch_seconds": [1.0, 1.0],
+        "compile_seconds": 0.1,
+        "wall_seconds": 5.0,
+    }
+    rows = {row["figure"]: row for row in train.summarize([run, again])}
+    assert rows["test accuracy"]["mean"] == pytest.approx(0.85) and rows["test accuracy"]["n"] == 2
+    assert rows["seconds per epoch"]["n"] == 4 and rows["seconds per epoch"]["max"] == 3
+    assert rows["wall seconds, cold"]["mean"] == 9 and rows["wall seconds, later runs"]["mean"] == 5
+    assert rows["compile seconds, cold"]["stdev"] is None and "mfu" not in rows

@@ -75,9 +75,11 @@ def test_both_give_identical_values_labels_and_strides_on_the_test_split(dtype: 
 
 
 @needs_dali
-def test_both_deliver_the_same_images_in_the_same_shuffled_order() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("padding", [4, 3])
+def test_both_give_identical_batches_in_training(dtype: torch.dtype, padding: int) -> None:
     dataset = random_dataset()
-    ours, reference = build("dali", dataset, **PLAIN), build("tensor", dataset, **PLAIN)
+    ours, reference = (build(kind, dataset, dtype=dtype, crop_padding=padding) for kind in ("dali", "tensor"))
     for _ in range(2):
         for (images, labels), (expected_images, expected_labels) in zip(ours, reference, strict=True):
             assert torch.equal(images, expected_images) and torch.equal(labels, expected_labels)
@@ -195,6 +197,13 @@ def test_same_seed_same_batches_for_any_number_of_threads(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_another_seed_augments_otherwise(kind: str) -> None:
+    dataset = ramp_dataset(128)  # all images alike: whatever differs is the augmentation
+    one, other = (next(iter(build(kind, dataset, seed=seed)))[0] for seed in (3, 4))
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_restored_state_goes_on_bit_exactly_in_the_middle_of_an_epoch(kind: str) -> None:
     dataset = random_dataset()
     first, second = build(kind, dataset), build(kind, dataset)
@@ -215,7 +224,6 @@ def test_a_restored_state_goes_on_bit_exactly_in_the_middle_of_an_epoch(kind: st
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("train", [True, False])
 def test_dalis_gpu_pipeline_gives_what_its_cpu_backend_gives(dtype: torch.dtype, train: bool) -> None:
-    """Augmented too: the random draws happen on the CPU either way."""
     dataset, device = random_dataset(), torch.device("cuda", 0)
     pairs = zip(
         epoch(build("dali", dataset, train=train, dtype=dtype, device=device)),

@@ -298,7 +298,9 @@ def test_compare_writes_mean_range_and_n(runs: list[Path], tmp_path) -> None:
     assert main(["compare", *map(str, [*runs, runs[0]]), "--out", str(out)]) == 0
     page = Page(out)
     assert "cutout: 8 3 60.00% 50.00% to 70.00% " in page.text
-    assert re.search(r"cutout: 0 1 90\.00% [\d.]+% [\d.,]+ [\d.,]+ 2 synthetic ", page.text)  # n = 1: no range
+    assert re.search(
+        r"cutout: 0 1 90\.00% [\d.]+% [\d.,]+ [\d.,]+ 2 synthetic ", page.text
+    )  # n = 1: no range
     assert "Where n = 1 no spread is known" in page.text
     assert sorted(page.links) == sorted(f"{folder.name}/report.html" for folder in runs)
     assert len(page.loaded) == 2 * 2 and all(uri.startswith("data:image/png;base64,") for uri in page.loaded)

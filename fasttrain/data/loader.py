@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fasttrain.data import cifar, synthetic
 from fasttrain.data.cifar import Dataset, Split
-from fasttrain.data.sampler import Sampler
+from fasttrain.data.sampler import Augmentation, Sampler
 from fasttrain.errors import UserError
 from fasttrain.recipe import Recipe
 
@@ -122,18 +122,22 @@ def build_loader(
     size = split.images.shape[-1]
     if recipe.cutout > size:
         raise UserError(f"--cutout {recipe.cutout}: the images are {size} pixels wide; take at most that")
+    padding = recipe.crop_padding if train else 0
     settings: dict[str, Any] = {
-        "images": padded(split, recipe.crop_padding) if train else split.images,
+        "images": padded(split, padding) if padding else split.images,
         "labels": split.labels,
         "sampler": Sampler(len(split.labels), batch_size, train=train, seed=recipe.seed),
-        "crop": size,
-        "flip": train and recipe.flip,
-        "cutout": recipe.cutout if train else 0,
+        "augmentation": Augmentation(
+            crop=size,
+            room=2 * padding,
+            flip=train and recipe.flip,
+            cutout=recipe.cutout if train else 0,
+            seed=recipe.seed,
+        ),
         "mean": dataset.mean,
         "std": dataset.std,
         "dtype": torch.float32 if dtype == torch.float32 else torch.float16,
         "device": device,
-        "seed": recipe.seed,
     }
     if kind == "dali":
         from fasttrain.data.dali import DaliLoader

@@ -1,10 +1,16 @@
-"""Which images form which batch: a pure function of the seed and the step.
+"""Which images form which batch, and how each is cropped, mirrored and cut: pure functions of seed and step.
 
-Both loaders ask the same sampler, so they deliver the same images in the same order, and a loader that
-knows its step knows everything there is to restore.
+Both loaders ask here, so they deliver the same batches to the last bit, for any number of threads, and a
+loader that knows its step knows everything there is to restore.
 """
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import numpy as np
+
+ORDER, AUGMENTATION = 0, 1
+"""Streams of random numbers that share a seed and nothing else."""
 
 
 class Sampler:
@@ -24,6 +30,41 @@ class Sampler:
         """Indices of the batch at this step of the run: (batch_size,) int64, fewer at an evaluation's end."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self.train and epoch != self._epoch:
-            self._order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
+            self._order = np.random.default_rng((self.seed, ORDER, epoch)).permutation(self.count)
             self._epoch = epoch
         return self._order[position * self.batch_size : (position + 1) * self.batch_size]
+
+
+class Draws(NamedTuple):
+    """One batch's random choices; offsets and corners in pixels, int64.
+
+    rows, columns: (N,), where the crop begins in the padded image. mirrored: (N,) bool.
+    holes: (N, 2), row and column of the cutout's corner in the finished image.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    mirrored: np.ndarray
+    holes: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """What happens to every image of a batch.
+
+    crop: side of the finished image. room: by how much the padded image exceeds it; 0 means no random crop.
+    cutout: side of the square that is set to the mean; 0 means none.
+    """
+
+    crop: int
+    room: int
+    flip: bool
+    cutout: int
+    seed: int
+
+    def draw(self, step: int, count: int) -> Draws:
+        """The choices for `count` images at this step: offsets uniform, half of the images mirrored."""
+        rng = np.random.default_rng((self.seed, AUGMENTATION, step))
+        rows, columns = rng.integers(self.room + 1, size=(2, count))
+        mirrored = rng.integers(1 + self.flip, size=count).astype(bool)
+        return Draws(rows, columns, mirrored, rng.integers(self.crop - self.cutout + 1, size=(count, 2)))
