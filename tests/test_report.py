@@ -1,6 +1,7 @@
 """The pages about runs: what is on them, what they refuse, and that nothing in them reaches outside."""
 
 import base64
+import errno
 import html
 import io
 import json
@@ -23,9 +24,10 @@ from fasttrain import train as train_module
 from fasttrain.__main__ import main
 from fasttrain.compare import group_runs
 from fasttrain.data import cifar
+from fasttrain.evaluate import Evaluation
 from fasttrain.lr_find import LrCurve, LrSearch
 from fasttrain.recipe import Recipe
-from fasttrain.report import _samples, load_run, report
+from fasttrain.report import _samples, _tests, load_run, report
 from fasttrain.train import train
 
 HOSTILE = "<script>alert('$x_$')</script>"
@@ -57,6 +59,12 @@ def copied(run: Path, folder: Path, **result: Any) -> Path:
     figures = json.loads((folder / "result.json").read_text())
     (folder / "result.json").write_text(json.dumps(figures | result))
     return folder
+
+
+def pixels_CHW(uri: str) -> np.ndarray:
+    """The pixels of an embedded PNG, uint8, without its alpha channel."""
+    picture_HWC = imread(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,"))))
+    return (255 * picture_HWC[..., :3]).round().astype(np.uint8).transpose(2, 0, 1)
 
 
 class Page(HTMLParser):
@@ -107,13 +115,11 @@ def test_lr_find_json_holds_curves_suggestions_and_the_choice(run: Path) -> None
 
 def test_every_picture_is_inside_and_decodes(run: Path) -> None:
     page = Page(run / "report.html")
-    prefix = "data:image/png;base64,"
     assert len(page.loaded) == 5 * 2 + 24 + 24  # figures for light and dark, samples, mistakes
     for uri in page.loaded:
-        assert uri.startswith(prefix)
-        assert imread(io.BytesIO(base64.b64decode(uri.removeprefix(prefix)))).std() > 0  # and shows something
-    for uri in page.loaded[10:]:
-        assert imread(io.BytesIO(base64.b64decode(uri.removeprefix(prefix)))).shape[:2] == (32, 32)
+        assert uri.startswith("data:image/png;base64,")
+        assert pixels_CHW(uri).std() > 0  # it shows something
+    assert all(pixels_CHW(uri).shape == (3, 32, 32) for uri in page.loaded[10:])
 
 
 def test_the_page_reaches_nowhere(run: Path) -> None:
@@ -132,9 +138,21 @@ def test_samples_are_the_loaders_own_batch_with_normalisation_undone(dataset) ->
         for image, label in zip(dataset.train.images, dataset.train.labels, strict=True)
     }
     for sample in samples["images"]:
-        png = base64.b64decode(sample["uri"].partition(",")[2])
-        pixels = (imread(io.BytesIO(png))[..., :3] * 255).round().astype(np.uint8)
-        assert stored[pixels.transpose(2, 0, 1).tobytes()] == sample["label"]
+        assert stored[pixels_CHW(sample["uri"]).tobytes()] == sample["label"]
+
+
+def test_a_mistake_shows_its_own_image_with_truth_and_prediction(dataset) -> None:
+    labels_N = torch.from_numpy(dataset.test.labels).long()
+    predictions_N = labels_N.clone()
+    predictions_N[[3, 7]] = (labels_N[[3, 7]] + 1) % 10
+    confidences_N = torch.full((40,), 0.5)
+    confidences_N[7] = 0.75
+    tests = _tests(dataset, Evaluation(1.0, labels_N, predictions_N, confidences_N))
+    assert [mistake["confidence"] for mistake in tests["mistakes"]] == [0.75, 0.5]
+    for index, mistake in zip((7, 3), tests["mistakes"], strict=True):
+        assert np.array_equal(pixels_CHW(mistake["uri"]), dataset.test.images[index])
+        assert mistake["truth"] == dataset.classes[labels_N[index]]
+        assert mistake["prediction"] == dataset.classes[predictions_N[index]]
 
 
 def test_report_again_measures_the_checkpoint_and_agrees(run: Path, dataset_dir: Path, capsys) -> None:
@@ -176,6 +194,28 @@ def test_without_the_images_a_sentence_stands_for_their_sections(run: Path, tmp_
     assert "none does not hold the run's images, synthetic: name their folder with --data-dir" in page.text
     assert len(page.loaded) == 10 and "Confusion matrix" not in page.headings
     assert not (tmp_path / "none").exists()  # nothing was generated in their stead
+
+
+def test_other_images_than_the_runs_are_not_measured(run: Path, dataset_dir: Path, tmp_path) -> None:
+    folder = copied(run, tmp_path / "run", dataset="CIFAR-10")
+    report(folder, data_dir=dataset_dir, device="cpu")
+    page = Page(folder / "report.html")
+    assert "does not hold the run's images, CIFAR-10:" in page.text and len(page.loaded) == 10
+    assert "not the original" not in page.text
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(run: Path, tmp_path, monkeypatch, capsys) -> None:
+    folder = copied(run, tmp_path / "run")
+    before = (folder / "report.html").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fasttrain.files.os.fsync", full)
+    assert main(["report", str(folder), "--data-dir", str(tmp_path / "none"), "--device", "cpu"]) == 2
+    assert "report.html: cannot be written (No space left on device)" in capsys.readouterr().err
+    assert (folder / "report.html").read_bytes() == before
+    assert not list(folder.glob(".*"))
 
 
 def test_without_the_checkpoint_the_samples_stay(run: Path, dataset_dir: Path, tmp_path) -> None:
