@@ -27,7 +27,7 @@ fasttrain = "$(BIN)/python" -m fasttrain
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train lr-find summary evaluate data doctor test check bench profile gpu-report tables clean
+.PHONY: help setup train lr-find summary evaluate report compare data doctor test check bench profile gpu-report tables clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +54,12 @@ data: setup  ## fetch and verify the images: DATA= DATA_DIR=
 
 evaluate: setup  ## measure a checkpoint on the test images: ARGS=its path
 	$(fasttrain) evaluate$(data_flags)$(device_flags)$(if $(ARGS), $(ARGS))
+
+report: setup  ## write a run's report.html: DATA_DIR= DEVICE= ARGS=the run's folder
+	$(fasttrain) report$(call option,--data-dir,$(DATA_DIR))$(device_flags)$(if $(ARGS), $(ARGS))
+
+compare: setup  ## set runs side by side in compare.html: ARGS=their folders
+	$(fasttrain) compare$(if $(ARGS), $(ARGS))
 
 doctor: setup  ## say what this machine can do and what is missing: DEVICE=
 	$(fasttrain) doctor$(device_flags)$(if $(ARGS), $(ARGS))

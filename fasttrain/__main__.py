@@ -71,6 +71,28 @@ class EvaluateOptions(DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Write a finished run's report.html anew: one page, with every picture inside it."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder, as runs/..."""
+    data_dir: Path | None = None
+    """Folder of the data; by default $FASTTRAIN_DATA, else data/. Nothing is downloaded."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Set finished runs side by side on one page; runs that differ in their seed alone form a group."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of the runs, as runs/..."""
+    out: Path = Path("compare.html")
+    """The page to write."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeviceOptions:
     """Say what is installed, what will be used, what is missing and how to mend it."""
 
@@ -143,6 +165,23 @@ def evaluate(args: Sequence[str]) -> int:
     return 0
 
 
+def report(args: Sequence[str]) -> int:
+    options = _parse(ReportOptions, "report", args)
+    from fasttrain.report import report
+
+    print(f"report -> {report(options.run, data_dir=options.data_dir, device=options.device)}")
+    return 0
+
+
+def compare(args: Sequence[str]) -> int:
+    options = _parse(CompareOptions, "compare", args)
+    from fasttrain.compare import compare
+
+    compare(options.runs, options.out)
+    print(f"comparison -> {options.out}")
+    return 0
+
+
 def data(args: Sequence[str]) -> int:
     @dataclass(frozen=True, kw_only=True)
     class Options(DataOptions):
@@ -167,6 +206,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "find-lr": (find_lr, "suggest a peak learning rate"),
     "summary": (summary, "print the network layer by layer"),
     "evaluate": (evaluate, "measure a checkpoint on the test images"),
+    "report": (report, "write a run's page, report.html"),
+    "compare": (compare, "set several runs side by side on one page"),
     "data": (data, "fetch the data set and show what is there"),
     "doctor": (doctor, "say what is installed and what is missing"),
 }

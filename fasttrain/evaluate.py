@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,24 @@ from fasttrain.checkpoint import load_checkpoint
 from fasttrain.data.cifar import Dataset
 from fasttrain.data.loader import Loader, build_loader, pick_loader
 from fasttrain.errors import UserError
-from fasttrain.machine import pick_compute_dtype, pick_device
+from fasttrain.machine import fork_rng, pick_compute_dtype, pick_device
 from fasttrain.model import CustomResNet
 from fasttrain.recipe import Recipe
 from fasttrain.step import autocast
+
+
+@dataclass(frozen=True)
+class ClassFigures:
+    """One class: its images, and shares from 0 to 1, None where there is nothing to divide by.
+
+    recall: of its images, those found. precision: of the images given this label, those that deserve it.
+    taken_for: the other class that most of its images were given, if any was.
+    """
+
+    images: int
+    recall: float | None
+    precision: float | None
+    taken_for: int | None
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,24 @@ class Evaluation:
         """Counts: row = true class, column = predicted class."""
         cells = self.labels_N * num_classes + self.predictions_N
         return cells.bincount(minlength=num_classes**2).reshape(num_classes, num_classes)
+
+    def per_class(self, num_classes: int) -> list[ClassFigures]:
+        """Every class's figures, in the order of the labels."""
+        figures = []
+        confusion_KK = self.confusion_KK(num_classes)
+        for label, row_K in enumerate(confusion_KK):
+            hits, images, claims = int(row_K[label]), int(row_K.sum()), int(confusion_KK[:, label].sum())
+            others_K = row_K.clone()
+            others_K[label] = 0
+            figures.append(
+                ClassFigures(
+                    images=images,
+                    recall=hits / images if images else None,
+                    precision=hits / claims if claims else None,
+                    taken_for=int(others_K.argmax()) if others_K.any() else None,
+                )
+            )
+        return figures
 
     def misclassified(self) -> Tensor:
         """Indices of the wrongly classified images, the most confident mistake first."""
@@ -80,12 +113,35 @@ def evaluate(
     )
 
 
+def evaluate_state(state: dict[str, Any], dataset: Dataset, device: torch.device) -> Evaluation:
+    """Measure a loaded checkpoint on every test image.
+
+    Images are normalised with the mean and standard deviation that the checkpoint was trained with.
+    Raises UserError if the checkpoint's classes are not the data set's.
+    """
+    if list(dataset.classes) != state["classes"]:
+        raise UserError(f"it was trained on {state['dataset']}, not on {dataset.name}; name its --data")
+    recipe = Recipe.from_dict(state["recipe"])
+    compute_dtype = pick_compute_dtype(recipe.compute_dtype, device)
+    loader = build_loader(
+        dataclasses.replace(dataset, mean=tuple(state["mean"]), std=tuple(state["std"])),
+        recipe,
+        train=False,
+        kind=pick_loader(recipe.loader, device, print),
+        device=device,
+        dtype=compute_dtype,
+    )
+    with fork_rng(device):  # a new network draws its weights from the global generator
+        model = CustomResNet(len(dataset.classes))
+    model.load_state_dict(state["model"])
+    return evaluate(model.to(device), loader, device, compute_dtype)
+
+
 def evaluate_checkpoint(
     path: Path, open_dataset: Callable[[], Dataset], *, device: str = "auto", mistakes: int = 5
 ) -> Evaluation:
     """Measure a checkpoint on every test image and print accuracy, classes and the most confident mistakes.
 
-    Images are normalised with the mean and standard deviation that the checkpoint was trained with.
     Raises UserError if the checkpoint cannot be read, or if its classes are not the data set's.
     """
     from rich.console import Console
@@ -93,23 +149,11 @@ def evaluate_checkpoint(
 
     state = load_checkpoint(path)
     dataset = open_dataset()
-    if list(dataset.classes) != state["classes"]:
-        raise UserError(f"{path}: was trained on {state['dataset']}, not on {dataset.name}; name its --data")
-    recipe = Recipe.from_dict(state["recipe"])
     run_device = pick_device(device)
-    compute_dtype = pick_compute_dtype(recipe.compute_dtype, run_device)
-    dataset = dataclasses.replace(dataset, mean=tuple(state["mean"]), std=tuple(state["std"]))
-    loader = build_loader(
-        dataset,
-        recipe,
-        train=False,
-        kind=pick_loader(recipe.loader, run_device, print),
-        device=run_device,
-        dtype=compute_dtype,
-    )
-    model = CustomResNet(len(dataset.classes))
-    model.load_state_dict(state["model"])
-    result = evaluate(model.to(run_device), loader, run_device, compute_dtype)
+    try:
+        result = evaluate_state(state, dataset, run_device)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(
@@ -117,18 +161,14 @@ def evaluate_checkpoint(
         f"{len(result.labels_N):,} images; epoch {state['epoch']} of {path}",
         markup=False,
     )
-    confusion = result.confusion_KK(len(dataset.classes))
     table = Table("class", "images", "recall", "precision", "most often taken for")
-    for index, name in enumerate(dataset.classes):
-        hits, images, claims = confusion[index, index], confusion[index].sum(), confusion[:, index].sum()
-        others = confusion[index].clone()
-        others[index] = -1
+    for name, figures in zip(dataset.classes, result.per_class(len(dataset.classes)), strict=True):
         table.add_row(
             name,
-            f"{images:,}",
-            f"{hits / images:.2%}" if images else "-",
-            f"{hits / claims:.2%}" if claims else "-",
-            dataset.classes[int(others.argmax())] if others.max() > 0 else "-",
+            f"{figures.images:,}",
+            "-" if figures.recall is None else f"{figures.recall:.2%}",
+            "-" if figures.precision is None else f"{figures.precision:.2%}",
+            "-" if figures.taken_for is None else dataset.classes[figures.taken_for],
         )
     console.print(table)
     for index in result.misclassified()[:mistakes].tolist():

@@ -32,7 +32,8 @@ class RunLog:
     """The folder `out`/<time>-<recipe>/ of one run, and its console.
 
     recipe.json and machine.json are written by the caller's first words, metrics.jsonl grows by a line per
-    epoch, result.json comes at the end: a folder without it is a run that did not finish.
+    epoch, result.json comes at the end: a folder without it is a run that did not finish. lr_find.json is
+    there where the LR finder chose the peak rate.
     """
 
     def __init__(self, out: Path, recipe_name: str) -> None:

@@ -1,5 +1,6 @@
 """The training loop: from a recipe to a run's folder."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 from fasttrain.checkpoint import save_checkpoint
 from fasttrain.data.cifar import Dataset
 from fasttrain.data.loader import DataChoice, Loader, build_loader, open_dataset, pick_loader
-from fasttrain.evaluate import evaluate
+from fasttrain.evaluate import Evaluation, evaluate
 from fasttrain.lr_find import find_max_lr
 from fasttrain.machine import (
     describe,
@@ -23,6 +24,7 @@ from fasttrain.machine import (
 from fasttrain.metrics import WaitTimer, model_flops_utilization, peak_memory_gib
 from fasttrain.model import CustomResNet, training_flop_per_image
 from fasttrain.recipe import PRESETS, Recipe
+from fasttrain.report import load_run, write_report
 from fasttrain.runlog import RunLog
 from fasttrain.step import TrainStep, pick_compile_mode
 
@@ -73,6 +75,7 @@ def train(
         log.say("max_lr auto: trying rising rates on networks of their own first")
         search = find_max_lr(dataset, recipe, **settings)
         max_lr = search.suggestion
+        log.write("lr_find.json", {"max_lr": max_lr, **dataclasses.asdict(search)})
         log.say(f"max_lr {max_lr:.3g}: the median of {', '.join(f'{lr:.3g}' for lr in search.suggestions)}")
 
     torch.manual_seed(recipe.seed)
@@ -89,8 +92,9 @@ def train(
 
     history: list[dict[str, Any]] = []
     for epoch in range(1, recipe.epochs + 1):
-        figures = _train_epoch(step, train_loader, epoch, log) | _test_epoch(step, test_loader)
-        history.append({"epoch": epoch, **figures})
+        train_figures = _train_epoch(step, train_loader, epoch, log)
+        test, test_figures = _test_epoch(step, test_loader)
+        history.append({"epoch": epoch, **train_figures, **test_figures})
         log.epoch(history[-1])
         _save_checkpoints(log.folder, history, step, train_loader, dataset)
 
@@ -129,6 +133,7 @@ def train(
         f"(best {best['test_accuracy']:.2%} at epoch {best['epoch']}, chosen on the test images); "
         f"{train_seconds:.1f} s of training, {result['wall_seconds']:.1f} s in all -> {log.folder}"
     )
+    _report(log, dataset, test, run_device)
     return result
 
 
@@ -160,10 +165,10 @@ def _announce_full_recipe(log: RunLog, loader: Loader, seconds_per_step: float) 
     )
 
 
-def _test_epoch(step: TrainStep, loader: Loader) -> dict[str, float]:
+def _test_epoch(step: TrainStep, loader: Loader) -> tuple[Evaluation, dict[str, float]]:
     start = time.perf_counter()
     test = evaluate(step.model, loader, step.device, step.compute_dtype)
-    return {
+    return test, {
         "test_loss": test.loss,
         "test_accuracy": test.accuracy,
         "test_seconds": time.perf_counter() - start,
@@ -190,6 +195,15 @@ def _save_checkpoints(
     save_checkpoint(folder / "last.pt", state)
     if all(history[-1]["test_accuracy"] > row["test_accuracy"] for row in history[:-1]):
         save_checkpoint(folder / "best.pt", state)
+
+
+def _report(log: RunLog, dataset: Dataset, test: Evaluation, device: torch.device) -> None:
+    """Write report.html from the last epoch's evaluation. The run is finished: nothing here may fail it."""
+    try:
+        log.say(f"report -> {write_report(load_run(log.folder), dataset, test, device=device)}")
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        log.say(f"no report.html ({reason}); try again: fasttrain report {log.folder}")
 
 
 def _blank_batch(batch_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

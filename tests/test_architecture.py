@@ -12,7 +12,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
     {"fasttrain", "fasttrain.data", "fasttrain.errors"},
-    {"fasttrain.files", "fasttrain.recipe", "fasttrain.model", "fasttrain.data.sampler"},
+    {
+        "fasttrain.files",
+        "fasttrain.recipe",
+        "fasttrain.model",
+        "fasttrain.plots",
+        "fasttrain.data.sampler",
+    },
     {
         "fasttrain.machine",
         "fasttrain.optim",
@@ -24,12 +30,13 @@ FLOORS = [
     {"fasttrain.data.synthetic", "fasttrain.step", "fasttrain.runlog", "fasttrain.checkpoint"},
     {"fasttrain.data.loader"},
     {"fasttrain.evaluate", "fasttrain.lr_find"},
-    {"fasttrain.train"},
+    {"fasttrain.report"},
+    {"fasttrain.train", "fasttrain.compare"},
     {"fasttrain.__main__"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 
-HEAVY = {"torch", "nvidia", "matplotlib", "torch_lr_finder", "torchinfo"}
+HEAVY = {"torch", "nvidia", "matplotlib", "jinja2", "torch_lr_finder", "torchinfo"}
 LIGHT_MODULES = [
     "fasttrain",
     "fasttrain.data",

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fasttrain.evaluate import Evaluation, evaluate
+from fasttrain.evaluate import ClassFigures, Evaluation, evaluate
 
 CPU = torch.device("cpu")
 LABELS = torch.tensor([0, 1, 2, 1, 0])
@@ -32,6 +32,15 @@ def test_loss_and_accuracy_weigh_every_image_alike() -> None:
 
 def test_confusion_counts_truth_by_row_and_prediction_by_column() -> None:
     assert result().confusion_KK(3).tolist() == [[2, 0, 0], [0, 1, 1], [0, 1, 0]]
+
+
+def test_recall_divides_by_the_classs_images_and_precision_by_its_claims() -> None:
+    labels_N, predictions_N = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1])
+    assert Evaluation(1.0, labels_N, predictions_N, torch.ones(4)).per_class(3) == [
+        ClassFigures(images=3, recall=2 / 3, precision=1.0, taken_for=1),
+        ClassFigures(images=1, recall=1.0, precision=1 / 2, taken_for=None),
+        ClassFigures(images=0, recall=None, precision=None, taken_for=None),
+    ]
 
 
 def test_misclassified_starts_with_the_most_confident_mistake() -> None:

@@ -74,6 +74,7 @@ def test_a_run_leaves_its_folder(run: Path) -> None:
         "result.json",
         "last.pt",
         "best.pt",
+        "report.html",
     }
     assert run.name.endswith("-laptop")  # what --recipe auto takes without a GPU
     recipe = Recipe.from_dict(json.loads((run / "recipe.json").read_text()))

@@ -1,0 +1,180 @@
+"""The reports' pictures, as data URIs that a page carries within itself.
+
+Every figure is drawn twice, for a light page and for a dark one, on a transparent ground. Figures hold no
+names from outside: those stand in the page's text, where they are escaped and can be selected.
+"""
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+INCHES = (4.6, 2.9)
+"""Size of a figure: about a phone's width, so that its labels stay legible there."""
+DOTS_PER_INCH = 200
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours of one scheme; the page's style sheet takes its own from here too."""
+
+    paper: str
+    ink: str
+    muted: str
+    line: str
+    series: tuple[str, ...]
+
+
+# Blue and orange first: they differ for every kind of colour vision.
+LIGHT = Palette(
+    paper="#ffffff",
+    ink="#1c2330",
+    muted="#586174",
+    line="#d9dee6",
+    series=("#1464c0", "#c4560a", "#157a52", "#8648c9", "#b3256f", "#6f6200"),
+)
+DARK = Palette(
+    paper="#12161d",
+    ink="#e6eaf1",
+    muted="#9aa5b6",
+    line="#303845",
+    series=("#74b3ff", "#ff9f55", "#4fd1a0", "#c7a3ff", "#ff8cc3", "#d8c552"),
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The same figure for both schemes, as data URIs, and what it shows in words."""
+
+    light: str
+    dark: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart. A missing value is NaN. band: lower and upper edge; series: its colour's index."""
+
+    xs: Sequence[float]
+    ys: Sequence[float]
+    series: int
+    label: str = ""
+    band: tuple[Sequence[float], Sequence[float]] | None = None
+
+
+def chart(
+    curves: Sequence[Curve],
+    *,
+    x_name: str,
+    y_name: str,
+    alt: str,
+    percent: bool = False,
+    log_x: bool = False,
+    mark_x: float | None = None,
+) -> Picture:
+    """Lines over one axis. percent: y runs from 0 to 1. mark_x: a vertical line there."""
+
+    def draw(axes: Any, palette: Palette) -> None:
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+        for curve in curves:
+            colour = palette.series[curve.series % len(palette.series)]
+            # A point for every value while they can be told apart: a single epoch makes no line.
+            marker = "o" if len(curve.xs) <= 40 else None
+            axes.plot(curve.xs, curve.ys, color=colour, label=curve.label, marker=marker, markersize=3)
+            if curve.band is not None:
+                axes.fill_between(curve.xs, *curve.band, color=colour, alpha=0.2, linewidth=0)
+        if log_x:
+            axes.set_xscale("log")
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        if mark_x is not None:
+            axes.axvline(mark_x, color=palette.ink, linestyle="--", linewidth=1)
+        axes.set_xlabel(x_name)
+        axes.set_ylabel(y_name)
+        if any(curve.label for curve in curves):
+            axes.legend(frameon=False, labelcolor=palette.ink)
+
+    return _picture(draw, alt)
+
+
+def schedule(lrs: Sequence[float], betas: Sequence[float] | None, alt: str) -> Picture:
+    """The learning rate of every step; beside it Adam's beta1 where the recipe cycles it."""
+
+    def draw(axes: Any, palette: Palette) -> None:
+        blue, orange = palette.series[:2]
+        axes.plot(lrs, color=blue)
+        axes.set_xlabel("step")
+        axes.set_ylabel("learning rate", color=blue)
+        if betas is not None:
+            right = axes.twinx()
+            _style(right, palette)
+            right.grid(False)
+            right.plot(betas, color=orange)
+            right.set_ylabel("beta1", color=orange)
+
+    return _picture(draw, alt)
+
+
+def epoch_seconds(seconds: Sequence[float], wait_shares: Sequence[float], alt: str) -> Picture:
+    """A bar per epoch: training, and on top of it the time spent waiting for data."""
+
+    def draw(axes: Any, palette: Palette) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        total, waiting = np.asarray(seconds), np.asarray(seconds) * np.asarray(wait_shares)
+        epochs = np.arange(1, len(total) + 1)
+        axes.bar(epochs, total - waiting, color=palette.series[0], label="training")
+        axes.bar(epochs, waiting, bottom=total - waiting, color=palette.series[1], label="waiting for data")
+        axes.set_ylim(0, 1.25 * total.max())  # room for the legend
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("seconds")
+        axes.legend(frameon=False, labelcolor=palette.ink, ncols=2, loc="upper right")
+
+    return _picture(draw, alt)
+
+
+def image_uri(image_HWC: np.ndarray) -> str:
+    """One image, (H, W, 3) uint8, pixel for pixel."""
+    from matplotlib.image import imsave
+
+    buffer = io.BytesIO()
+    imsave(buffer, image_HWC, format="png")
+    return _uri(buffer)
+
+
+def _picture(draw: Callable[[Any, Palette], None], alt: str) -> Picture:
+    return Picture(light=_drawn(draw, LIGHT), dark=_drawn(draw, DARK), alt=alt)
+
+
+def _drawn(draw: Callable[[Any, Palette], None], palette: Palette) -> str:
+    # Figure alone and never pyplot, which keeps figures and a backend in global state.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=INCHES, dpi=DOTS_PER_INCH, layout="constrained")
+    axes = figure.subplots()
+    _style(axes, palette)
+    draw(axes, palette)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", transparent=True)
+    return _uri(buffer)
+
+
+def _style(axes: Any, palette: Palette) -> None:
+    axes.tick_params(which="both", color=palette.line, labelcolor=palette.muted)
+    axes.xaxis.label.set_color(palette.muted)
+    axes.yaxis.label.set_color(palette.muted)
+    axes.grid(True, color=palette.line, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["bottom", "left"]].set_color(palette.line)
+
+
+def _uri(png: io.BytesIO) -> str:
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()

@@ -1,0 +1,434 @@
+"""The pages about runs: what is on them, what they refuse, and that nothing in them reaches outside."""
+
+import base64
+import errno
+import html
+import io
+import json
+import random
+import re
+import shutil
+import subprocess
+import threading
+from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from fasttrain import train as train_module
+from fasttrain.__main__ import main
+from fasttrain.compare import group_runs
+from fasttrain.data import cifar
+from fasttrain.evaluate import Evaluation
+from fasttrain.lr_find import LrCurve, LrSearch
+from fasttrain.recipe import Recipe
+from fasttrain.report import _samples, _tests, load_run, report
+from fasttrain.train import train
+
+HOSTILE = "<script>alert('$x_$')</script>"
+SEARCH = LrSearch(
+    [LrCurve([0.001 * 1.2**i for i in range(30)], [2 + (i - 20) ** 2 / 100 for i in range(30)])], [0.003]
+)
+SECTIONS = (
+    *("Loss", "Accuracy", "Seconds per epoch", "Schedule", "LR finder", "What the network saw"),
+    *("Confusion matrix", "Precision and recall", "The most confident mistakes"),
+    *("Recipe", "Machine", "Network", "Files"),
+)
+
+
+@pytest.fixture(scope="module")
+def run(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two epochs whose peak rate came from the LR finder, with a name that bites."""
+    out = tmp_path_factory.mktemp("runs")
+    recipe = Recipe(name="tiny", epochs=2, batch_size=16, max_lr="auto", cycle_momentum=True, loader="tensor")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "find_max_lr", lambda *_, **__: SEARCH)
+        train(recipe, data_dir=dataset_dir, out=out, device="cpu")
+    [folder] = out.iterdir()
+    return folder
+
+
+def copied(run: Path, folder: Path, **result: Any) -> Path:
+    """A copy of the run without its checkpoints; keyword arguments replace figures of result.json."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("*.pt"))
+    figures = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(figures | result))
+    return folder
+
+
+def pixels_CHW(uri: str) -> np.ndarray:
+    """The pixels of an embedded PNG, uint8, without its alpha channel."""
+    picture_HWC = imread(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,"))))
+    return (255 * picture_HWC[..., :3]).round().astype(np.uint8).transpose(2, 0, 1)
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its tags, its text, and the addresses that it loads."""
+
+    LOADING: ClassVar = {"src", "srcset", "data", "poster", "background", "action"}
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.tags: list[str] = []
+        self.loaded: list[str] = []
+        self.links: list[str] = []
+        self.headings: list[str] = []
+        self.feed(self.source)
+        text = re.sub(r"<style>.*?</style>|<[^>]+>", " ", self.source, flags=re.DOTALL)
+        self.text = " ".join(html.unescape(text).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loaded += [value or "" for name, value in attrs if name in self.LOADING]
+        self.links += [value or "" for name, value in attrs if name == "href"]
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1] in ("h2", "h3") and data.strip():
+            self.headings.append(data.strip())
+
+
+def test_train_leaves_a_page_with_every_section(run: Path) -> None:
+    page = Page(run / "report.html")
+    assert [name for name in SECTIONS if name not in page.headings] == []
+    result = json.loads((run / "result.json").read_text())
+    assert f"{result['test_accuracy']:.2%} final test accuracy" in page.text
+    assert "chosen on the test images" in page.text
+    assert "“synthetic” and not the original CIFAR-10" in page.text
+    assert "6,573,130" in page.text and "40 images" in page.text
+    assert "measured again" not in page.text  # its figures are the training's own
+    assert {"last.pt", "best.pt", "metrics.jsonl", "lr_find.json"} <= set(page.links)
+    assert all((run / link).is_file() for link in page.links)
+
+
+def test_lr_find_json_holds_curves_suggestions_and_the_choice(run: Path) -> None:
+    found = json.loads((run / "lr_find.json").read_text())
+    assert found["max_lr"] == 0.003 == json.loads((run / "result.json").read_text())["max_lr"]
+    assert found["suggestions"] == [0.003]
+    assert found["curves"] == [{"lrs": SEARCH.curves[0].lrs, "losses": SEARCH.curves[0].losses}]
+
+
+def test_every_picture_is_inside_and_decodes(run: Path) -> None:
+    page = Page(run / "report.html")
+    assert len(page.loaded) == 5 * 2 + 24 + 24  # figures for light and dark, samples, mistakes
+    for uri in page.loaded:
+        assert uri.startswith("data:image/png;base64,")
+        assert pixels_CHW(uri).std() > 0  # it shows something
+    assert all(pixels_CHW(uri).shape == (3, 32, 32) for uri in page.loaded[10:])
+
+
+def test_the_page_reaches_nowhere(run: Path) -> None:
+    page = Page(run / "report.html")
+    assert not re.search(r"https?://|//[a-z]|@import", re.sub(r"data:[^\"']*", "", page.source))
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "default-src 'none'" in page.source
+
+
+def test_samples_are_the_loaders_own_batch_with_normalisation_undone(dataset) -> None:
+    """Without augmentation they are the training images themselves, in some order."""
+    recipe = Recipe(batch_size=16, crop_padding=0, flip=False, cutout=0)
+    samples = _samples(dataset, recipe, torch.device("cpu"))
+    stored = {
+        image.tobytes(): dataset.classes[label]
+        for image, label in zip(dataset.train.images, dataset.train.labels, strict=True)
+    }
+    for sample in samples["images"]:
+        assert stored[pixels_CHW(sample["uri"]).tobytes()] == sample["label"]
+
+
+def test_a_mistake_shows_its_own_image_with_truth_and_prediction(dataset) -> None:
+    labels_N = torch.from_numpy(dataset.test.labels).long()
+    predictions_N = labels_N.clone()
+    predictions_N[[3, 7]] = (labels_N[[3, 7]] + 1) % 10
+    confidences_N = torch.full((40,), 0.5)
+    confidences_N[7] = 0.75
+    tests = _tests(dataset, Evaluation(1.0, labels_N, predictions_N, confidences_N))
+    assert [mistake["confidence"] for mistake in tests["mistakes"]] == [0.75, 0.5]
+    for index, mistake in zip((7, 3), tests["mistakes"], strict=True):
+        assert np.array_equal(pixels_CHW(mistake["uri"]), dataset.test.images[index])
+        assert mistake["truth"] == dataset.classes[labels_N[index]]
+        assert mistake["prediction"] == dataset.classes[predictions_N[index]]
+
+
+def test_report_again_measures_the_checkpoint_and_agrees(run: Path, dataset_dir: Path, capsys) -> None:
+    before = Page(run / "report.html")
+    assert main(["report", str(run), "--data-dir", str(dataset_dir), "--device", "cpu"]) == 0
+    assert str(run / "report.html") in capsys.readouterr().out
+    assert Page(run / "report.html").text == before.text
+
+
+def test_a_page_about_another_accuracy_than_the_runs_says_so(run: Path, dataset_dir: Path, tmp_path) -> None:
+    folder = copied(run, tmp_path / "run", test_accuracy=0.9)
+    shutil.copy(run / "last.pt", folder)
+    report(folder, data_dir=dataset_dir, device="cpu")
+    assert "measured again" in Page(folder / "report.html").text
+
+
+def test_names_from_files_are_escaped(run: Path, dataset_dir: Path, tmp_path) -> None:
+    data, folder = tmp_path / "data", copied(run, tmp_path / "run", dataset=HOSTILE)
+    shutil.copytree(dataset_dir, data)
+    inner = data / cifar.FOLDER
+    (inner / cifar.NAME_FILE).write_text(json.dumps({"name": HOSTILE}))
+    classes = [HOSTILE, *cifar.read(dataset_dir).classes[1:]]
+    (inner / cifar.CLASSES_FILE).write_text("\n".join(classes) + "\n")
+    recipe = json.loads((folder / "recipe.json").read_text())
+    (folder / "recipe.json").write_text(json.dumps(recipe | {"name": HOSTILE}))
+    torch.save(torch.load(run / "last.pt") | {"classes": classes}, folder / "last.pt")
+    report(folder, data_dir=data, device="cpu")
+    assert main(["compare", str(folder), "--out", str(tmp_path / "compare.html")]) == 0
+    for page in (Page(folder / "report.html"), Page(tmp_path / "compare.html")):
+        assert "script" not in page.tags
+        assert html.escape(HOSTILE, quote=False).split("alert")[0] in page.source
+    assert page.source.count("&lt;script&gt;") == 2  # recipe and images
+
+
+def test_without_the_images_a_sentence_stands_for_their_sections(run: Path, tmp_path) -> None:
+    folder = copied(run, tmp_path / "run")
+    report(folder, data_dir=tmp_path / "none", device="cpu")
+    page = Page(folder / "report.html")
+    assert "none does not hold the run's images, synthetic: name their folder with --data-dir" in page.text
+    assert len(page.loaded) == 10 and "Confusion matrix" not in page.headings
+    assert not (tmp_path / "none").exists()  # nothing was generated in their stead
+
+
+def test_other_images_than_the_runs_are_not_measured(run: Path, dataset_dir: Path, tmp_path) -> None:
+    folder = copied(run, tmp_path / "run", dataset="CIFAR-10")
+    report(folder, data_dir=dataset_dir, device="cpu")
+    page = Page(folder / "report.html")
+    assert "does not hold the run's images, CIFAR-10:" in page.text and len(page.loaded) == 10
+    assert "not the original" not in page.text
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(run: Path, tmp_path, monkeypatch, capsys) -> None:
+    folder = copied(run, tmp_path / "run")
+    before = (folder / "report.html").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fasttrain.files.os.fsync", full)
+    assert main(["report", str(folder), "--data-dir", str(tmp_path / "none"), "--device", "cpu"]) == 2
+    assert "report.html: cannot be written (No space left on device)" in capsys.readouterr().err
+    assert (folder / "report.html").read_bytes() == before
+    assert not list(folder.glob(".*"))
+
+
+def test_without_the_checkpoint_the_samples_stay(run: Path, dataset_dir: Path, tmp_path) -> None:
+    folder = copied(run, tmp_path / "run")
+    (folder / "lr_find.json").unlink()
+    report(folder, data_dir=dataset_dir, device="cpu")
+    page = Page(folder / "report.html")
+    assert "last.pt: no such file" in page.text and "the LR finder was not asked" in page.text
+    assert len(page.loaded) == 4 * 2 + 24
+
+
+def test_losses_that_are_no_numbers_leave_gaps(run: Path, tmp_path) -> None:
+    folder = copied(run, tmp_path / "run")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps(row | {"train_loss": None, "test_loss": None}) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(text)
+    report(folder, data_dir=tmp_path / "none", device="cpu")
+    assert main(["compare", str(folder), "--out", str(tmp_path / "compare.html")]) == 0
+
+
+def test_a_failing_report_does_not_fail_the_training(
+    dataset_dir: Path, tmp_path, monkeypatch, capsys
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no\nink")
+
+    monkeypatch.setattr(train_module, "write_report", fail)
+    train(Recipe(epochs=1, batch_size=32, loader="tensor"), data_dir=dataset_dir, out=tmp_path, device="cpu")
+    [folder] = tmp_path.iterdir()
+    assert (folder / "result.json").exists() and not (folder / "report.html").exists()
+    assert capsys.readouterr().out.count("no report.html (no ink); try again: fasttrain report") == 1
+
+
+def test_the_report_leaves_generators_and_threads_alone(run: Path, dataset_dir: Path) -> None:
+    def state() -> tuple[object, ...]:
+        keys = np.random.get_state(legacy=False)["state"]["key"].tolist()  # type: ignore[index]
+        precision = torch.get_float32_matmul_precision()
+        generators = (random.getstate(), keys, torch.get_rng_state().tolist())
+        return (*generators, torch.get_num_threads(), precision, torch.is_grad_enabled())
+
+    before = state()
+    report(run, data_dir=dataset_dir, device="cpu")
+    assert state() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("recipe.json", None, "no run's folder"),
+        ("recipe.json", '{"epoks": 3}', "unknown recipe key 'epoks'"),
+        ("result.json", None, "has not finished"),
+        ("result.json", "[1, 2]", "result.json: torn or foreign"),
+        ("result.json", "{}", "result.json: test_accuracy is missing"),
+        ("machine.json", None, "machine.json: cannot be read"),
+        ("metrics.jsonl", "", "metrics.jsonl: empty"),
+        ("metrics.jsonl", '{"epoch": 1, "train_l', "metrics.jsonl line 1: torn"),
+        ("metrics.jsonl", '{"epoch": "one"}', "metrics.jsonl line 1: epoch is 'one'"),
+    ],
+)
+def test_a_bad_folder_is_one_line_status_2_and_the_old_page_stays(
+    name: str, content: str | None, said: str, run: Path, tmp_path, capsys
+) -> None:
+    folder = copied(run, tmp_path / "run")
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(content)
+    for out, args in (
+        ("report.html", ["report"]),
+        ("old.html", ["compare", "--out", str(folder / "old.html")]),
+    ):
+        (folder / out).write_text("old")
+        assert main([*args, str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+        assert (folder / out).read_text() == "old"
+
+
+# --------------------------------------------------------------------------------------------- comparison
+
+
+@pytest.fixture
+def runs(run: Path, tmp_path: Path) -> list[Path]:
+    """Three seeds of one recipe, and one run of another."""
+    folders = []
+    for seed, cutout, accuracy in ((0, 8, 0.5), (1, 8, 0.6), (2, 8, 0.7), (0, 0, 0.9)):
+        folder = copied(run, tmp_path / f"{seed}-{cutout}", test_accuracy=accuracy)
+        recipe = json.loads((folder / "recipe.json").read_text()) | {"seed": seed, "cutout": cutout}
+        (folder / "recipe.json").write_text(json.dumps(recipe))
+        folders.append(folder)
+    return folders
+
+
+def test_runs_that_differ_in_the_seed_alone_form_a_group(runs: list[Path]) -> None:
+    groups = group_runs([load_run(folder) for folder in runs])
+    assert [[run.folder for run in members] for members, _ in groups] == [runs[:3], runs[3:]]
+    assert [differing for _, differing in groups] == [{"cutout": 8}, {"cutout": 0}]
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("result.json", {"dataset": "other"}),
+        ("result.json", {"precision": "fp32"}),
+        ("machine.json", {"cpu_cores": 99}),
+    ],
+)
+def test_other_images_precision_or_machine_make_another_group(
+    runs: list[Path], file: str, change: dict
+) -> None:
+    values = json.loads((runs[1] / file).read_text())
+    (runs[1] / file).write_text(json.dumps(values | change))
+    groups = group_runs([load_run(folder) for folder in runs[:3]])
+    assert [len(members) for members, _ in groups] == [2, 1]
+
+
+def test_compare_writes_mean_range_and_n(runs: list[Path], tmp_path) -> None:
+    out = tmp_path / "page.html"
+    # The first folder twice: it is still one run.
+    assert main(["compare", *map(str, [*runs, runs[0]]), "--out", str(out)]) == 0
+    page = Page(out)
+    assert "cutout: 8 3 60.00% 50.00% to 70.00% " in page.text
+    assert re.search(
+        r"cutout: 0 1 90\.00% [\d.]+% [\d.,]+ [\d.,]+ 2 synthetic ", page.text
+    )  # n = 1: no range
+    assert "Where n = 1 no spread is known" in page.text
+    assert sorted(page.links) == sorted(f"{folder.name}/report.html" for folder in runs)
+    assert len(page.loaded) == 2 * 2 and all(uri.startswith("data:image/png;base64,") for uri in page.loaded)
+
+
+def test_compare_without_runs_is_one_line_and_status_2(capsys) -> None:
+    assert main(["compare"]) == 2
+    assert "no run named" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ browser
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PROBE = """<!DOCTYPE html><body>{frames}<script>
+addEventListener("load", () => {{
+  const found = [...document.querySelectorAll("iframe")].map(({{contentDocument: page}}) => ({{
+    pictures: [...page.images].map(image => image.naturalWidth),
+    width: page.documentElement.clientWidth,
+    content: page.documentElement.scrollWidth,
+    sources: [...page.images].map(image => image.currentSrc.length),
+    paper: getComputedStyle(page.body).backgroundColor,
+  }}));
+  document.body.textContent = JSON.stringify(found);
+}});
+</script>"""
+
+
+def browse(folder: Path, frames: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Show frames in a browser; returns what the script found in each, and every request that left."""
+    requests: list[str] = []
+
+    class Recorder(BaseHTTPRequestHandler):
+        """A proxy that answers nothing: whatever the browser wants from a network arrives here."""
+
+        def handle_one_request(self) -> None:
+            requests.append(self.rfile.readline(1000).decode(errors="replace"))
+            self.close_connection = True
+
+    server = HTTPServer(("127.0.0.1", 0), Recorder)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    (folder / "probe.html").write_text(PROBE.format(frames=frames), encoding="utf-8")
+    assert CHROMIUM is not None
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    # What the browser would ask for on its own account: clock, sign-in, updates. Nobody listens on port 9.
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command += ["--disable-features=NetworkTimeServiceQuerying", "--gaia-url=http://127.0.0.1:9"]
+    command += ["--component-updater=url-source=http://127.0.0.1:9"]
+    command += [f"--user-data-dir={folder / 'profile'}", f"--proxy-server=127.0.0.1:{server.server_port}"]
+    command += ["--dump-dom", (folder / "probe.html").as_uri()]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    finally:
+        server.shutdown()
+        server.server_close()
+    body = re.search(r"<body>(.*)</body>", done.stdout, re.DOTALL)
+    assert body is not None, done.stderr
+    return json.loads(html.unescape(body[1])), requests
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or Chrome")
+def test_pages_show_whole_at_any_width_in_both_schemes_and_ask_for_nothing(
+    run: Path, runs: list[Path], tmp_path
+) -> None:
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "compare.html")]) == 0
+    shown = [
+        (source, width, scheme)
+        for source in (run / "report.html", tmp_path / "compare.html")
+        for width in (390, 1280)
+        for scheme in ("light", "dark")
+    ]
+    # A frame, since a headless window cannot be as narrow as a phone; its scheme is its element's.
+    frames = "".join(
+        f'<iframe width="{width}" height="800" style="border: 0; color-scheme: {scheme}" '
+        f'srcdoc="{html.escape(source.read_text(encoding="utf-8"))}"></iframe>'
+        for source, width, scheme in shown
+    )
+    found, requests = browse(tmp_path, frames)
+    assert requests == [], requests
+    assert len(found) == len(shown)
+    for (source, width, scheme), page in zip(shown, found, strict=True):
+        assert page["pictures"] and all(pixels > 0 for pixels in page["pictures"]), source
+        assert page["content"] <= page["width"] <= width, (source, width)
+        assert page["paper"] == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(18, 22, 29)")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or Chrome")
+def test_the_browser_test_would_see_a_request(tmp_path) -> None:
+    """The control of the test above."""
+    found, requests = browse(tmp_path, '<iframe srcdoc="<img src=http://elsewhere.test/x.png>"></iframe>')
+    assert found[0]["pictures"] == [0]
+    assert any("elsewhere.test" in line for line in requests)
