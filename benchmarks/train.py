@@ -83,6 +83,7 @@ def main(options: Options) -> None:
                     out=Path(out),
                     device=options.device,
                     started=STARTED if seed == 0 else None,
+                    report=False,
                 )
             )
         rows = summarize(results)  # saved after every run: whatever ends this early leaves the runs so far

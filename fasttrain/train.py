@@ -40,10 +40,12 @@ def train(
     out: Path = Path("runs"),
     device: str = "auto",
     started: float | None = None,
+    report: bool = True,
 ) -> dict[str, Any]:
     """Train one recipe and leave a run's folder; returns what its result.json holds.
 
     started: time.perf_counter() when the process began, for wall_seconds; now, if not given.
+    report: write report.html too, some seconds that wall_seconds leaves out.
     Raises UserError on anything that the user can mend, and KeyboardInterrupt when interrupted: the last
     finished epoch's checkpoint stays.
     """
@@ -133,7 +135,8 @@ def train(
         f"(best {best['test_accuracy']:.2%} at epoch {best['epoch']}, chosen on the test images); "
         f"{train_seconds:.1f} s of training, {result['wall_seconds']:.1f} s in all -> {log.folder}"
     )
-    _report(log, dataset, test, run_device)
+    if report:
+        _report(log, dataset, test, run_device)
     return result
 
 

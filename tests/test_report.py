@@ -98,7 +98,7 @@ def test_train_leaves_a_page_with_every_section(run: Path) -> None:
     assert [name for name in SECTIONS if name not in page.headings] == []
     result = json.loads((run / "result.json").read_text())
     assert f"{result['test_accuracy']:.2%} final test accuracy" in page.text
-    assert "chosen on the test images" in page.text
+    assert "the figure to quote" in page.text
     assert "“synthetic” and not the original CIFAR-10" in page.text
     assert "6,573,130" in page.text and "40 images" in page.text
     assert "measured again" not in page.text  # its figures are the training's own
@@ -167,6 +167,13 @@ def test_a_page_about_another_accuracy_than_the_runs_says_so(run: Path, dataset_
     shutil.copy(run / "last.pt", folder)
     report(folder, data_dir=dataset_dir, device="cpu")
     assert "measured again" in Page(folder / "report.html").text
+
+
+@pytest.mark.parametrize("best_epoch", [1, 2])
+def test_a_best_epoch_before_the_last_is_called_flattering(run: Path, tmp_path, best_epoch: int) -> None:
+    folder = copied(run, tmp_path / "copy", best_epoch=best_epoch, best_test_accuracy=0.99)
+    text = Page(report(folder, data_dir=tmp_path)).text
+    assert ("99.00% at epoch 1, was chosen on the test images" in text) == (best_epoch == 1)
 
 
 def test_names_from_files_are_escaped(run: Path, dataset_dir: Path, tmp_path) -> None:
