@@ -204,6 +204,12 @@ def test_another_seed_augments_otherwise(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_every_step_augments_otherwise(kind: str) -> None:
+    first, second = epoch(build(kind, ramp_dataset(256)))
+    assert not torch.equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_restored_state_goes_on_bit_exactly_in_the_middle_of_an_epoch(kind: str) -> None:
     dataset = random_dataset()
     first, second = build(kind, dataset), build(kind, dataset)
