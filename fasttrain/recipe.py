@@ -122,7 +122,7 @@ def _require_type(field: str, value: object, wanted: Any) -> None:
 PRESETS: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        # Our best 24 epochs: decoupled weight decay, label smoothing, a schedule that ends near zero.
+        # Decoupled weight decay, label smoothing, and a schedule that ends near zero.
         Recipe(),
         # The training assignment that the project grew from, as it was.
         Recipe(
