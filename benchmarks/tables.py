@@ -18,6 +18,7 @@ from typing import Any
 import tyro
 
 from benchmarks.report import RESULTS
+from fasttrain.machine import hardware_name
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -26,13 +27,6 @@ def markdown(columns: list[str], rows: Iterable[list[str]]) -> str:
     """A Markdown table: text to the left, figures to the right."""
     lines = [columns, ["---" if index == 0 else "---:" for index in range(len(columns))], *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def machine_name(machine: dict[str, Any]) -> str:
-    """The GPU, or the CPU with the cores that were used."""
-    if machine.get("gpu_name"):
-        return str(machine["gpu_name"])
-    return f"{machine['cpu_cores']} cores of {machine['cpu_model']}"
 
 
 def software(machine: dict[str, Any]) -> str:
@@ -46,7 +40,7 @@ def runs_table(results: Path) -> str:
     for path in sorted((results / "runs").glob("*/result.json")):
         result = json.loads(path.read_text())
         machine = json.loads((path.parent / "machine.json").read_text())
-        machines.append(f"{machine_name(machine)}; {software(machine)}")
+        machines.append(f"{hardware_name(machine)}; {software(machine)}")
         seconds = result["epoch_seconds"]
         note = path.parent / "note.txt"
         if note.exists():
@@ -84,7 +78,7 @@ def rows_table(results: Path, benchmark: str, columns: dict[str, Callable[[dict[
         table = markdown(list(columns), [[cell(row) for cell in columns.values()] for row in values["rows"]])
         parts.append(
             f"{table}\n\nBatch {values['batch_size']}, median of {values['rounds']} rounds taken in turn, "
-            f"± half the range. Machine: {machine_name(values['machine'])}; {software(values['machine'])}."
+            f"± half the range. Machine: {hardware_name(values['machine'])}; {software(values['machine'])}."
         )
     return "\n\n".join(parts)
 

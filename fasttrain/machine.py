@@ -234,6 +234,13 @@ def describe(device: torch.device) -> dict[str, object]:
     return machine
 
 
+def hardware_name(machine: dict[str, Any]) -> str:
+    """What `describe` gave, in a few words: the GPU, or the CPU with the cores that were used."""
+    if machine.get("gpu_name"):
+        return str(machine["gpu_name"])
+    return f"{machine.get('cpu_cores')} cores of {machine.get('cpu_model')}"
+
+
 def cpu_cores() -> int:
     """Logical cores that this process may use: taskset and containers allow fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):  # Linux

@@ -23,7 +23,7 @@ from fasttrain.data.loader import build_loader, pick_loader
 from fasttrain.errors import UserError
 from fasttrain.evaluate import Evaluation, evaluate_state
 from fasttrain.files import write_atomically
-from fasttrain.machine import fork_rng, pick_device
+from fasttrain.machine import fork_rng, hardware_name, pick_device
 from fasttrain.model import CustomResNet, summary
 from fasttrain.optim import one_cycle
 from fasttrain.plots import Curve, Picture
@@ -77,10 +77,7 @@ class Run:
 
     @property
     def hardware(self) -> str:
-        """The GPU, or the CPU with the cores that were used."""
-        if self.machine.get("gpu_name"):
-            return str(self.machine["gpu_name"])
-        return f"{self.machine.get('cpu_cores')} cores of {self.machine.get('cpu_model')}"
+        return hardware_name(self.machine)
 
     @property
     def steps_per_epoch(self) -> int:
