@@ -36,28 +36,17 @@ RESULT_KEYS = {
 }
 
 
+def train_two_epochs(data_dir: Path, out: Path) -> int:
+    """Two epochs of four steps by the command line; returns its exit status."""
+    flags = ["--device", "cpu", "--epochs", "2", "--batch-size", "16"]
+    return main(["train", "--data-dir", str(data_dir), "--out", str(out), *flags])
+
+
 @pytest.fixture(scope="module")
 def run(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two epochs of four steps, made by the command line."""
     out = tmp_path_factory.mktemp("runs")
-    assert (
-        main(
-            [
-                "train",
-                "--data-dir",
-                str(dataset_dir),
-                "--out",
-                str(out),
-                "--device",
-                "cpu",
-                "--epochs",
-                "2",
-                "--batch-size",
-                "16",
-            ]
-        )
-        == 0
-    )
+    assert train_two_epochs(dataset_dir, out) == 0
     [folder] = out.iterdir()
     return folder
 
@@ -152,24 +141,7 @@ def test_ctrl_c_keeps_the_last_epochs_checkpoint(dataset_dir: Path, tmp_path, mo
         take(self, *batch)
 
     monkeypatch.setattr(TrainStep, "__call__", interrupt)
-    assert (
-        main(
-            [
-                "train",
-                "--data-dir",
-                str(dataset_dir),
-                "--out",
-                str(tmp_path),
-                "--device",
-                "cpu",
-                "--epochs",
-                "2",
-                "--batch-size",
-                "16",
-            ]
-        )
-        == 130
-    )
+    assert train_two_epochs(dataset_dir, tmp_path) == 130
     [folder] = tmp_path.iterdir()
     assert load_checkpoint(folder / "last.pt")["epoch"] == 1
     assert not (folder / "result.json").exists()

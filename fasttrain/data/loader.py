@@ -50,7 +50,7 @@ def open_dataset(data: DataChoice, data_dir: Path | None, announce: Callable[[st
     Raises UserError if there is no such data set, or if its files are not as they should be.
     """
     root = cifar.locate(data_dir)
-    stand_in = root / "synthetic"
+    stand_in = root / synthetic.NAME
     if data != "synthetic":
         try:
             if not cifar.exists(root):
