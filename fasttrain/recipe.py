@@ -56,7 +56,7 @@ class Recipe:
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32", "tf32"] = "auto"
     """Precision of the matrix products; auto takes bf16 where the hardware has it."""
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = "auto"
-    """torch.compile's mode; auto compiles on a GPU and not on a CPU, where eager was measured faster."""
+    """torch.compile's mode; auto compiles on a GPU, and not on a CPU, where no gain was measured."""
     loader: Literal["auto", "dali", "tensor"] = "auto"
     """The data path: DALI, or the pure-torch loader; auto takes DALI where it is installed."""
     loader_threads: int = 2

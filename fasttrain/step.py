@@ -125,9 +125,8 @@ def autocast(device: torch.device, compute_dtype: torch.dtype) -> torch.autocast
 def pick_compile_mode(requested: str, device: torch.device, announce: Callable[[str], object]) -> str | None:
     """torch.compile's mode, or None for eager.
 
-    auto compiles on a GPU and stays eager on a CPU: there the convolutions come from oneDNN either way, and
-    the compiled step was measured slower (benchmarks/LOG.md). Where no compiler is there, falls back to
-    eager and says so in one line.
+    auto compiles on a GPU and stays eager on a CPU, where no gain was measured that would pay for compiling
+    (benchmarks/LOG.md). Where no compiler is there, falls back to eager and says so in one line.
     """
     if requested == "off" or (requested == "auto" and device.type == "cpu"):
         return None
