@@ -19,7 +19,7 @@ from typing import Any, Literal  # noqa: E402
 from benchmarks.report import run, save, show  # noqa: E402
 from fasttrain.machine import pick_device  # noqa: E402
 from fasttrain.recipe import load_recipe  # noqa: E402
-from fasttrain.train import train  # noqa: E402
+from fasttrain.trainer import train  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,7 +102,7 @@ class DeviceOptions:
 
 def train(args: Sequence[str]) -> int:
     options = _parse_run(TrainOptions, "train", args)
-    from fasttrain.train import train
+    from fasttrain.trainer import train
 
     train(
         options.settings,

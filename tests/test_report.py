@@ -20,7 +20,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from fasttrain import train as train_module
+from fasttrain import trainer as train_module
 from fasttrain.__main__ import main
 from fasttrain.compare import group_runs
 from fasttrain.data import cifar
@@ -28,7 +28,7 @@ from fasttrain.evaluate import Evaluation
 from fasttrain.lr_find import LrCurve, LrSearch
 from fasttrain.recipe import Recipe
 from fasttrain.report import _samples, _tests, load_run, report
-from fasttrain.train import train
+from fasttrain.trainer import train
 
 HOSTILE = "<script>alert('$x_$')</script>"
 SEARCH = LrSearch(

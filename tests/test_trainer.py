@@ -15,7 +15,7 @@ from fasttrain.data import cifar
 from fasttrain.model import CustomResNet
 from fasttrain.recipe import Recipe
 from fasttrain.step import TrainStep
-from fasttrain.train import train
+from fasttrain.trainer import train
 
 RESULT_KEYS = {
     "recipe",
@@ -124,7 +124,7 @@ def test_the_laptop_recipe_says_what_the_full_one_would_take(dataset_dir: Path, 
 
 
 def test_max_lr_auto_asks_the_finder_first(dataset_dir: Path, tmp_path, monkeypatch) -> None:
-    from fasttrain import train as train_module
+    from fasttrain import trainer as train_module
     from fasttrain.lr_find import LrSearch
 
     monkeypatch.setattr(train_module, "find_max_lr", lambda *_, **__: LrSearch([], [0.5, 0.002, 0.001]))
