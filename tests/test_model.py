@@ -92,6 +92,13 @@ def test_residual_sums_carry_their_input() -> None:
     assert torch.equal(seen["before"], seen["after"])
 
 
+def test_width_multiplies_every_layers_channels() -> None:
+    wide = dict(block_shapes(CustomResNet(width=96)))
+    assert wide["PrepLayer"] == (1, 96, 32, 32) and wide["Layer 3, X + R2"] == (1, 768, 4, 4)
+    ratio = multiply_adds(CustomResNet(width=128)) / multiply_adds(CustomResNet())
+    assert ratio == pytest.approx(4, rel=0.01)
+
+
 def test_number_of_classes_is_the_last_layers() -> None:
     assert CustomResNet(num_classes=7)(pixels(1)).shape == (1, 7)
 
