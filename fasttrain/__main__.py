@@ -56,6 +56,8 @@ class FindLrOptions(RunOptions):
     """Steps from the lowest to the highest."""
     repeats: int = 3
     """Independent tries; the suggestion is their median."""
+    plot: Path = Path("lr_find.png")
+    """The picture of the curves to write."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,25 +119,19 @@ def train(args: Sequence[str]) -> int:
 
 def find_lr(args: Sequence[str]) -> int:
     options = _parse_run(FindLrOptions, "find-lr", args)
-    from fasttrain.data.loader import open_dataset, pick_loader
-    from fasttrain.lr_find import find_max_lr
-    from fasttrain.machine import pick_compute_dtype, pick_device, set_fp32_precision
+    from fasttrain.lr_find import find_lr
 
-    device = pick_device(options.device)
-    set_fp32_precision(allow_tf32=options.settings.compute_dtype == "tf32")
-    search = find_max_lr(
-        open_dataset(options.data, options.data_dir, print),
+    find_lr(
         options.settings,
-        kind=pick_loader(options.settings.loader, device, print),
-        device=device,
-        dtype=pick_compute_dtype(options.settings.compute_dtype, device),
+        data=options.data,
+        data_dir=options.data_dir,
+        device=options.device,
         start_lr=options.start_lr,
         end_lr=options.end_lr,
         num_iter=options.num_iter,
         repeats=options.repeats,
+        plot=options.plot,
     )
-    tries = ", ".join(f"{lr:.3g}" for lr in search.suggestions)
-    print(f"suggested --max-lr {search.suggestion:.3g} (median of {tries})")
     return 0
 
 

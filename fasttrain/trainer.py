@@ -24,7 +24,8 @@ from fasttrain.machine import (
 from fasttrain.metrics import WaitTimer, model_flops_utilization, peak_memory_gib
 from fasttrain.model import CustomResNet, training_flop_per_image
 from fasttrain.recipe import PRESETS, Recipe
-from fasttrain.report import load_run, write_report
+from fasttrain.report import write_report
+from fasttrain.run import Run, load_run
 from fasttrain.runlog import RunLog
 from fasttrain.step import TrainStep, pick_compile_mode
 
@@ -41,8 +42,8 @@ def train(
     device: str = "auto",
     started: float | None = None,
     report: bool = True,
-) -> dict[str, Any]:
-    """Train one recipe and leave a run's folder; returns what its result.json holds.
+) -> Run:
+    """Train one recipe and leave a run's folder; returns what is in it.
 
     started: time.perf_counter() when the process began, for wall_seconds; now, if not given.
     report: write report.html too, some seconds that wall_seconds leaves out.
@@ -75,10 +76,10 @@ def train(
     max_lr = recipe.max_lr
     if max_lr == "auto":
         log.say("max_lr auto: trying rising rates on networks of their own first")
-        search = find_max_lr(dataset, recipe, **settings)
+        search = find_max_lr(dataset, recipe, **settings, announce=log.say)
         max_lr = search.suggestion
         log.write("lr_find.json", {"max_lr": max_lr, **dataclasses.asdict(search)})
-        log.say(f"max_lr {max_lr:.3g}: the median of {', '.join(f'{lr:.3g}' for lr in search.suggestions)}")
+        log.say(f"max_lr {search}")
 
     torch.manual_seed(recipe.seed)
     step = TrainStep(
@@ -135,9 +136,10 @@ def train(
         f"(best {best['test_accuracy']:.2%} at epoch {best['epoch']}, chosen on the test images); "
         f"{train_seconds:.1f} s of training, {result['wall_seconds']:.1f} s in all -> {log.folder}"
     )
+    run = load_run(log.folder)
     if report:
-        _report(log, dataset, test, run_device)
-    return result
+        _report(run, log, dataset, test, run_device)
+    return run
 
 
 def _train_epoch(step: TrainStep, loader: Loader, epoch: int, log: RunLog) -> dict[str, float]:
@@ -200,10 +202,10 @@ def _save_checkpoints(
         save_checkpoint(folder / "best.pt", state)
 
 
-def _report(log: RunLog, dataset: Dataset, test: Evaluation, device: torch.device) -> None:
+def _report(run: Run, log: RunLog, dataset: Dataset, test: Evaluation, device: torch.device) -> None:
     """Write report.html from the last epoch's evaluation. The run is finished: nothing here may fail it."""
     try:
-        log.say(f"report -> {write_report(load_run(log.folder), dataset, test, device=device)}")
+        log.say(f"report -> {write_report(run, dataset, test, device=device)}")
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         log.say(f"no report.html ({reason}); try again: fasttrain report {log.folder}")

@@ -22,12 +22,19 @@ FLOORS = [
     {
         "fasttrain.machine",
         "fasttrain.optim",
-        "fasttrain.metrics",
+        "fasttrain.pages",
         "fasttrain.data.cifar",
         "fasttrain.data.dali",
         "fasttrain.data.tensor",
     },
-    {"fasttrain.data.synthetic", "fasttrain.step", "fasttrain.runlog", "fasttrain.checkpoint"},
+    {
+        "fasttrain.data.synthetic",
+        "fasttrain.step",
+        "fasttrain.runlog",
+        "fasttrain.checkpoint",
+        "fasttrain.metrics",
+        "fasttrain.run",
+    },
     {"fasttrain.data.loader"},
     {"fasttrain.evaluate", "fasttrain.lr_find"},
     {"fasttrain.report"},
@@ -36,7 +43,7 @@ FLOORS = [
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 
-HEAVY = {"torch", "nvidia", "matplotlib", "jinja2", "torch_lr_finder", "torchinfo"}
+HEAVY = {"torch", "nvidia", "matplotlib", "jinja2", "torch_lr_finder", "torchinfo", "tensorboard"}
 LIGHT_MODULES = [
     "fasttrain",
     "fasttrain.data",

@@ -27,12 +27,14 @@ from fasttrain.data import cifar
 from fasttrain.evaluate import Evaluation
 from fasttrain.lr_find import LrCurve, LrSearch
 from fasttrain.recipe import Recipe
-from fasttrain.report import _samples, _tests, load_run, report
+from fasttrain.report import _samples, _tests, report
+from fasttrain.run import load_run
 from fasttrain.trainer import train
 
 HOSTILE = "<script>alert('$x_$')</script>"
 SEARCH = LrSearch(
-    [LrCurve([0.001 * 1.2**i for i in range(30)], [2 + (i - 20) ** 2 / 100 for i in range(30)])], [0.003]
+    [LrCurve([0.001 * 1.2**i for i in range(30)], [2 + (i - 20) ** 2 / 100 for i in range(30)], False)],
+    [0.003],
 )
 SECTIONS = (
     *("Loss", "Accuracy", "Seconds per epoch", "Schedule", "LR finder", "What the network saw"),
@@ -110,7 +112,8 @@ def test_lr_find_json_holds_curves_suggestions_and_the_choice(run: Path) -> None
     found = json.loads((run / "lr_find.json").read_text())
     assert found["max_lr"] == 0.003 == json.loads((run / "result.json").read_text())["max_lr"]
     assert found["suggestions"] == [0.003]
-    assert found["curves"] == [{"lrs": SEARCH.curves[0].lrs, "losses": SEARCH.curves[0].losses}]
+    [curve] = SEARCH.curves
+    assert found["curves"] == [{"lrs": curve.lrs, "losses": curve.losses, "diverged": False}]
 
 
 def test_every_picture_is_inside_and_decodes(run: Path) -> None:

@@ -129,7 +129,7 @@ def test_max_lr_auto_asks_the_finder_first(dataset_dir: Path, tmp_path, monkeypa
 
     monkeypatch.setattr(train_module, "find_max_lr", lambda *_, **__: LrSearch([], [0.5, 0.002, 0.001]))
     recipe = Recipe(epochs=1, batch_size=32, max_lr="auto")
-    assert train(recipe, data_dir=dataset_dir, out=tmp_path, device="cpu")["max_lr"] == 0.002
+    assert train(recipe, data_dir=dataset_dir, out=tmp_path, device="cpu").result["max_lr"] == 0.002
 
 
 def test_ctrl_c_keeps_the_last_epochs_checkpoint(dataset_dir: Path, tmp_path, monkeypatch, capsys) -> None:
