@@ -95,7 +95,15 @@ class CompareOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceOptions:
+class SummaryOptions:
+    """Print the network layer by layer, the shape after every block, its cost, and an epoch's least time."""
+
+    device: str = "auto"
+    """Where the matmul rate is measured: auto, cpu, cuda, cuda:1, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
     """Say what is installed, what will be used, what is missing and how to mend it."""
 
     device: str = "auto"
@@ -136,14 +144,14 @@ def find_lr(args: Sequence[str]) -> int:
 
 
 def summary(args: Sequence[str]) -> int:
-    @dataclass
-    class Options:
-        """Print the network layer by layer, and the shape after every block."""
-
-    _parse(Options, "summary", args)
+    options = _parse(SummaryOptions, "summary", args)
+    from fasttrain.machine import pick_device
+    from fasttrain.metrics import epoch_floor
     from fasttrain.model import CustomResNet, summary
 
-    print(summary(CustomResNet()))
+    device, model = pick_device(options.device), CustomResNet()
+    print(summary(model))
+    print(epoch_floor(model, device))
     return 0
 
 
@@ -191,7 +199,7 @@ def data(args: Sequence[str]) -> int:
 
 
 def doctor(args: Sequence[str]) -> int:
-    options = _parse(DeviceOptions, "doctor", args)
+    options = _parse(DoctorOptions, "doctor", args)
     from fasttrain.machine import doctor
 
     return doctor(options.device)
@@ -200,7 +208,7 @@ def doctor(args: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "train a network and leave a run's folder"),
     "find-lr": (find_lr, "suggest a peak learning rate"),
-    "summary": (summary, "print the network layer by layer"),
+    "summary": (summary, "print the network layer by layer, and what it costs"),
     "evaluate": (evaluate, "measure a checkpoint on the test images"),
     "report": (report, "write a run's page, report.html"),
     "compare": (compare, "set several runs side by side on one page"),

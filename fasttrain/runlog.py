@@ -3,12 +3,12 @@
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fasttrain.errors import UserError
 from fasttrain.files import write_json
@@ -26,6 +26,16 @@ EPOCH_COLUMNS = (
     ("images/s", "{images_per_sec:>9,.0f}"),
     ("data wait", "{data_wait_share:>9.2%}"),
 )
+
+
+LIVE_COLUMNS = (
+    ("train_loss", "loss {:.3f}"),
+    ("train_accuracy", "acc {:.1%}"),
+    ("images_per_sec", "{:,.0f} images/s"),
+    ("data_wait_share", "wait {:.1%}"),
+)
+REFRESH_SECONDS = 0.5
+"""How often the progress bar asks for its figures: seldom, so that the training does not notice."""
 
 
 class RunLog:
@@ -48,14 +58,31 @@ class RunLog:
         """Write one of the folder's JSON files, atomically."""
         write_json(self.folder / name, values)
 
-    def steps(self, batches: Iterable[T], total: int, title: str) -> Iterator[T]:
-        """Iterate, with a progress bar where there is a terminal."""
+    def steps(
+        self, batches: Iterable[T], total: int, title: str, figures: Callable[[], dict[str, float]]
+    ) -> Iterator[T]:
+        """Iterate; where there is a terminal, with a progress bar that shows `figures`, keys of LIVE_COLUMNS.
+
+        They are asked for every REFRESH_SECONDS and must not wait for the device. A key may be missing.
+        """
         if not self.console.is_terminal:
             yield from batches
             return
-        columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            yield from progress.track(batches, total=total)
+        columns = (
+            *(TextColumn(title), BarColumn(bar_width=None), TextColumn("{task.fields[live]}")),
+            *(TextColumn("ETA"), TimeRemainingColumn(compact=True)),
+        )
+        # Drawn from here alone: a thread that draws by itself would take its time from the training.
+        with Progress(*columns, console=self.console, transient=True, auto_refresh=False, expand=True) as bar:
+            task = bar.add_task(title, total=total, live="")
+            drawn = time.perf_counter()
+            for done, batch in enumerate(batches):
+                if time.perf_counter() - drawn >= REFRESH_SECONDS:
+                    shown = figures()
+                    live = "  ".join(form.format(shown[key]) for key, form in LIVE_COLUMNS if key in shown)
+                    bar.update(task, completed=done, live=live, refresh=True)
+                    drawn = time.perf_counter()
+                yield batch
 
     def epoch(self, metrics: dict[str, float]) -> None:
         """Append an epoch's metrics to metrics.jsonl and print them as a line of the table.

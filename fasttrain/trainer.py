@@ -144,8 +144,20 @@ def train(
 
 def _train_epoch(step: TrainStep, loader: Loader, epoch: int, log: RunLog) -> dict[str, float]:
     timer = WaitTimer(loader)
-    start = time.perf_counter()
-    for images_NCHW, labels_N in log.steps(timer, len(loader), f"epoch {epoch}"):
+    first_step, start = step.step, time.perf_counter()
+
+    def figures() -> dict[str, float]:
+        """What can be said of the epoch so far without waiting for the device."""
+        seconds = time.perf_counter() - start
+        peeked = step.peek_metrics()
+        return {
+            **(dict(zip(("train_loss", "train_accuracy"), peeked, strict=True)) if peeked else {}),
+            "images_per_sec": (step.step - first_step) * step.recipe.batch_size / seconds,
+            "data_wait_share": timer.wait_seconds / seconds,
+        }
+
+    title = f"epoch {epoch}/{step.recipe.epochs}"
+    for images_NCHW, labels_N in log.steps(timer, len(loader), title, figures):
         step(images_NCHW, labels_N)
         if step.recipe.name == "laptop" and step.step == min(FIRST_STEPS, step.total_steps):
             _announce_full_recipe(log, loader, (time.perf_counter() - start) / step.step)

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from fasttrain import metrics
 from fasttrain.__main__ import main
 from fasttrain.checkpoint import load_checkpoint
 from fasttrain.data import cifar
+from fasttrain.machine import cpu_cores
 from fasttrain.model import CustomResNet
 from fasttrain.recipe import Recipe
 from fasttrain.step import TrainStep
@@ -200,8 +202,17 @@ def test_help_of_train_shows_the_chosen_recipes_defaults(capsys) -> None:
         assert f"Passes over the training images. (default: {epochs})" in out
 
 
-def test_summary_data_and_doctor_answer(dataset_dir: Path, capsys) -> None:
-    assert main(["summary"]) == 0 and "6,573,130" in capsys.readouterr().out
+def test_summary_names_the_least_time_of_an_epoch_on_this_machine(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(metrics, "measure_matmul_tflops", lambda *_: 10.0)
+    monkeypatch.setattr(metrics, "pick_compute_dtype", lambda *_: torch.float32)
+    assert main(["summary", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "6,573,130" in out and f"{cpu_cores()} cores" in out
+    assert "10 TFLOP/s of fp32 matmul" in out and "take 11.4 s an epoch" in out  # 113.8 / 10
+    assert main(["summary", "--device", "tpu"]) == 2
+
+
+def test_data_and_doctor_answer(dataset_dir: Path, capsys) -> None:
     assert main(["data", "--data-dir", str(dataset_dir)]) == 0
     out = capsys.readouterr().out
     assert "synthetic" in out and "test_batch.bin" in out and "rings" in out
