@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fasttrain.checkpoint import save_checkpoint
+from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset
-from fasttrain.data.loader import DataChoice, Loader, build_loader, open_dataset, pick_loader
+from fasttrain.data.loader import DataChoice, build_loader, open_dataset, pick_loader
 from fasttrain.evaluate import Evaluation, evaluate
 from fasttrain.lr_find import find_max_lr
 from fasttrain.machine import (
@@ -60,9 +61,8 @@ def train(
     dataset = open_dataset(data, data_dir, print)
     kind = pick_loader(recipe.loader, run_device, print)
     mode = pick_compile_mode(recipe.compile, run_device, print)
-    settings: dict[str, Any] = {"kind": kind, "device": run_device, "dtype": dtype}
-    train_loader = build_loader(dataset, recipe, train=True, **settings)
-    test_loader = build_loader(dataset, recipe, train=False, **settings)
+    train_loader = build_loader(dataset, recipe, train=True, kind=kind, device=run_device)
+    test_loader = build_loader(dataset, recipe, train=False, kind=kind, device=run_device)
 
     log = RunLog(out, recipe.name)
     log.write("recipe.json", recipe.to_dict())
@@ -76,14 +76,14 @@ def train(
     max_lr = recipe.max_lr
     if max_lr == "auto":
         log.say("max_lr auto: trying rising rates on networks of their own first")
-        search = find_max_lr(dataset, recipe, **settings, announce=log.say)
+        search = find_max_lr(dataset, recipe, kind=kind, device=run_device, dtype=dtype, announce=log.say)
         max_lr = search.suggestion
         log.write("lr_find.json", {"max_lr": max_lr, **dataclasses.asdict(search)})
         log.say(f"max_lr {search}")
 
     torch.manual_seed(recipe.seed)
     step = TrainStep(
-        CustomResNet(len(dataset.classes), recipe.dropout),
+        CustomResNet(len(dataset.classes), recipe.dropout, mean=dataset.mean, std=dataset.std),
         recipe,
         max_lr=max_lr,
         total_steps=recipe.epochs * len(train_loader),
@@ -91,7 +91,7 @@ def train(
         compute_dtype=dtype,
         compile_mode=mode,
     )
-    compile_seconds = step.warm_up(*_blank_batch(recipe.batch_size, dtype, run_device))
+    compile_seconds = step.warm_up(*_blank_batch(recipe.batch_size, run_device))
 
     history: list[dict[str, Any]] = []
     for epoch in range(1, recipe.epochs + 1):
@@ -206,8 +206,6 @@ def _save_checkpoints(
         "recipe": step.recipe.to_dict(),
         "dataset": dataset.name,
         "classes": list(dataset.classes),
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
     }
     save_checkpoint(folder / "last.pt", state)
     if all(history[-1]["test_accuracy"] > row["test_accuracy"] for row in history[:-1]):
@@ -223,9 +221,8 @@ def _report(run: Run, log: RunLog, dataset: Dataset, test: Evaluation, device: t
         log.say(f"no report.html ({reason}); try again: fasttrain report {log.folder}")
 
 
-def _blank_batch(batch_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _blank_batch(batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """A batch of the loaders' shape, dtype and strides, to compile on without taking one from them."""
-    image_dtype = torch.float32 if dtype == torch.float32 else torch.float16
-    images = torch.zeros(batch_size, 3, 32, 32, dtype=image_dtype, device=device)
+    images = torch.zeros(batch_size, 3, 32, 32, dtype=torch.uint8, device=device)
     labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
     return images.to(memory_format=torch.channels_last), labels
