@@ -42,6 +42,8 @@ class TrainOptions(RunOptions):
 
     out: Path = Path("runs")
     """Where run folders are made."""
+    tensorboard: bool = False
+    """Leave event files in the run's folder: every epoch's metrics, and a grid of augmented images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +122,7 @@ def train(args: Sequence[str]) -> int:
         data_dir=options.data_dir,
         out=options.out,
         device=options.device,
+        tensorboard=options.tensorboard,
         started=STARTED,
     )
     return 0

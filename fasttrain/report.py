@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from fasttrain import plots
 from fasttrain.checkpoint import load_checkpoint
@@ -132,8 +133,11 @@ def _lr_find_picture(run: Run) -> Picture:
     return plots.picture(plots.lr_find(curves, max_lr), alt)
 
 
-def _samples(dataset: Dataset, recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """The first training images as the recipe's loader augments them."""
+def first_images(dataset: Dataset, recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor, str]:
+    """The first training images as the recipe's loader augments them.
+
+    Returns images_NCHW (uint8), labels_N (int64) and the loader's name.
+    """
     count = min(SAMPLES, len(dataset.train.labels))
     few = Split(dataset.train.images[:count], dataset.train.labels[:count])
     loader = build_loader(
@@ -144,13 +148,18 @@ def _samples(dataset: Dataset, recipe: Recipe, device: torch.device) -> dict[str
         device=device,
     )
     images_NCHW, labels_N = next(iter(loader))
+    return images_NCHW, labels_N, loader.name
+
+
+def _samples(dataset: Dataset, recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """What the page says about them."""
+    images_NCHW, labels_N, loader_name = first_images(dataset, recipe, device)
+    images_NHWC = images_NCHW.permute(0, 2, 3, 1).cpu().numpy()
     return {
-        "loader": loader.name,
+        "loader": loader_name,
         "images": [
             {"uri": plots.image_uri(image_HWC), "label": dataset.classes[label]}
-            for image_HWC, label in zip(
-                images_NCHW.permute(0, 2, 3, 1).cpu().numpy(), labels_N.tolist(), strict=True
-            )
+            for image_HWC, label in zip(images_NHWC, labels_N.tolist(), strict=True)
         ],
     }
 

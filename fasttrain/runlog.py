@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from fasttrain.errors import UserError
 from fasttrain.files import write_json
@@ -43,16 +44,28 @@ class RunLog:
 
     recipe.json and machine.json are written by the caller's first words, metrics.jsonl grows by a line per
     epoch, result.json comes at the end: a folder without it is a run that did not finish. lr_find.json is
-    there where the LR finder chose the peak rate.
+    there where the LR finder chose the peak rate, TensorBoard's event files where they were asked for.
     """
 
     def __init__(self, out: Path, recipe_name: str) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
         self.folder = _new_folder(out, f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe_name}")
         self._header_shown = False
+        self._board: Any = None
 
     def say(self, line: str) -> None:
         self.console.print(line, markup=False)
+
+    def open_tensorboard(self, images_NCHW: Tensor) -> None:
+        """From here on write every epoch's metrics for TensorBoard too, into the run's folder.
+
+        images_NCHW: uint8, shown as one grid. Raises ImportError where require_tensorboard would complain.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(self.folder))
+        self._board.add_images("augmented training images", images_NCHW)
+        self._board.flush()
 
     def write(self, name: str, values: dict[str, Any]) -> None:
         """Write one of the folder's JSON files, atomically."""
@@ -98,12 +111,24 @@ class RunLog:
             raise UserError(
                 f"{path}: cannot be written ({error.strerror}); make room, start again"
             ) from error
+        if self._board is not None:
+            for key in metrics.keys() - {"epoch"}:
+                self._board.add_scalar(key, metrics[key], metrics["epoch"])
+            self._board.flush()
         if not self._header_shown:
             widths = [len(form.format(**metrics)) for _, form in EPOCH_COLUMNS]
             names = [name for name, _ in EPOCH_COLUMNS]
             self.say("  ".join(name.rjust(width) for name, width in zip(names, widths, strict=True)))
             self._header_shown = True
         self.say("  ".join(form.format(**metrics) for _, form in EPOCH_COLUMNS))
+
+
+def require_tensorboard() -> None:
+    """Raise UserError, with the remedy, where TensorBoard is not installed."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--tensorboard: {error}; pip install 'fasttrain[tensorboard]'") from error
 
 
 def _new_folder(out: Path, name: str) -> Path:

@@ -25,9 +25,9 @@ from fasttrain.machine import (
 from fasttrain.metrics import WaitTimer, model_flops_utilization, peak_memory_gib
 from fasttrain.model import CustomResNet, training_flop_per_image
 from fasttrain.recipe import PRESETS, Recipe
-from fasttrain.report import write_report
+from fasttrain.report import first_images, write_report
 from fasttrain.run import Run, load_run
-from fasttrain.runlog import RunLog
+from fasttrain.runlog import RunLog, require_tensorboard
 from fasttrain.step import TrainStep, pick_compile_mode
 
 FIRST_STEPS = 5
@@ -38,35 +38,41 @@ def train(
     recipe: Recipe,
     *,
     data: DataChoice = "auto",
-    data_dir: Path | None = None,
-    out: Path = Path("runs"),
+    data_dir: Path | str | None = None,
+    out: Path | str = "runs",
     device: str = "auto",
+    tensorboard: bool = False,
     started: float | None = None,
     report: bool = True,
 ) -> Run:
     """Train one recipe and leave a run's folder; returns what is in it.
 
+    tensorboard: leave event files in the folder: every epoch's metrics, and a grid of augmented images.
     started: time.perf_counter() when the process began, for wall_seconds; now, if not given.
     report: write report.html too, some seconds that wall_seconds leaves out.
     Raises UserError on anything that the user can mend, and KeyboardInterrupt when interrupted: the last
     finished epoch's checkpoint stays.
     """
     started = time.perf_counter() if started is None else started
+    if tensorboard:
+        require_tensorboard()
     run_device = pick_device(device)
     dtype = pick_compute_dtype(recipe.compute_dtype, run_device)
     precision = precision_name(recipe.compute_dtype, dtype)
     set_fp32_precision(allow_tf32=recipe.compute_dtype == "tf32")
     torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN time its kernels once
 
-    dataset = open_dataset(data, data_dir, print)
+    dataset = open_dataset(data, Path(data_dir) if data_dir else None, print)
     kind = pick_loader(recipe.loader, run_device, print)
     mode = pick_compile_mode(recipe.compile, run_device, print)
     train_loader = build_loader(dataset, recipe, train=True, kind=kind, device=run_device)
     test_loader = build_loader(dataset, recipe, train=False, kind=kind, device=run_device)
 
-    log = RunLog(out, recipe.name)
+    log = RunLog(Path(out), recipe.name)
     log.write("recipe.json", recipe.to_dict())
     log.write("machine.json", describe(run_device))
+    if tensorboard:
+        log.open_tensorboard(first_images(dataset, recipe, run_device)[0])
     log.say(
         f"{recipe.name}: {dataset.name}, {recipe.epochs} epochs of {len(train_loader)} steps of "
         f"{recipe.batch_size}, {run_device.type}, {precision}, {train_loader.name}, "

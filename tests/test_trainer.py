@@ -125,6 +125,33 @@ def test_the_laptop_recipe_says_what_the_full_one_would_take(dataset_dir: Path, 
     assert "\x1b" not in out and "\r" not in out  # piped: plain lines
 
 
+def test_tensorboard_shows_the_metrics_of_every_epoch_and_the_images(dataset_dir: Path, tmp_path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ["--epochs", "2", "--batch-size", "32", "--device", "cpu", "--tensorboard"]
+    assert main(["train", "--data-dir", str(dataset_dir), "--out", str(tmp_path), *flags]) == 0
+    [folder] = tmp_path.iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    metrics = rows(folder)
+    assert set(events.Tags()["scalars"]) == metrics[0].keys() - {"epoch"}
+    for key in events.Tags()["scalars"]:
+        written = [(event.step, event.value) for event in events.Scalars(key)]
+        assert written == [(row["epoch"], pytest.approx(row[key], rel=1e-5)) for row in metrics]
+    [grid] = events.Images("augmented training images")
+    assert (grid.width, grid.height) == (8 * 32, 3 * 32)
+
+
+def test_tensorboard_where_it_is_missing_is_one_line_and_no_folder(
+    dataset_dir: Path, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    assert main(["train", "--data-dir", str(dataset_dir), "--out", str(tmp_path), "--tensorboard"]) == 2
+    error = capsys.readouterr().err
+    assert "pip install 'fasttrain[tensorboard]'" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_max_lr_auto_asks_the_finder_first(dataset_dir: Path, tmp_path, monkeypatch) -> None:
     from fasttrain import trainer as train_module
     from fasttrain.lr_find import LrSearch
