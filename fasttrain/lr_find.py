@@ -5,6 +5,7 @@ import dataclasses
 import io
 import math
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,8 +201,12 @@ def _curve(
         grad_scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
     )
     # The library stops on a loss that has grown fivefold, but goes on through NaN: there the criterion
-    # raises.
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(_Diverged):
+    # raises. Its words are not ours, and its progress bar is for a terminal alone.
+    with contextlib.ExitStack() as quiet:
+        quiet.enter_context(contextlib.suppress(_Diverged))
+        quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        if not sys.stderr.isatty():
+            quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
         finder.range_test(EndlessBatches(loader), start_lr=start_lr, end_lr=end_lr, num_iter=num_iter)
     count = min(len(finder.history["lr"]), len(finder.history["loss"]))
     return LrCurve(finder.history["lr"][:count], finder.history["loss"][:count], diverged=count < num_iter)

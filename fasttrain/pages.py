@@ -27,8 +27,16 @@ def render(template: str, **content: Any) -> str:
         lstrip_blocks=True,
     )
     pages.filters["as"] = lambda value, form: "unknown" if value is None else format(value, form)
+    pages.filters["plain"] = _plain
     pages.tests["missing"] = lambda value: isinstance(value, Missing)
     return pages.get_template(template).render(light=plots.LIGHT, dark=plots.DARK, **content)
+
+
+def _plain(value: object) -> str:
+    """A setting as one would write it: 0.208333 and not 0.20833333333333334."""
+    if value is None:
+        return "unknown"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def write_page(path: Path, template: str, **content: Any) -> None:

@@ -78,10 +78,10 @@ def chart(
     log_x: bool = False,
     mark_x: float | None = None,
 ) -> Draw:
-    """Lines over one axis. percent: y runs from 0 to 1. mark_x: a vertical line there."""
+    """Lines over one axis. percent: y runs from 0 to 1. mark_x: a vertical line there, with its value."""
 
     def draw(axes: Any, palette: Palette) -> None:
-        from matplotlib.ticker import MaxNLocator, PercentFormatter
+        from matplotlib.ticker import MaxNLocator
 
         for curve in curves:
             colour = palette.series[curve.series % len(palette.series)]
@@ -95,9 +95,9 @@ def chart(
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
         if mark_x is not None:
-            axes.axvline(mark_x, color=palette.ink, linestyle="--", linewidth=1)
+            axes.axvline(mark_x, color=palette.ink, linestyle="--", linewidth=1, label=f"{mark_x:.3g}")
         axes.set_xlabel(x_name)
         axes.set_ylabel(y_name)
         if any(curve.label for curve in curves):

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,10 @@ class Run:
 
     folder: Path
     recipe: Recipe
-    machine: dict[str, Any]
-    result: dict[str, Any]
-    epochs: list[dict[str, Any]]
-    lr_find: dict[str, Any] | None
+    machine: dict[str, Any] = field(repr=False)
+    result: dict[str, Any] = field(repr=False)
+    epochs: list[dict[str, Any]] = field(repr=False)
+    lr_find: dict[str, Any] | None = field(repr=False)
 
     @property
     def hardware(self) -> str:
