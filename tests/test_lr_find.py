@@ -80,6 +80,7 @@ def test_a_search_leaves_no_trace_in_the_training_behind_it(dataset_dir: Path, t
     """The weights are, bit for bit, those of a run that was given the same rate."""
     quick = functools.partial(find_max_lr, start_lr=1e-4, end_lr=1e-2, num_iter=17, repeats=1)
     monkeypatch.setattr(trainer, "find_max_lr", quick)
+    monkeypatch.setattr(trainer, "measure_matmul_tflops", lambda *_: 1.0)
     models = []
     max_lr: float | str = "auto"
     for name in ("asked", "told"):
@@ -147,7 +148,9 @@ def test_a_plot_that_cannot_be_written_loses_neither_suggestion_nor_old_plot(
     [
         (["--start-lr", "1", "--end-lr", "0.1"], "--start-lr 1 --end-lr 0.1: expected"),
         (["--start-lr", "0"], "--start-lr 0 --end-lr 10: expected"),
+        (["--start-lr", "1", "--end-lr", "1"], "--start-lr 1 --end-lr 1: expected"),
         (["--end-lr", "nan"], "--end-lr nan: expected"),
+        (["--end-lr", "inf"], "--end-lr inf: expected"),
         (["--num-iter", "16"], "--num-iter 16: expected at least 17"),
         (["--repeats", "0"], "--repeats 0: expected at least 1"),
         (["--plot", "{tmp}/none/curves.png"], "curves.png: expected"),
