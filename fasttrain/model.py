@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+EPOCH_IMAGES = 50_000
+"""CIFAR-10's training images, for the cost of an epoch."""
+
 
 def _block(in_channels: int, out_channels: int, *, pool: bool, dropout: float) -> list[nn.Module]:
     """Convolution, max pooling where asked for, BatchNorm, ReLU, dropout.
@@ -134,7 +137,7 @@ def training_flop_per_image(model: CustomResNet) -> int:
 
 
 def summary(model: CustomResNet) -> str:
-    """The assignment's summary: a table of all layers, totals, and the shape after every block."""
+    """The assignment's summary: a table of all layers, totals, the shape after every block; then the cost."""
     import torchinfo
 
     with torch.random.fork_rng():  # torchinfo draws its input from the global generator
@@ -166,4 +169,14 @@ def summary(model: CustomResNet) -> str:
     ]
     for name, shape in block_shapes(model):
         lines.append(f"{name:<20}{list(shape)}")
+    flop = training_flop_per_image(model)
+    lines += [
+        rule,
+        f"Mult-adds per image, forward: {multiply_adds(model):,}",
+        f"Training FLOP per image: {flop / 1e9:.3f} G",
+        f"Training FLOP per epoch of {EPOCH_IMAGES:,} images: {flop * EPOCH_IMAGES / 1e12:.1f} T",
+        "Counted: the convolutions and the linear layer alone, two FLOP per mult-add; training takes three",
+        "times the forward pass: for the outputs, the gradients of the inputs and those of the weights.",
+        rule,
+    ]
     return "\n".join(lines)

@@ -25,8 +25,9 @@ from fasttrain.machine import (
 from fasttrain.metrics import WaitTimer, model_flops_utilization, peak_memory_gib
 from fasttrain.model import CustomResNet, training_flop_per_image
 from fasttrain.recipe import PRESETS, Recipe
-from fasttrain.report import load_run, write_report
-from fasttrain.runlog import RunLog
+from fasttrain.report import first_images, write_report
+from fasttrain.run import Run, load_run
+from fasttrain.runlog import RunLog, require_tensorboard
 from fasttrain.step import TrainStep, pick_compile_mode
 
 FIRST_STEPS = 5
@@ -37,35 +38,41 @@ def train(
     recipe: Recipe,
     *,
     data: DataChoice = "auto",
-    data_dir: Path | None = None,
-    out: Path = Path("runs"),
+    data_dir: Path | str | None = None,
+    out: Path | str = "runs",
     device: str = "auto",
+    tensorboard: bool = False,
     started: float | None = None,
     report: bool = True,
-) -> dict[str, Any]:
-    """Train one recipe and leave a run's folder; returns what its result.json holds.
+) -> Run:
+    """Train one recipe and leave a run's folder; returns what is in it.
 
+    tensorboard: leave event files in the folder: every epoch's metrics, and a grid of augmented images.
     started: time.perf_counter() when the process began, for wall_seconds; now, if not given.
     report: write report.html too, some seconds that wall_seconds leaves out.
     Raises UserError on anything that the user can mend, and KeyboardInterrupt when interrupted: the last
     finished epoch's checkpoint stays.
     """
     started = time.perf_counter() if started is None else started
+    if tensorboard:
+        require_tensorboard()
     run_device = pick_device(device)
     dtype = pick_compute_dtype(recipe.compute_dtype, run_device)
     precision = precision_name(recipe.compute_dtype, dtype)
     set_fp32_precision(allow_tf32=recipe.compute_dtype == "tf32")
     torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN time its kernels once
 
-    dataset = open_dataset(data, data_dir, print)
+    dataset = open_dataset(data, Path(data_dir) if data_dir else None, print)
     kind = pick_loader(recipe.loader, run_device, print)
     mode = pick_compile_mode(recipe.compile, run_device, print)
     train_loader = build_loader(dataset, recipe, train=True, kind=kind, device=run_device)
     test_loader = build_loader(dataset, recipe, train=False, kind=kind, device=run_device)
 
-    log = RunLog(out, recipe.name)
+    log = RunLog(Path(out), recipe.name)
     log.write("recipe.json", recipe.to_dict())
     log.write("machine.json", describe(run_device))
+    if tensorboard:
+        log.open_tensorboard(first_images(dataset, recipe, run_device)[0])
     log.say(
         f"{recipe.name}: {dataset.name}, {recipe.epochs} epochs of {len(train_loader)} steps of "
         f"{recipe.batch_size}, {run_device.type}, {precision}, {train_loader.name}, "
@@ -75,10 +82,10 @@ def train(
     max_lr = recipe.max_lr
     if max_lr == "auto":
         log.say("max_lr auto: trying rising rates on networks of their own first")
-        search = find_max_lr(dataset, recipe, kind=kind, device=run_device, dtype=dtype)
+        search = find_max_lr(dataset, recipe, kind=kind, device=run_device, dtype=dtype, announce=log.say)
         max_lr = search.suggestion
         log.write("lr_find.json", {"max_lr": max_lr, **dataclasses.asdict(search)})
-        log.say(f"max_lr {max_lr:.3g}: the median of {', '.join(f'{lr:.3g}' for lr in search.suggestions)}")
+        log.say(f"max_lr {search}")
 
     torch.manual_seed(recipe.seed)
     step = TrainStep(
@@ -135,15 +142,28 @@ def train(
         f"(best {best['test_accuracy']:.2%} at epoch {best['epoch']}, chosen on the test images); "
         f"{train_seconds:.1f} s of training, {result['wall_seconds']:.1f} s in all -> {log.folder}"
     )
+    run = load_run(log.folder)
     if report:
-        _report(log, dataset, test, run_device)
-    return result
+        _report(run, log, dataset, test, run_device)
+    return run
 
 
 def _train_epoch(step: TrainStep, loader: Loader, epoch: int, log: RunLog) -> dict[str, float]:
     timer = WaitTimer(loader)
-    start = time.perf_counter()
-    for images_NCHW, labels_N in log.steps(timer, len(loader), f"epoch {epoch}"):
+    first_step, start = step.step, time.perf_counter()
+
+    def figures() -> dict[str, float]:
+        """What can be said of the epoch so far without waiting for the device."""
+        seconds = time.perf_counter() - start
+        peeked = step.peek_metrics()
+        return {
+            **(dict(zip(("train_loss", "train_accuracy"), peeked, strict=True)) if peeked else {}),
+            "images_per_sec": (step.step - first_step) * step.recipe.batch_size / seconds,
+            "data_wait_share": timer.wait_seconds / seconds,
+        }
+
+    title = f"epoch {epoch}/{step.recipe.epochs}"
+    for images_NCHW, labels_N in log.steps(timer, len(loader), title, figures):
         step(images_NCHW, labels_N)
         if step.recipe.name == "laptop" and step.step == min(FIRST_STEPS, step.total_steps):
             _announce_full_recipe(log, loader, (time.perf_counter() - start) / step.step)
@@ -198,10 +218,10 @@ def _save_checkpoints(
         save_checkpoint(folder / "best.pt", state)
 
 
-def _report(log: RunLog, dataset: Dataset, test: Evaluation, device: torch.device) -> None:
+def _report(run: Run, log: RunLog, dataset: Dataset, test: Evaluation, device: torch.device) -> None:
     """Write report.html from the last epoch's evaluation. The run is finished: nothing here may fail it."""
     try:
-        log.say(f"report -> {write_report(load_run(log.folder), dataset, test, device=device)}")
+        log.say(f"report -> {write_report(run, dataset, test, device=device)}")
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         log.say(f"no report.html ({reason}); try again: fasttrain report {log.folder}")

@@ -51,6 +51,9 @@ def test_summary_shows_the_assignments_totals_and_leaves_model_and_rng_alone() -
         "Forward/backward pass size (MB): 4.65",
         "Params size (MB): 26.29",
         "Estimated Total Size (MB): 30.96",
+        "Mult-adds per image, forward: 379,261,952",
+        "Training FLOP per image: 2.276 G",
+        "Training FLOP per epoch of 50,000 images: 113.8 T",
     ):
         assert line in text
     for column in ("Input Shape", "Kernel Shape", "Output Shape", "Param #", "Trainable"):
