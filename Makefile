@@ -27,10 +27,10 @@ fasttrain = "$(BIN)/python" -m fasttrain
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train lr-find summary evaluate report compare data doctor test check bench profile gpu-report tables clean
+.PHONY: help setup train lr-find summary evaluate report compare data doctor test check bench bench-setup profile gpu-report tables clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: $(VENV)/installed  ## install fasttrain and its tools into .venv, pinned by constraints.txt
 
@@ -72,12 +72,22 @@ check: setup  ## lint and type-check
 	"$(BIN)/python" -m ruff format --check
 	"$(BIN)/python" -m mypy
 
-bench: setup  ## time the training step and the loaders
-	"$(BIN)/python" -m benchmarks.step $(ARGS)
-	"$(BIN)/python" -m benchmarks.loader $(ARGS)
+bench: setup bench-setup  ## compare with the hardware and with what else there is, in at most 10 minutes
+	"$(BIN)/python" -m benchmarks.machine
+	"$(BIN)/python" -m benchmarks.step
+	"$(BIN)/python" -m benchmarks.loader
+	"$(BIN)/python" -m benchmarks.ladder
+	"$(BIN)/python" -m benchmarks.scaling
+	"$(BIN)/python" -m benchmarks.start
 
-profile: setup  ## profile one training step
-	"$(BIN)/python" -m benchmarks.profile $(ARGS)
+bench-setup: $(VENV)/bench-installed  ## install the packages that `make bench` compares with
+
+$(VENV)/bench-installed: $(VENV)/installed
+	"$(BIN)/python" -m pip install -c constraints.txt -e ".[bench]"
+	touch "$@"
+
+profile: setup  ## show where the time of a training goes: the variables of train
+	$(fasttrain) profile$(flags)
 
 gpu-report: setup  ## run every benchmark in one visit to a GPU: ARGS="--data-dir data"
 	"$(BIN)/python" -m benchmarks.gpu_report $(ARGS)

@@ -37,21 +37,29 @@ def parts(options: Options) -> list[tuple[str, int, list[str]]]:
     runs = ["--out", str(options.out / "runs")]
     train = [*python, "fasttrain", "train", "--recipe", "default", *data, *runs, *epochs, *batch]
     seeds = ["--seeds", "1" if options.small else "5"]
-    tiny_loader = ["--images", "64", "--rounds", "1"] if options.small else []
-    tiny_step = ["--rounds", "1"] if options.small else []
+    tiny = ["--rounds", "1"] if options.small else []
+    tiny_loader = ["--images", "64", "--seconds", "0.1", "--batch-sizes", "8", "--step-batch-size", "8"]
+    tiny_loader = [*tiny, *tiny_loader, "--cores", "1"] if options.small else []
+    tiny_step = [*tiny, "--batch-sizes", "8"] if options.small else []
+    tiny_ladder = [*tiny, "--images", "64"] if options.small else []
+    tiny_scaling = ["--images", "32", "64", "--batch-sizes", "4", "8", "--epochs", "1", "2"]
+    tiny_scaling = [*tiny, *tiny_scaling, "--widths", "8", "16"] if options.small else []
     recipe = options.out / "small.json"
     if options.small:
         recipe.write_text('{"batch_size": 8, "epochs": 1}')
     small_recipe = ["--recipe", str(recipe)] if options.small else []
-    trace = ["--trace", str(options.out / "trace.json")]
+    profile = ["--out", str(options.out / "profile"), *(["--active", "1"] if options.small else [])]
     return [
         ("machine", 120, [*python, "benchmarks.machine"]),
         ("tests", 240, [*python, "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]),
         ("run", 240, train),
-        ("loader", 120, [*python, "benchmarks.loader", *batch, *tiny_loader]),
-        ("step", 180, [*python, "benchmarks.step", *batch, *tiny_step]),
+        ("loader", 240, [*python, "benchmarks.loader", *batch, *tiny_loader]),
+        ("step", 180, [*python, "benchmarks.step", *tiny_step]),
+        ("ladder", 180, [*python, "benchmarks.ladder", *batch, *tiny_ladder]),
         ("seeds", 300, [*python, "benchmarks.train", *small_recipe, *seeds, *data]),
-        ("profile", 120, [*python, "benchmarks.profile", "--steps", "20", *small_recipe, *trace]),
+        ("profile", 120, [*python, "fasttrain", "profile", "--recipe", "default", *data, *batch, *profile]),
+        ("scaling", 180, [*python, "benchmarks.scaling", *tiny_scaling]),
+        ("start", 120, [*python, "benchmarks.start", *tiny, *(["--images", "100"] if options.small else [])]),
     ]
 
 

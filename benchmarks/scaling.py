@@ -2,8 +2,8 @@
 
     python -m benchmarks.scaling [--rounds 3]
 
-Each axis varies alone and gets an exponent, the slope of log(cost) over log(value): 1 means that twice as much
-costs twice as much. Random pixels stand for CIFAR-10.
+Each axis varies alone and gets an exponent, the slope of log(cost) over log(value): 1 means that twice as
+much costs twice as much. Random pixels stand for CIFAR-10.
 """
 
 import dataclasses

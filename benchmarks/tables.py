@@ -1,4 +1,4 @@
-"""Print the README's tables from the files under benchmarks/results/.
+"""Print the README's tables, and draw its plots, from the files under benchmarks/results/.
 
     python -m benchmarks.tables          # write them into README.md
     python -m benchmarks.tables --check  # fail if README.md says anything else
@@ -17,6 +17,7 @@ from typing import Any
 
 import tyro
 
+from benchmarks.pictures import draw_scaling
 from benchmarks.report import RESULTS
 from fasttrain.machine import hardware_name
 
@@ -70,17 +71,28 @@ def runs_table(results: Path) -> str:
     return f"{markdown(columns, rows)}\n\n{caption}"
 
 
+def results_of(results: Path, benchmark: str) -> Iterable[dict[str, Any]]:
+    """What every machine's file of one benchmark holds."""
+    for path in sorted(results.glob(f"{benchmark}-*.json")):
+        yield json.loads(path.read_text())
+
+
 def rows_table(results: Path, benchmark: str, columns: dict[str, Callable[[dict[str, Any]], str]]) -> str:
     """The rows of every machine's file of one benchmark, each table over its machine and its n."""
     parts = []
-    for path in sorted(results.glob(f"{benchmark}-*.json")):
-        values = json.loads(path.read_text())
+    for values in results_of(results, benchmark):
         table = markdown(list(columns), [[cell(row) for cell in columns.values()] for row in values["rows"]])
-        parts.append(
-            f"{table}\n\nBatch {values['batch_size']}, median of {values['rounds']} rounds taken in turn, "
-            f"± half the range. Machine: {hardware_name(values['machine'])}; {software(values['machine'])}."
-        )
+        batch = f"Batch {values['batch_size']}. " if "batch_size" in values else ""
+        parts.append(f"{table}\n\n{batch}{caption(values)}")
     return "\n\n".join(parts)
+
+
+def caption(values: dict[str, Any]) -> str:
+    """What stands under a table: n, spread and machine."""
+    return (
+        f"Median of {values['rounds']} rounds taken in turn, ± half the range. "
+        f"Machine: {hardware_name(values['machine'])}; {software(values['machine'])}."
+    )
 
 
 def step_table(results: Path) -> str:
@@ -89,25 +101,122 @@ def step_table(results: Path) -> str:
         "step",
         {
             "training step": lambda row: row["variant"],
+            "batch": lambda row: f"{row['batch_size']:,}",
             "ms": lambda row: f"{row['step_ms']:,.1f} ±{row['spread']:.1%}",
-            "speed-up": lambda row: f"{row['speed_up']:.2f}x",
+            "images/s": lambda row: f"{row['images_per_sec']:,.0f}",
+            "of matmul rate": lambda row: "{:.0%} ({:.0%}-{:.0%})".format(row["mfu"], *row["mfu_range"]),
+        },
+    )
+
+
+def ladder_table(results: Path) -> str:
+    return rows_table(
+        results,
+        "ladder",
+        {
+            "step with its data": lambda row: row["rung"],
+            "ms": lambda row: f"{row['step_ms']:,.1f} ±{row['spread']:.1%}",
+            "this rung": lambda row: f"{row['speed_up']:.2f}x",
+            "in all": lambda row: f"{row['speed_up_in_all']:.2f}x",
             "of matmul rate": lambda row: f"{row['mfu']:.0%}",
+            "GiB beyond the weights": lambda row: (
+                "-" if row["memory_gib"] is None else f"{row['memory_gib']:.2f}"
+            ),
+        },
+    )
+
+
+def start_table(results: Path) -> str:
+    return rows_table(
+        results,
+        "start",
+        {
+            "process": lambda row: row["start"],
+            "seconds": lambda row: f"{row['seconds']:.2f} ±{row['spread']:.1%}",
         },
     )
 
 
 def loader_table(results: Path) -> str:
-    return rows_table(
-        results,
-        "loader",
-        {
-            "loader, alone": lambda row: row["loader"],
-            "images/s": lambda row: f"{row['images_per_sec']:,.0f} ±{row['spread']:.1%}",
-        },
-    )
+    """Per machine: every loader on so many cores and in a step, then ours over batch sizes."""
+    parts = []
+    for values in results_of(results, "loader"):
+        rows = values["rows"]
+        cores = sorted({row["cores"] for row in rows if "cores" in row})
+        alone = {(row["loader"], row["cores"]): row for row in rows if "cores" in row}
+        in_step = {row["loader"]: row for row in rows if "step_ms" in row}
+        best = next(iter(alone.values()))["loader"]
+        step_batch = next(iter(in_step.values()))["step_batch_size"]
+        columns = ["loader"]
+        for count in cores:
+            columns += [f"images/s, {count} core{'s' if count > 1 else ''}", "ours is"]
+        columns.append(f"in a step of {step_batch}")
+        body = []
+        for name in dict.fromkeys(name for name, _ in alone):
+            cells = [name]
+            for count in cores:
+                row = alone[name, count]
+                ratio = alone[best, count]["images_per_sec"] / row["images_per_sec"]
+                cells += [f"{row['images_per_sec']:,.0f} ±{row['spread']:.1%}", f"{ratio:.1f}x"]
+            row = in_step.get(name)
+            cells.append("" if row is None else f"{row['overhead']:+.1%} ±{row['spread']:.1%}")
+            body.append(cells)
+        width = len(columns) - 1
+        body += [[name, "not installed", *[""] * (width - 1)] for name in values["missing"]]
+        sizes = [row for row in rows if "batch_size" in row]
+        names = list(dict.fromkeys(row["loader"] for row in sizes))
+        by_size = [
+            [f"{size:,}"]
+            + [
+                f"{row['images_per_sec']:,.0f} ±{row['spread']:.1%}"
+                for row in sizes
+                if row["batch_size"] == size
+            ]
+            for size in dict.fromkeys(row["batch_size"] for row in sizes)
+        ]
+        parts.append(
+            f"{markdown(columns, body)}\n\n{markdown(['images/s at batch', *names], by_size)}\n\n"
+            f"Crop, flip and cutout of {values['images']:,} images, batch {values['batch_size']} where none "
+            "is named; each batch normalised in floating point, but for those called bytes, which the network "
+            "normalises itself. In a step: how much longer it takes than on one reused batch. "
+            f"{caption(values)}"
+        )
+    return "\n\n".join(parts)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"runs": runs_table, "step": step_table, "loader": loader_table}
+def scaling_table(results: Path) -> str:
+    parts = []
+    for path in sorted(results.glob("scaling-*.json")):
+        values = json.loads(path.read_text())
+        body = []
+        for axis, fit in values["fits"].items():
+            rows = [row for row in values["rows"] if row["axis"] == axis]
+            ends = [rows[0], rows[-1]]
+            body.append(
+                [
+                    axis,
+                    " to ".join(f"{row['value']:,}" for row in ends),
+                    " to ".join(f"{row['seconds']:.3g}" for row in ends),
+                    "{:.2f} ({:.2f}-{:.2f})".format(fit["exponent"], *fit["range"]),
+                    " to ".join(
+                        "-" if row["memory_gib"] is None else f"{row['memory_gib']:.2f}" for row in ends
+                    ),
+                ]
+            )
+        columns = ["cost against", "from - to", "seconds", "exponent", "GiB beyond the weights"]
+        picture = f"![cost against each axis](benchmarks/results/{path.with_suffix('.svg').name})"
+        parts.append(f"{markdown(columns, body)}\n\n{picture}\n\n{caption(values)}")
+    return "\n\n".join(parts)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "runs": runs_table,
+    "step": step_table,
+    "ladder": ladder_table,
+    "loader": loader_table,
+    "scaling": scaling_table,
+    "start": start_table,
+}
 
 
 def render(text: str, results: Path = RESULTS) -> str:
@@ -138,6 +247,8 @@ def main(options: Options) -> int:
             print("README.md disagrees with benchmarks/results: run make tables", file=sys.stderr)
         return int(rendered != text)
     README.write_text(rendered, encoding="utf-8")
+    for source in RESULTS.glob("scaling-*.json"):
+        draw_scaling(source)
     return 0
 
 

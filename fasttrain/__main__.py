@@ -112,6 +112,31 @@ class DoctorOptions:
     """auto, cpu, cuda, cuda:1, ..."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions(RunOptions):
+    """Show where the time goes: train a few steps under torch.profiler, loader and all."""
+
+    out: Path = Path("runs/profile")
+    """Folder of trace.json, operators.txt and profile.json; older ones in it are replaced."""
+    wait: int = 1
+    """Steps before the profiler looks."""
+    warmup: int = 2
+    """Steps that warm it up."""
+    active: int | None = None
+    """Steps that count; by default 20 on a GPU and 3 without one."""
+    operators: int = 20
+    """How many operators to list."""
+
+    def __post_init__(self) -> None:
+        for flag, value, least in (
+            ("wait", self.wait, 0),
+            ("warmup", self.warmup, 1),
+            ("active", self.active, 1),
+        ):
+            if value is not None and value < least:
+                raise UserError(f"--{flag} {value}: expected at least {least}")
+
+
 def train(args: Sequence[str]) -> int:
     options = _parse_run(TrainOptions, "train", args)
     from fasttrain.trainer import train
@@ -189,6 +214,28 @@ def compare(args: Sequence[str]) -> int:
     return 0
 
 
+def profile(args: Sequence[str]) -> int:
+    options = _parse_run(ProfileOptions, "profile", args)
+    from fasttrain.data.loader import open_dataset
+    from fasttrain.machine import pick_device
+    from fasttrain.profiling import profile_training, sentences
+
+    found, table = profile_training(
+        options.settings,
+        open_dataset(options.data, options.data_dir, print),
+        device=pick_device(options.device),
+        out=options.out,
+        wait=options.wait,
+        warmup=options.warmup,
+        active=options.active,
+        operators=options.operators,
+    )
+    print(table)
+    print(*sentences(found), sep="\n")
+    print(f"trace -> {options.out / 'trace.json'}, for ui.perfetto.dev")
+    return 0
+
+
 def data(args: Sequence[str]) -> int:
     @dataclass(frozen=True, kw_only=True)
     class Options(DataOptions):
@@ -215,6 +262,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "evaluate": (evaluate, "measure a checkpoint on the test images"),
     "report": (report, "write a run's page, report.html"),
     "compare": (compare, "set several runs side by side on one page"),
+    "profile": (profile, "show where the time of a training goes"),
     "data": (data, "fetch the data set and show what is there"),
     "doctor": (doctor, "say what is installed and what is missing"),
 }

@@ -187,8 +187,8 @@ def _best_seconds(work: Callable[[], object], device: torch.device, budget_secon
         return (time.perf_counter() - start) / calls
 
     burst()
-    best = burst()
     deadline = time.perf_counter() + budget_seconds
+    best = burst()
     while time.perf_counter() < deadline:
         best = min(best, burst())
     return best

@@ -49,8 +49,8 @@ class CustomResNet(nn.Module):
         std: Sequence[float] = (0.25, 0.25, 0.25),
     ) -> None:
         super().__init__()
-        self.register_buffer("mean", 255 * torch.tensor(mean).reshape(1, -1, 1, 1))
-        self.register_buffer("inverse_std", 1 / (255 * torch.tensor(std)).reshape(1, -1, 1, 1))
+        self.register_buffer("mean", 255 * torch.tensor(mean))
+        self.register_buffer("inverse_std", 1 / (255 * torch.tensor(std)))
 
         def block(in_channels: int, out_channels: int, *, pool: bool) -> list[nn.Module]:
             return _block(in_channels, out_channels, pool=pool, dropout=dropout)
@@ -67,8 +67,12 @@ class CustomResNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
 
     def normalize(self, images_NCHW: Tensor) -> Tensor:
-        """Pixels from 0 to 255 to float32 of mean 0 and standard deviation 1, in the same memory format."""
-        return (images_NCHW - self.mean) * self.inverse_std
+        """Pixels from 0 to 255 to float32 of mean 0 and standard deviation 1, in channels_last."""
+        # A row of pixels at a time: a CPU's loops over channels alone would be three long (30 times slower).
+        width = images_NCHW.shape[3]
+        rows_NHX = images_NCHW.permute(0, 2, 3, 1).flatten(2).float()
+        rows_NHX = (rows_NHX - self.mean.repeat(width)).mul_(self.inverse_std.repeat(width))
+        return rows_NHX.unflatten(2, (width, -1)).permute(0, 3, 1, 2)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         x = self.prep(self.normalize(images_NCHW))

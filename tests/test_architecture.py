@@ -39,7 +39,7 @@ FLOORS = [
     {"fasttrain.data.loader"},
     {"fasttrain.evaluate", "fasttrain.lr_find"},
     {"fasttrain.report"},
-    {"fasttrain.trainer", "fasttrain.compare"},
+    {"fasttrain.trainer", "fasttrain.compare", "fasttrain.profiling"},
     {"fasttrain.__main__"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

@@ -4,10 +4,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from benchmarks import gpu_report, report, tables, train
+from benchmarks import gpu_report, peers, pictures, report, scaling, tables, train
+from benchmarks.peers import check
+from fasttrain.data.cifar import Dataset, Split
+from fasttrain.data.loader import build_loader
+from fasttrain.model import CustomResNet
+from fasttrain.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,6 +23,13 @@ ROOT = Path(__file__).parents[1]
 def test_the_readme_says_what_the_result_files_say() -> None:
     text = tables.README.read_text(encoding="utf-8")
     assert tables.render(text) == text, "run make tables"
+
+
+def test_every_plot_was_drawn_from_the_file_beside_it() -> None:
+    sources = sorted(report.RESULTS.glob("scaling-*.json"))
+    assert sources
+    for source in sources:
+        assert pictures.drawn_from(source.with_suffix(".svg")) == pictures.checksum(source), "run make tables"
 
 
 def test_a_changed_result_changes_the_readme(tmp_path: Path) -> None:
@@ -58,11 +73,11 @@ def test_one_command_runs_every_benchmark(dataset_dir: Path, tmp_path: Path) -> 
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     logs = "\n".join(path.read_text() for path in tmp_path.glob("*.log"))
     assert done.returncode == 0, done.stdout + logs
-    for benchmark in ("machine", "loader", "step", "train-default"):
+    for benchmark in ("machine", "loader", "step", "ladder", "scaling", "start", "train-default"):
         [path] = tmp_path.glob(f"{benchmark}-*.json")
         values = json.loads(path.read_text())
         assert values["rows"] and values["machine"]["torch"], benchmark
-    assert "conv" in (tmp_path / "profile.log").read_text() and (tmp_path / "trace.json").stat().st_size
+    assert "conv" in (tmp_path / "profile.log").read_text() and (tmp_path / "profile" / "trace.json").exists()
     assert list(tmp_path.glob("runs/*-default/result.json"))
 
 
@@ -94,3 +109,48 @@ def test_a_summary_keeps_every_seed_apart_from_its_mean() -> None:
     assert rows["seconds per epoch"]["n"] == 4 and rows["seconds per epoch"]["max"] == 3
     assert rows["wall seconds, cold"]["mean"] == 9 and rows["wall seconds, later runs"]["mean"] == 5
     assert rows["compile seconds, cold"]["stdev"] is None and "mfu" not in rows
+
+
+@pytest.mark.parametrize("peer", peers.PEERS)
+def test_a_peer_does_the_same_work(peer: str) -> None:
+    """Uniform crops, half of the images mirrored, one cutout, normalised; skipped if not installed."""
+    try:
+        module = peers.load(peer)
+    except ImportError as error:
+        pytest.skip(str(error))
+    count = 8100
+    loader = module.batches(
+        check.ramp_images(count),
+        np.zeros(count, np.uint8),
+        batch_size=300,
+        workers=2,
+        mean=check.MEAN,
+        std=check.STD,
+        device=torch.device("cpu"),
+    )
+    assert check.differences(check.statistics(loader, count)) == []
+
+
+def test_the_check_of_peers_names_what_differs() -> None:
+    """On our own network's normalised batches, whole and with each part of the work left out."""
+    images_NCHW = check.ramp_images(8100).transpose(0, 3, 1, 2)
+    split = Split(images_NCHW, np.zeros(8100, np.uint8))
+    dataset = Dataset("ramp", Path("nowhere"), ("a",), split, split, check.MEAN, check.STD)
+
+    def differences(std=check.STD, **fields: Any) -> str:
+        model = CustomResNet(mean=check.MEAN, std=std)
+        recipe = Recipe(batch_size=300, **fields)
+        loader = build_loader(dataset, recipe, train=True, kind="tensor", device=torch.device("cpu"))
+        batches = [(model.normalize(images), labels) for images, labels in loader]
+        return " ".join(check.differences(check.statistics(batches, 8100)))
+
+    assert differences() == ""
+    assert "offsets" in differences(crop_padding=2)
+    assert "mirrored" in differences(flip=False)
+    assert "[49]" in differences(cutout=7)
+    assert "not the normalised pixels" in differences(std=(0.25, 0.251, 0.25))
+
+
+def test_exponents_are_the_slopes_of_every_round() -> None:
+    values = [2, 4, 8]
+    assert scaling.exponents(values, [[4.0, 2.0], [16.0, 4.0], [64.0, 8.0]]) == pytest.approx([2.0, 1.0])

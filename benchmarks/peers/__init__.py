@@ -6,7 +6,7 @@ Every module here has one function:
 
 images_NHWC: (N, 32, 32, 3) uint8. An iteration is one epoch: shuffled, the last, smaller batch dropped.
 Images are (batch_size, 3, 32, 32) in floating point: cropped from within a border of 4 reflected pixels,
-mirrored with probability one half, an 8x8 square cut out, normalised. Labels are int64. Both are on the device.
+mirrored with probability one half, an 8x8 square cut out, normalised. Labels are int64, both on the device.
 workers: processes or threads beside the main one, where the package has them. `check.py` holds them to it.
 """
 
