@@ -177,8 +177,8 @@ def loader_table(results: Path) -> str:
         parts.append(
             f"{markdown(columns, body)}\n\n{markdown(['images/s at batch', *names], by_size)}\n\n"
             f"Crop, flip and cutout of {values['images']:,} images, batch {values['batch_size']} where none "
-            "is named; each batch normalised in floating point, but for those called bytes, which the network "
-            "normalises itself. In a step: how much longer it takes than on one reused batch. "
+            "is named. Each batch is normalised in floating point, but for the rows called bytes: there the "
+            "network would still do it. In a step: how much longer it takes than on one reused batch. "
             f"{caption(values)}"
         )
     return "\n\n".join(parts)
