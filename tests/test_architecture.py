@@ -14,6 +14,7 @@ FLOORS = [
     {"fasttrain", "fasttrain.data", "fasttrain.errors"},
     {
         "fasttrain.files",
+        "fasttrain.interrupt",
         "fasttrain.recipe",
         "fasttrain.model",
         "fasttrain.plots",
@@ -29,7 +30,7 @@ FLOORS = [
     },
     {"fasttrain.data.synthetic", "fasttrain.step", "fasttrain.runlog", "fasttrain.checkpoint"},
     {"fasttrain.data.loader"},
-    {"fasttrain.evaluate", "fasttrain.lr_find"},
+    {"fasttrain.evaluate", "fasttrain.lr_find", "fasttrain.resume"},
     {"fasttrain.report"},
     {"fasttrain.trainer", "fasttrain.compare"},
     {"fasttrain.__main__"},
