@@ -107,7 +107,41 @@ def loader_table(results: Path) -> str:
     )
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"runs": runs_table, "step": step_table, "loader": loader_table}
+def reliability_table(results: Path) -> str:
+    """One row per machine that ran the fault campaign."""
+    rows, machines = [], []
+    for path in sorted(results.glob("soak-*.json")):
+        values = json.loads(path.read_text())
+        machines.append(f"{hardware_name(values['machine'])}; {software(values['machine'])}")
+        lost, bad = values["lost_seconds"], values["bad_inputs"]
+        rows.append(
+            [
+                f"{values['kills']} SIGKILL, {values['faults'] - values['kills']} SIGTERM",
+                f"{values['recovered']} of {values['runs']}",
+                f"{values['bit_equal']} of {values['runs']}",
+                f"{bad['tried']:,}",
+                str(len(bad["wrong"])),
+                f"{lost['median']:.1f} ({lost['min']:.1f}-{lost['max']:.1f}, n = {lost['n']})",
+                f"{values['memory_mib']['second'] / values['memory_mib']['first'] - 1:+.1%}",
+            ]
+        )
+    columns = ["faults injected", "runs recovered", "runs bit-equal", "bad inputs tried", "wrong outcomes"]
+    columns += ["seconds lost per kill", "memory, second half of a run to its first"]
+    caption = (
+        "`make soak`: trainings on the CPU that save after every step, on 64 generated images. Bit-equal: "
+        "weights, optimizer, random generators and figures of a run that nobody disturbed. Lost: median "
+        "(range) of the seconds from the last checkpoint to the SIGKILL, starting up included; the machine had "
+        "other work. Wrong: a traceback, a hang, or damage that passes for good. "
+    )
+    return f"{markdown(columns, rows)}\n\n{caption}Machine: {'; '.join(dict.fromkeys(machines))}."
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "runs": runs_table,
+    "step": step_table,
+    "loader": loader_table,
+    "reliability": reliability_table,
+}
 
 
 def render(text: str, results: Path = RESULTS) -> str:

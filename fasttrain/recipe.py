@@ -154,7 +154,7 @@ def load_recipe(name_or_path: str) -> Recipe:
         raise UserError(f"--recipe {name_or_path}: no such recipe; {expected}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--recipe {path}: cannot be read ({error}); {expected}") from error
     if not isinstance(values, dict):
         raise UserError(f"--recipe {path}: expected a JSON object of recipe fields")

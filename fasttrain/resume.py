@@ -79,7 +79,9 @@ class RunState:
     ) -> None:
         self.step, self.loader, self.dataset = step, loader, dataset
         self.fingerprint = fingerprint
-        self.environment = {key: str(machine[key]) for key in ENVIRONMENT} | {"hardware": hardware_name(machine)}
+        self.environment = {key: str(machine[key]) for key in ENVIRONMENT} | {
+            "hardware": hardware_name(machine)
+        }
         self.progress = Progress()
         self._started = time.perf_counter()
 

@@ -104,14 +104,14 @@ def train(
         matmul_tflops = measure_matmul_tflops(run_device, dtype)
         checkpoints = _checkpoints(log.folder, resume)
         max_lr = recipe.max_lr
-        if max_lr == "auto":
-            max_lr = math.nan if checkpoints else _find_max_lr(log, dataset, recipe, settings)
+        if max_lr == "auto":  # a checkpoint knows what was found
+            max_lr = math.inf if checkpoints else _find_max_lr(log, dataset, recipe, settings)
 
         torch.manual_seed(recipe.seed)
         step = TrainStep(
             CustomResNet(len(dataset.classes), recipe.dropout),
             recipe,
-            max_lr=max_lr,
+            max_lr=float(max_lr),
             total_steps=recipe.epochs * len(train_loader),
             device=run_device,
             compute_dtype=dtype,
