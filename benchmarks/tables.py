@@ -130,8 +130,8 @@ def reliability_table(results: Path) -> str:
     caption = (
         "`make soak`: trainings on the CPU that save after every step, on 64 generated images. Bit-equal: "
         "weights, optimizer, random generators and figures of a run that nobody disturbed. Lost: median "
-        "(range) of the seconds from the last checkpoint to the SIGKILL, starting up included; the machine had "
-        "other work. Wrong: a traceback, a hang, or damage that passes for good. "
+        "(range) of the seconds from the last checkpoint to the SIGKILL, starting up included, while "
+        "other work shared the machine. Wrong: a traceback, a hang, or damage that passes for good. "
     )
     return f"{markdown(columns, rows)}\n\n{caption}Machine: {'; '.join(dict.fromkeys(machines))}."
 
