@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.report import interleave, run, save, show, spread
 from fasttrain.data.cifar import Dataset, Split
 from fasttrain.data.loader import build_loader, pick_loader
-from fasttrain.machine import pick_compute_dtype, pick_device
+from fasttrain.machine import pick_device
 from fasttrain.recipe import Recipe
 
 
@@ -62,8 +62,7 @@ def rate(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device, seconds
 def endless(
     kind: Literal["dali", "tensor"], dataset: Dataset, recipe: Recipe, device: torch.device
 ) -> Iterator:
-    dtype = pick_compute_dtype("auto", device)
-    loader = build_loader(dataset, recipe, train=True, kind=kind, device=device, dtype=dtype)
+    loader = build_loader(dataset, recipe, train=True, kind=kind, device=device)
     while True:
         yield from loader
 

@@ -44,7 +44,7 @@ def main(options: Options) -> None:
     dtype = pick_compute_dtype(recipe.compute_dtype, device)
     kind = pick_loader(recipe.loader, device, print)
     dataset = random_dataset(recipe.batch_size * (options.steps + 2))
-    loader = build_loader(dataset, recipe, train=True, kind=kind, device=device, dtype=dtype)
+    loader = build_loader(dataset, recipe, train=True, kind=kind, device=device)
     step = TrainStep(
         CustomResNet(),
         recipe,

@@ -3,7 +3,6 @@
 Shape suffixes: N images, K classes.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.checkpoint import load_checkpoint
+from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset
-from fasttrain.data.loader import Loader, build_loader, pick_loader
+from fasttrain.data.loader import build_loader, pick_loader
 from fasttrain.errors import UserError
 from fasttrain.machine import fork_rng, pick_compute_dtype, pick_device
 from fasttrain.model import CustomResNet
@@ -116,7 +116,7 @@ def evaluate(
 def evaluate_state(state: dict[str, Any], dataset: Dataset, device: torch.device) -> Evaluation:
     """Measure a loaded checkpoint on every test image.
 
-    Images are normalised with the mean and standard deviation that the checkpoint was trained with.
+    Images are normalised with the mean and standard deviation of the training: the model holds them.
     Raises UserError if the checkpoint's classes are not the data set's.
     """
     if list(dataset.classes) != state["classes"]:
@@ -124,12 +124,7 @@ def evaluate_state(state: dict[str, Any], dataset: Dataset, device: torch.device
     recipe = Recipe.from_dict(state["recipe"])
     compute_dtype = pick_compute_dtype(recipe.compute_dtype, device)
     loader = build_loader(
-        dataclasses.replace(dataset, mean=tuple(state["mean"]), std=tuple(state["std"])),
-        recipe,
-        train=False,
-        kind=pick_loader(recipe.loader, device, print),
-        device=device,
-        dtype=compute_dtype,
+        dataset, recipe, train=False, kind=pick_loader(recipe.loader, device, print), device=device
     )
     with fork_rng(device):  # a new network draws its weights from the global generator
         model = CustomResNet(len(dataset.classes))

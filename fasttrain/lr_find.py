@@ -106,8 +106,8 @@ def _curve(
             return batch
 
     torch.manual_seed(recipe.seed)
-    model = CustomResNet(len(dataset.classes), recipe.dropout).to(device)
-    loader = build_loader(dataset, recipe, train=True, kind=kind, device=device, dtype=dtype)
+    model = CustomResNet(len(dataset.classes), recipe.dropout, mean=dataset.mean, std=dataset.std).to(device)
+    loader = build_loader(dataset, recipe, train=True, kind=kind, device=device)
     finder = LRFinder(
         model,
         build_optimizer(model, recipe, lr=start_lr),

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from fasttrain import plots
@@ -315,7 +314,7 @@ def _lr_find_picture(run: Run) -> Picture:
 
 
 def _samples(dataset: Dataset, recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """The first training images as the recipe's loader augments them, normalisation undone."""
+    """The first training images as the recipe's loader augments them."""
     count = min(SAMPLES, len(dataset.train.labels))
     few = Split(dataset.train.images[:count], dataset.train.labels[:count])
     loader = build_loader(
@@ -324,17 +323,15 @@ def _samples(dataset: Dataset, recipe: Recipe, device: torch.device) -> dict[str
         train=True,
         kind=pick_loader(recipe.loader, device, lambda _: None),
         device=device,
-        dtype=torch.float32,  # whatever the recipe computes in: it makes no difference to the eye
     )
     images_NCHW, labels_N = next(iter(loader))
-    images_NHWC = images_NCHW.permute(0, 2, 3, 1).cpu().numpy()
-    pixels_NHWC = 255 * (images_NHWC * np.array(dataset.std) + np.array(dataset.mean))
-    pixels_NHWC = pixels_NHWC.round().clip(0, 255).astype(np.uint8)
     return {
         "loader": loader.name,
         "images": [
             {"uri": plots.image_uri(image_HWC), "label": dataset.classes[label]}
-            for image_HWC, label in zip(pixels_NHWC, labels_N.tolist(), strict=True)
+            for image_HWC, label in zip(
+                images_NCHW.permute(0, 2, 3, 1).cpu().numpy(), labels_N.tolist(), strict=True
+            )
         ],
     }
 

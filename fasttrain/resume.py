@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fasttrain.checkpoint import LAST, CheckpointWriter, SaveInterval, load_checkpoint, require_like
+from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset
-from fasttrain.data.loader import Loader
 from fasttrain.errors import DivergedError, Interrupted, UserError
 from fasttrain.files import set_aside
 from fasttrain.machine import hardware_name
@@ -125,8 +125,6 @@ class RunState:
             "recipe": recipe.to_dict(),
             "dataset": dataset.name,
             "classes": list(dataset.classes),
-            "mean": list(dataset.mean),
-            "std": list(dataset.std),
             "fingerprint": self.fingerprint,
             "environment": self.environment,
         }

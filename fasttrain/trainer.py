@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fasttrain.checkpoint import LAST, PREVIOUS, CheckpointWriter, SaveInterval
+from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset
-from fasttrain.data.loader import DataChoice, Loader, build_loader, open_dataset, pick_loader
+from fasttrain.data.loader import DataChoice, build_loader, open_dataset, pick_loader
 from fasttrain.errors import DivergedError, UserError
 from fasttrain.evaluate import Evaluation, evaluate
 from fasttrain.files import hold_folder, remove_temporaries
@@ -85,9 +86,8 @@ def train(
     dataset = open_dataset(data, data_dir, print)
     kind = pick_loader(recipe.loader, run_device, print)
     mode = pick_compile_mode(recipe.compile, run_device, print)
-    settings: dict[str, Any] = {"kind": kind, "device": run_device, "dtype": dtype}
-    train_loader = build_loader(dataset, recipe, train=True, **settings)
-    test_loader = build_loader(dataset, recipe, train=False, **settings)
+    train_loader = build_loader(dataset, recipe, train=True, kind=kind, device=run_device)
+    test_loader = build_loader(dataset, recipe, train=False, kind=kind, device=run_device)
 
     log = RunLog(unfinished or new_folder(out, recipe.name))
     with hold_folder(log.folder), _one_line_if_memory_is_full(recipe):
@@ -105,11 +105,12 @@ def train(
         checkpoints = _checkpoints(log.folder, resume)
         max_lr = recipe.max_lr
         if max_lr == "auto":  # a checkpoint knows what was found
+            settings = {"kind": kind, "device": run_device, "dtype": dtype}
             max_lr = math.inf if checkpoints else _find_max_lr(log, dataset, recipe, settings)
 
         torch.manual_seed(recipe.seed)
         step = TrainStep(
-            CustomResNet(len(dataset.classes), recipe.dropout),
+            CustomResNet(len(dataset.classes), recipe.dropout, mean=dataset.mean, std=dataset.std),
             recipe,
             max_lr=float(max_lr),
             total_steps=recipe.epochs * len(train_loader),
@@ -117,7 +118,7 @@ def train(
             compute_dtype=dtype,
             compile_mode=mode,
         )
-        compile_seconds = step.warm_up(*_blank_batch(recipe.batch_size, dtype, run_device))
+        compile_seconds = step.warm_up(*_blank_batch(recipe.batch_size, run_device))
         identity = fingerprint(
             recipe, dataset, loader=kind, precision=precision, compile_mode=mode, device=run_device
         )
@@ -313,9 +314,8 @@ def _one_line_if_memory_is_full(recipe: Recipe) -> Iterator[None]:
         raise UserError(f"--batch-size {size}: the memory is full; try --batch-size {half}") from error
 
 
-def _blank_batch(batch_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _blank_batch(batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """A batch of the loaders' shape, dtype and strides, to compile on without taking one from them."""
-    image_dtype = torch.float32 if dtype == torch.float32 else torch.float16
-    images = torch.zeros(batch_size, 3, 32, 32, dtype=image_dtype, device=device)
+    images = torch.zeros(batch_size, 3, 32, 32, dtype=torch.uint8, device=device)
     labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
     return images.to(memory_format=torch.channels_last), labels

@@ -5,6 +5,11 @@ from torch import nn
 from fasttrain.model import CustomResNet, block_shapes, multiply_adds, summary, training_flop_per_image
 
 
+def pixels(count: int) -> torch.Tensor:
+    images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
+    return images.to(memory_format=torch.channels_last)
+
+
 def test_parameters_are_the_assignments() -> None:
     parameters = [p.numel() for p in CustomResNet().parameters()]
     assert sum(parameters) == 6_573_130
@@ -69,9 +74,8 @@ def test_weights_and_activations_are_channels_last() -> None:
             module.register_forward_hook(
                 lambda _, __, out: layouts.append(out.is_contiguous(memory_format=torch.channels_last))
             )
-    images = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        model(images)
+        model(pixels(2))
     assert len(layouts) == 24 and all(layouts)
 
 
@@ -84,9 +88,26 @@ def test_residual_sums_carry_their_input() -> None:
     seen = {}
     model.layer1.register_forward_hook(lambda _, __, out: seen.update(before=out.clone()))
     model.layer2.register_forward_pre_hook(lambda _, inputs: seen.update(after=inputs[0].clone()))
-    model(torch.randn(1, 3, 32, 32))
+    model(pixels(1))
     assert torch.equal(seen["before"], seen["after"])
 
 
 def test_number_of_classes_is_the_last_layers() -> None:
-    assert CustomResNet(num_classes=7)(torch.randn(1, 3, 32, 32)).shape == (1, 7)
+    assert CustomResNet(num_classes=7)(pixels(1)).shape == (1, 7)
+
+
+def test_pixels_are_normalised_with_the_mean_and_std_that_a_state_carries() -> None:
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    trained, restored = CustomResNet(mean=mean, std=std).eval(), CustomResNet().eval()
+    restored.load_state_dict(trained.state_dict())
+    images = pixels(2)
+    shape = (1, 3, 1, 1)
+    expected = (images.double() / 255 - torch.tensor(mean).reshape(shape)) / torch.tensor(std).reshape(shape)
+    for model in (trained, restored):
+        normalized = model.normalize(images)
+        torch.testing.assert_close(normalized, expected.float(), rtol=1e-5, atol=1e-5)
+        assert normalized.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(trained(images), restored(images))
+    assert torch.equal(trained(images), trained(images.half()))  # whatever type the pixels come in
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert trained.normalize(images).dtype == torch.float32  # rounded once, by the first convolution

@@ -1,15 +1,15 @@
-"""The contract that every loader meets, and the choice of the data set and of its loaders."""
+"""The choice of the data set and of its loaders."""
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fasttrain.data import cifar, synthetic
+from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset, Split
 from fasttrain.data.sampler import Augmentation, Sampler
 from fasttrain.errors import UserError
@@ -20,26 +20,6 @@ DataChoice = Literal["auto", "cifar10", "synthetic"]
 
 EVAL_BATCH_SIZE = 1000
 """Divides CIFAR-10's 10,000 test images, so that every batch has one shape."""
-
-
-class Loader(Protocol):
-    """Batches on the device: images_NCHW in channels_last, labels_N in int64.
-
-    An iteration is one epoch. Training loaders shuffle anew each epoch, augment, and drop the last, smaller
-    batch; evaluation loaders deliver every image exactly once, in stored order, as it is.
-    """
-
-    name: str
-    sampler: Sampler
-
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def open_dataset(data: DataChoice, data_dir: Path | None, announce: Callable[[str], object]) -> Dataset:
@@ -107,7 +87,6 @@ def build_loader(
     train: bool,
     kind: LoaderKind,
     device: torch.device,
-    dtype: torch.dtype,
 ) -> Loader:
     """The loader for the training images (shuffled, augmented) or for the test images (as they are).
 
@@ -124,8 +103,8 @@ def build_loader(
         raise UserError(f"--cutout {recipe.cutout}: the images are {size} pixels wide; take at most that")
     padding = recipe.crop_padding if train else 0
     settings: dict[str, Any] = {
-        "images": padded(split, padding) if padding else split.images,
-        "labels": split.labels,
+        "images_NHWC": padded(split, padding),
+        "labels_N": split.labels,
         "sampler": Sampler(len(split.labels), batch_size, train=train, seed=recipe.seed),
         "augmentation": Augmentation(
             crop=size,
@@ -134,9 +113,7 @@ def build_loader(
             cutout=recipe.cutout if train else 0,
             seed=recipe.seed,
         ),
-        "mean": dataset.mean,
-        "std": dataset.std,
-        "dtype": torch.float32 if dtype == torch.float32 else torch.float16,
+        "fill": tuple(round(255 * value) for value in dataset.mean),
         "device": device,
     }
     if kind == "dali":
@@ -149,12 +126,13 @@ def build_loader(
 
 
 def padded(split: Split, padding: int) -> np.ndarray:
-    """The images with a reflected border: (N, 3, H + 2 padding, W + 2 padding) uint8.
+    """The images, channels interleaved, in a reflected border: (N, H + 2 padding, W + 2 padding, 3) uint8.
 
     Padded once, here, so that no crop ever leaves its image.
     """
     border = (padding, padding)
-    return np.pad(split.images, ((0, 0), (0, 0), border, border), mode="reflect")
+    images_NHWC = split.images.transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(np.pad(images_NHWC, ((0, 0), border, border, (0, 0)), mode="reflect"))
 
 
 def show_dataset(dataset: Dataset) -> None:
