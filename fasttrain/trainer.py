@@ -148,6 +148,7 @@ def train(
                 run.progress.finish_epoch({"epoch": run.epoch + 1, **train_figures, **test_figures})
                 log.epoch(run.progress.epochs[-1])
                 saver.save()
+                writer.wait()  # now, lest serialising takes its share of the next epoch's seconds
                 saver.stop_if_asked()
 
         # A peak is a maximum: measured before and after, lest a busy moment flatter the training.
@@ -204,7 +205,7 @@ def _figures(run: RunState, matmul_tflops: float) -> dict[str, Any]:
     }
 
 
-def _train_epoch(run: RunState, log: RunLog, saver: "Saver") -> dict[str, float]:
+def _train_epoch(run: RunState, log: RunLog, saver: Saver) -> dict[str, float]:
     """Train the epoch under way to its end, from its beginning or from where it was resumed."""
     step, loader, progress, epoch = run.step, run.loader, run.progress, run.epoch + 1
     left = epoch * len(loader) - step.step
