@@ -116,11 +116,19 @@ def test_the_writer_keeps_the_last_two_and_the_best(tmp_path) -> None:
     assert (tmp_path / "previous.pt").samefile(tmp_path / "best.pt")  # serialised and stored once
 
 
-def test_the_writer_copies_before_it_returns(tmp_path) -> None:
+def test_the_writer_copies_before_it_returns(tmp_path, monkeypatch) -> None:
+    changed = threading.Event()
+
+    def write(path, state) -> None:
+        assert changed.wait(10)
+        save_checkpoint(path, state)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", write)
     state = numbered(1)
     with CheckpointWriter(tmp_path, CPU) as writer:
         writer.write(state)
         state["model"]["w"].zero_()
+        changed.set()
     assert load_checkpoint(tmp_path / "last.pt")["model"]["w"].tolist() == [1, 1]
     nested = {"a": [{"b": torch.ones(1)}]}
     copy = snapshot(nested, CPU)

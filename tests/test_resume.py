@@ -108,18 +108,25 @@ def test_lines_of_lost_work_leave_the_metrics(whole, dataset_dir, tmp_path, monk
     assert same(outcome(folder), outcome(whole))
 
 
-def test_seconds_between_two_processes_do_not_count(dataset_dir, tmp_path, monkeypatch) -> None:
+def test_seconds_of_both_processes_count_and_those_between_do_not(dataset_dir, tmp_path, monkeypatch) -> None:
+    def slow_step_then_stop(_: TrainStep) -> None:
+        time.sleep(1.5)  # longer than all of the second process
+        os.kill(os.getpid(), signal.SIGTERM)
+
     begun = time.perf_counter()
-    folder = stop_at(dataset_dir, tmp_path, 2, monkeypatch)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        after_step(patch, 2, slow_step_then_stop)
+        train(dataset_dir, tmp_path)
+    folder = only(tmp_path)
     kept = load_checkpoint(folder / "last.pt")["progress"]
-    assert 0 < kept["seconds"] < kept["wall_seconds"] < time.perf_counter() - begun
+    assert 1.5 < kept["seconds"] < kept["wall_seconds"] < time.perf_counter() - begun
     time.sleep(1)
     begun = time.perf_counter()
     train(dataset_dir, tmp_path, resume=folder)
+    second_process = time.perf_counter() - begun
     result = json.loads((folder / "result.json").read_text())
-    assert result["wall_seconds"] < kept["wall_seconds"] + time.perf_counter() - begun
-    assert result["epoch_seconds"][0] > kept["seconds"]  # the epoch's figures are of the whole epoch
-    assert result["wall_seconds"] > result["train_seconds"]
+    assert kept["seconds"] < result["epoch_seconds"][0] < kept["seconds"] + second_process
+    assert kept["wall_seconds"] < result["wall_seconds"] < kept["wall_seconds"] + second_process
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(
