@@ -43,11 +43,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 train: setup  ## train: RECIPE= EPOCHS= SEED= MAX_LR= DATA= DATA_DIR= DEVICE= ARGS=
 	$(fasttrain) train$(flags)
 
-lr-find: setup  ## suggest a learning rate; the same variables
+lr-find: setup  ## suggest a learning rate and draw lr_find.png; the same variables
 	$(fasttrain) find-lr$(flags)
 
-summary: setup  ## print the network, layer by layer
-	$(fasttrain) summary$(if $(ARGS), $(ARGS))
+summary: setup  ## print the network, layer by layer, and what it costs: DEVICE=
+	$(fasttrain) summary$(device_flags)$(if $(ARGS), $(ARGS))
 
 data: setup  ## fetch and verify the images: DATA= DATA_DIR=
 	$(fasttrain) data$(data_flags)$(if $(ARGS), $(ARGS))

@@ -1,5 +1,6 @@
 """What every benchmark shares: interleaved samples, a printed table, a JSON file with all of it."""
 
+import ctypes
 import os
 import re
 import statistics
@@ -47,6 +48,32 @@ def interleave(workloads: dict[str, Callable[[], float]], rounds: int) -> dict[s
 def spread(samples: list[float]) -> float:
     """Half the distance between the smallest and the largest sample, relative to the median."""
     return (max(samples) - min(samples)) / 2 / statistics.median(samples)
+
+
+def extra_memory_gib(device: torch.device, work: Callable[[], object]) -> float | None:
+    """The most memory that `work` needs beyond what is held before it, in GiB; None where nobody counts it.
+
+    On a GPU what torch allocates there, otherwise the process's resident memory as Linux counts it.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**30
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # lest memory freed earlier serves unseen
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except (OSError, AttributeError):
+        return None
+    before = _resident_kib("VmRSS")
+    work()
+    return (_resident_kib("VmHWM") - before) / 2**20
+
+
+def _resident_kib(field: str) -> int:
+    """A line of Linux's /proc/self/status: VmRSS is resident now, VmHWM at most."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1])
 
 
 def save(name: str, device: torch.device, values: dict[str, Any]) -> Path:

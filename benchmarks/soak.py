@@ -36,8 +36,8 @@ from fasttrain.errors import UserError
 from fasttrain.files import write_json
 from fasttrain.machine import describe
 from fasttrain.recipe import Recipe, load_recipe
-from fasttrain.report import load_run
 from fasttrain.resume import Progress, RunState, fingerprint
+from fasttrain.run import load_run
 from fasttrain.step import TrainStep
 
 CPU = torch.device("cpu")

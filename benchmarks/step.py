@@ -1,11 +1,10 @@
-"""Milliseconds of one training step: from fp32 in torch's default layout to what `fasttrain train` runs.
+"""One training step as fasttrain takes it, on one fixed batch, beside the matmul rate of the same round.
 
-    python -m benchmarks.step [--rounds 3] [--batch-size 512] [--compiled]
+    python -m benchmarks.step [--rounds 5] [--batch-sizes 128 512] [--compiled]
 
-All variants take turns in one process; each is given beside the matmul rate measured in the same round.
+All variants take turns in one process.
 """
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -23,11 +22,11 @@ from fasttrain.step import TrainStep
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Time one training step, one rung at a time."""
+    """Time one training step."""
 
-    rounds: int = 3
+    rounds: int = 5
     """Samples of each variant, taken in turn."""
-    batch_size: int = 512
+    batch_sizes: tuple[int, ...] = (128, 512)
     """Images per step."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
@@ -37,34 +36,19 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    name: str
+    """A way to take the step; the defaults are fasttrain's, but for the precision."""
+
     dtype: torch.dtype
-    layout: torch.memory_format
+    layout: torch.memory_format = torch.channels_last
+    fused: bool = True
     compile_mode: str | None = None
+    width: int = 64
 
 
-def variants(device: torch.device, half: torch.dtype, compiled: bool) -> list[Variant]:
-    """The rungs, from the usual way to ours."""
-    half_name = str(half).removeprefix("torch.")
-    rungs = [
-        Variant(name="float32, NCHW, eager", dtype=torch.float32, layout=torch.contiguous_format),
-        Variant(name="float32, channels_last, eager", dtype=torch.float32, layout=torch.channels_last),
-        Variant(name=f"{half_name}, NCHW, eager", dtype=half, layout=torch.contiguous_format),
-        Variant(name=f"{half_name}, channels_last, eager", dtype=half, layout=torch.channels_last),
-    ]
-    if compiled or device.type == "cuda":
-        rungs.append(
-            dataclasses.replace(
-                rungs[-1], name=f"{half_name}, channels_last, compiled", compile_mode="default"
-            )
-        )
-    return rungs
-
-
-def timed_step(variant: Variant, batch_size: int, device: torch.device) -> Callable[[], float]:
-    """A warm training step on one fixed batch; each call returns its milliseconds."""
+def build_step(variant: Variant, device: torch.device) -> TrainStep:
+    """A training step of this variant, with a network of its own."""
     torch.manual_seed(0)
-    model = CustomResNet()
+    model = CustomResNet(width=variant.width)
     step = TrainStep(
         model,
         Recipe(),
@@ -75,15 +59,28 @@ def timed_step(variant: Variant, batch_size: int, device: torch.device) -> Calla
         compile_mode=variant.compile_mode,
     )
     model.to(memory_format=variant.layout)  # type: ignore[call-overload]  # torch's stubs lack it
+    if not variant.fused:
+        kept = ("params", "weight_decay")
+        groups = [{key: group[key] for key in kept} for group in step.optimizer.param_groups]
+        step.optimizer = torch.optim.AdamW(groups, lr=step.max_lr)
+    return step
+
+
+def random_batch(batch_size: int, device: torch.device, layout: torch.memory_format) -> Any:
     images = torch.randint(256, (batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
-    images = images.contiguous(memory_format=variant.layout)
-    labels = torch.randint(10, (batch_size,), device=device)
+    return images.contiguous(memory_format=layout), torch.randint(10, (batch_size,), device=device)
+
+
+def timed_step(variant: Variant, batch_size: int, device: torch.device) -> Callable[[], float]:
+    """A warm training step on one fixed batch; each call returns its milliseconds."""
+    step = build_step(variant, device)
+    batch = random_batch(batch_size, device, variant.layout)
     repeats = 20 if device.type == "cuda" else 1
 
     def timed() -> float:
         start = time.perf_counter()
         for _ in range(repeats):
-            step(images, labels)
+            step(*batch)
         step.take_metrics()  # waits for the device
         return 1000 * (time.perf_counter() - start) / repeats
 
@@ -94,49 +91,47 @@ def timed_step(variant: Variant, batch_size: int, device: torch.device) -> Calla
 def main(options: Options) -> None:
     device = pick_device(options.device)
     half = pick_compute_dtype("auto", device)
-    rungs = variants(device, half, options.compiled)
-    workloads: dict[str, Callable[[], float]] = {
-        rung.name: timed_step(rung, options.batch_size, device) for rung in rungs
-    }
-    for dtype in dict.fromkeys(rung.dtype for rung in rungs):
-        workloads[f"matmul {dtype}"] = lambda dtype=dtype: measure_matmul_tflops(device, dtype)  # type: ignore[misc]
+    modes: dict[str, str | None] = {"eager": None}
+    if options.compiled or device.type == "cuda":
+        modes["compiled"] = "default"
+    workloads: dict[str, Callable[[], float]] = {}
+    for batch_size in options.batch_sizes:
+        for name, mode in modes.items():
+            variant = Variant(dtype=half, compile_mode=mode)
+            workloads[f"{name}, {batch_size}"] = timed_step(variant, batch_size, device)
+    workloads["matmul"] = lambda: measure_matmul_tflops(device, half)
     samples = interleave(workloads, options.rounds)
 
-    flop = training_flop_per_image(CustomResNet()) * options.batch_size
-    first = statistics.median(samples[rungs[0].name])
+    flop = training_flop_per_image(CustomResNet())
     rows: list[dict[str, Any]] = []
-    for rung in rungs:
-        step_ms = statistics.median(samples[rung.name])
-        tflops = flop / step_ms / 1e9
-        rows.append(
-            {
-                "variant": rung.name,
-                "step_ms": step_ms,
-                "spread": spread(samples[rung.name]),
-                "speed_up": first / step_ms,
-                "tflops": tflops,
-                "mfu": tflops / statistics.median(samples[f"matmul {rung.dtype}"]),
-            }
-        )
-    path = save(
-        "step",
-        device,
-        {
-            "batch_size": options.batch_size,
-            "rounds": options.rounds,
-            "rows": rows,
-            "samples": samples,
-        },
-    )
+    for batch_size in options.batch_sizes:
+        for name in modes:
+            values = samples[f"{name}, {batch_size}"]
+            tflops = [flop * batch_size / step_ms / 1e9 for step_ms in values]
+            shares = [rate / peak for rate, peak in zip(tflops, samples["matmul"], strict=True)]
+            rows.append(
+                {
+                    "variant": f"{str(half).removeprefix('torch.')}, channels_last, {name}",
+                    "batch_size": batch_size,
+                    "step_ms": statistics.median(values),
+                    "spread": spread(values),
+                    "images_per_sec": 1000 * batch_size / statistics.median(values),
+                    "tflops": statistics.median(tflops),
+                    "mfu": statistics.median(shares),
+                    "mfu_range": [min(shares), max(shares)],
+                }
+            )
+    path = save("step", device, {"rounds": options.rounds, "rows": rows, "samples": samples})
     show(
-        f"one training step, batch {options.batch_size}, median of {options.rounds}",
-        ["variant", "ms", "spread", "speed-up", "TFLOP/s", "of matmul rate"],
+        f"one training step, median of {options.rounds}",
+        ["variant", "batch", "ms", "spread", "images/s", "TFLOP/s", "of matmul rate"],
         [
             [
                 row["variant"],
+                str(row["batch_size"]),
                 f"{row['step_ms']:,.1f}",
                 f"±{row['spread']:.1%}",
-                f"{row['speed_up']:.2f}x",
+                f"{row['images_per_sec']:,.0f}",
                 f"{row['tflops']:.3f}",
                 f"{row['mfu']:.0%}",
             ]

@@ -84,7 +84,7 @@ def main(options: Options) -> None:
                     device=options.device,
                     started=STARTED if seed == 0 else None,
                     report=False,
-                )
+                ).result
             )
         rows = summarize(results)  # saved after every run: whatever ends this early leaves the runs so far
         path = save(f"train-{recipe.name}", device, {"rows": rows, "samples": results})

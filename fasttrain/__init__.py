@@ -1,3 +1,35 @@
-"""The fastest honest way to train an image classifier on one GPU."""
+"""The fastest honest way to train an image classifier on one GPU.
+
+    import fasttrain
+    run = fasttrain.train(fasttrain.load_recipe("default"))
+    run.plot()
+
+These names are imported from their modules when they are first used, so that importing the package is free.
+"""
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "PRESETS": "fasttrain.recipe",
+    "Recipe": "fasttrain.recipe",
+    "Run": "fasttrain.run",
+    "UserError": "fasttrain.errors",
+    "load_recipe": "fasttrain.recipe",
+    "load_run": "fasttrain.run",
+    "train": "fasttrain.trainer",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

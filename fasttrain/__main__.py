@@ -48,6 +48,8 @@ class TrainOptions(RunOptions):
     """Steps, as 500, or seconds, as 60s, between two checkpoints; every epoch ends with one."""
     on_nan: Literal["stop", "rollback"] = "stop"
     """A loss that is no finite number: stop, or go back to the last checkpoint with half the rate, thrice."""
+    tensorboard: bool = False
+    """Leave event files in the run's folder: every epoch's metrics, and a grid of augmented images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,8 @@ class FindLrOptions(RunOptions):
     """Steps from the lowest to the highest."""
     repeats: int = 3
     """Independent tries; the suggestion is their median."""
+    plot: Path = Path("lr_find.png")
+    """The picture of the curves to write."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +103,15 @@ class CompareOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceOptions:
+class SummaryOptions:
+    """Print the network layer by layer, the shape after every block, its cost, and an epoch's least time."""
+
+    device: str = "auto"
+    """Where the matmul rate is measured: auto, cpu, cuda, cuda:1, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
     """Say what is installed, what will be used, what is missing and how to mend it."""
 
     device: str = "auto"
@@ -119,6 +131,7 @@ def train(args: Sequence[str]) -> int:
         resume=options.resume,
         save_every=options.save_every,
         on_nan=options.on_nan,
+        tensorboard=options.tensorboard,
         started=STARTED,
     )
     return 0
@@ -126,37 +139,31 @@ def train(args: Sequence[str]) -> int:
 
 def find_lr(args: Sequence[str]) -> int:
     options = _parse_run(FindLrOptions, "find-lr", args)
-    from fasttrain.data.loader import open_dataset, pick_loader
-    from fasttrain.lr_find import find_max_lr
-    from fasttrain.machine import pick_compute_dtype, pick_device, set_fp32_precision
+    from fasttrain.lr_find import find_lr
 
-    device = pick_device(options.device)
-    set_fp32_precision(allow_tf32=options.settings.compute_dtype == "tf32")
-    search = find_max_lr(
-        open_dataset(options.data, options.data_dir, print),
+    find_lr(
         options.settings,
-        kind=pick_loader(options.settings.loader, device, print),
-        device=device,
-        dtype=pick_compute_dtype(options.settings.compute_dtype, device),
+        data=options.data,
+        data_dir=options.data_dir,
+        device=options.device,
         start_lr=options.start_lr,
         end_lr=options.end_lr,
         num_iter=options.num_iter,
         repeats=options.repeats,
+        plot=options.plot,
     )
-    tries = ", ".join(f"{lr:.3g}" for lr in search.suggestions)
-    print(f"suggested --max-lr {search.suggestion:.3g} (median of {tries})")
     return 0
 
 
 def summary(args: Sequence[str]) -> int:
-    @dataclass
-    class Options:
-        """Print the network layer by layer, and the shape after every block."""
-
-    _parse(Options, "summary", args)
+    options = _parse(SummaryOptions, "summary", args)
+    from fasttrain.machine import pick_device
+    from fasttrain.metrics import epoch_floor
     from fasttrain.model import CustomResNet, summary
 
-    print(summary(CustomResNet()))
+    device, model = pick_device(options.device), CustomResNet()
+    print(summary(model))
+    print(epoch_floor(model, device))
     return 0
 
 
@@ -204,7 +211,7 @@ def data(args: Sequence[str]) -> int:
 
 
 def doctor(args: Sequence[str]) -> int:
-    options = _parse(DeviceOptions, "doctor", args)
+    options = _parse(DoctorOptions, "doctor", args)
     from fasttrain.machine import doctor
 
     return doctor(options.device)
@@ -213,7 +220,7 @@ def doctor(args: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "train a network and leave a run's folder"),
     "find-lr": (find_lr, "suggest a peak learning rate"),
-    "summary": (summary, "print the network layer by layer"),
+    "summary": (summary, "print the network layer by layer, and what it costs"),
     "evaluate": (evaluate, "measure a checkpoint on the test images"),
     "report": (report, "write a run's page, report.html"),
     "compare": (compare, "set several runs side by side on one page"),

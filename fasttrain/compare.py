@@ -9,8 +9,9 @@ import numpy as np
 
 from fasttrain import plots
 from fasttrain.errors import UserError
+from fasttrain.pages import write_page
 from fasttrain.plots import Curve, Picture
-from fasttrain.report import Run, load_run, write_page
+from fasttrain.run import Run, load_run
 
 
 def compare(folders: Sequence[Path], out: Path) -> None:
@@ -94,4 +95,4 @@ def _picture(groups: Sequence[Group], key: str, alt: str, percent: bool = False)
         band = (rows.min(1).tolist(), rows.max(1).tolist()) if len(runs) > 1 else None
         curves.append(Curve(epochs, rows.mean(1).tolist(), index, band=band))
     name = "test accuracy" if percent else "test loss"
-    return plots.chart(curves, x_name="epoch", y_name=name, alt=alt, percent=percent)
+    return plots.picture(plots.chart(curves, x_name="epoch", y_name=name, percent=percent), alt)

@@ -5,40 +5,58 @@ import dataclasses
 import io
 import math
 import statistics
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fasttrain import plots
 from fasttrain.data.cifar import Dataset
-from fasttrain.data.loader import LoaderKind, build_loader
+from fasttrain.data.loader import DataChoice, LoaderKind, build_loader, open_dataset, pick_loader
 from fasttrain.errors import UserError
-from fasttrain.machine import fork_rng
+from fasttrain.files import write_atomically
+from fasttrain.machine import fork_rng, pick_compute_dtype, pick_device, set_fp32_precision
 from fasttrain.model import CustomResNet
 from fasttrain.optim import build_optimizer
 from fasttrain.recipe import Recipe
 
 SKIP_START, SKIP_END = 10, 5
 """Points left out at a curve's ends, as in the library's own suggestion: noise, and the divergence."""
+SHORTEST = SKIP_START + SKIP_END + 2
+"""Points that a curve needs: two of those that are left make a slope."""
 
 
 @dataclass(frozen=True)
 class LrCurve:
-    """Learning rates tried and the smoothed training loss at each; it ends where the loss diverged."""
+    """Learning rates tried and the smoothed training loss at each.
+
+    diverged: the curve ends early, where the loss grew fivefold over its minimum or was no number any more.
+    """
 
     lrs: list[float]
     losses: list[float]
+    diverged: bool
 
     @property
     def suggestion(self) -> float | None:
         """The rate at which the loss falls fastest over log(lr); None if the curve is too short to tell."""
-        lrs, losses = self.lrs[SKIP_START:-SKIP_END], self.losses[SKIP_START:-SKIP_END]
-        if len(losses) < 2:
+        if len(self.lrs) < SHORTEST:
             return None
+        lrs, losses = self.lrs[SKIP_START:-SKIP_END], self.losses[SKIP_START:-SKIP_END]
         slope = np.gradient(losses, np.log(lrs))
         return lrs[int(slope.argmin())]
+
+    def __str__(self) -> str:
+        steps = f"{len(self.lrs)} steps"
+        end = f"diverged after {steps}" if self.diverged else steps
+        if self.suggestion is None:
+            return f"nothing: {end}, too short to tell"
+        return f"{self.suggestion:.3g} ({end})"
 
 
 @dataclass(frozen=True)
@@ -52,6 +70,55 @@ class LrSearch:
     def suggestion(self) -> float:
         return statistics.median(self.suggestions)
 
+    def __str__(self) -> str:
+        """The suggestion with its spread, and how many tries diverged or told nothing."""
+        found = self.suggestions
+        spread = f"median of {len(found)} tries, {min(found):.3g} to {max(found):.3g}"
+        if len(found) == 1:
+            spread = "one try, so no spread is known"
+        diverged = sum(curve.diverged for curve in self.curves)
+        short = sum(curve.suggestion is None for curve in self.curves)
+        return f"{self.suggestion:.3g} ({spread}; diverged: {diverged}, too short to tell: {short})"
+
+
+def find_lr(
+    recipe: Recipe,
+    *,
+    data: DataChoice,
+    data_dir: Path | None,
+    device: str,
+    start_lr: float,
+    end_lr: float,
+    num_iter: int,
+    repeats: int,
+    plot: Path,
+) -> None:
+    """Search, print every try and the suggestion, and write the curves to `plot`, a PNG.
+
+    Raises UserError on anything that the user can mend; what would come to light only when the plot is
+    written is looked for before the search.
+    """
+    if plot.suffix != ".png" or not plot.parent.is_dir():
+        raise UserError(f"--plot {plot}: expected the name of a .png file in a folder that is there")
+    run_device = pick_device(device)
+    set_fp32_precision(allow_tf32=recipe.compute_dtype == "tf32")
+    search = find_max_lr(
+        open_dataset(data, data_dir, print),
+        recipe,
+        kind=pick_loader(recipe.loader, run_device, print),
+        device=run_device,
+        dtype=pick_compute_dtype(recipe.compute_dtype, run_device),
+        start_lr=start_lr,
+        end_lr=end_lr,
+        num_iter=num_iter,
+        repeats=repeats,
+        announce=print,
+    )
+    print(f"suggested --max-lr {search}")
+    drawn = plots.figure([plots.lr_find([(c.lrs, c.losses) for c in search.curves], search.suggestion)])
+    write_atomically(plot, lambda file: drawn.savefig(file, format="png"))
+    print(f"curves -> {plot}")
+
 
 def find_max_lr(
     dataset: Dataset,
@@ -64,20 +131,31 @@ def find_max_lr(
     end_lr: float = 10.0,
     num_iter: int = 200,
     repeats: int = 3,
+    announce: Callable[[str], object],
 ) -> LrSearch:
     """Raise the learning rate exponentially over `num_iter` steps, `repeats` times, and suggest a peak.
 
     Each repeat has a network, an optimizer and a loader of its own, seeded apart, so that nothing of the
     training to come is touched; the global random generators are put back as they were. One suggestion
-    scatters by a factor of up to ten between seeds, hence the median.
-    Raises UserError if no repeat gives a curve long enough.
+    scatters by a factor of up to ten between seeds, hence the median. A repeat ends early where it diverges;
+    each is announced in a line.
+    Raises UserError for an impossible range or count, and if no repeat gives a curve long enough.
     Source: Smith 2017, arXiv:1506.01186; range and length as in the assignment.
     """
+    if not 0 < start_lr < end_lr < math.inf:
+        raise UserError(
+            f"--start-lr {start_lr:g} --end-lr {end_lr:g}: expected a start above 0, below the end"
+        )
+    if num_iter < SHORTEST:
+        raise UserError(f"--num-iter {num_iter}: expected at least {SHORTEST}: the curve's ends do not count")
+    if repeats < 1:
+        raise UserError(f"--repeats {repeats}: expected at least 1")
     curves = []
     with fork_rng(device):
         for repeat in range(repeats):
             seeded = dataclasses.replace(recipe, seed=recipe.seed + repeat)
             curves.append(_curve(dataset, seeded, kind, device, dtype, start_lr, end_lr, num_iter))
+            announce(f"try {repeat + 1} of {repeats}: {curves[-1]}")
     suggestions = [curve.suggestion for curve in curves if curve.suggestion is not None]
     if not suggestions:
         raise UserError(
@@ -123,11 +201,15 @@ def _curve(
         grad_scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
     )
     # The library stops on a loss that has grown fivefold, but goes on through NaN: there the criterion
-    # raises.
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(_Diverged):
+    # raises. Its words are not ours, and its progress bar is for a terminal alone.
+    with contextlib.ExitStack() as quiet:
+        quiet.enter_context(contextlib.suppress(_Diverged))
+        quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        if not sys.stderr.isatty():
+            quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
         finder.range_test(EndlessBatches(loader), start_lr=start_lr, end_lr=end_lr, num_iter=num_iter)
     count = min(len(finder.history["lr"]), len(finder.history["loss"]))
-    return LrCurve(finder.history["lr"][:count], finder.history["loss"][:count])
+    return LrCurve(finder.history["lr"][:count], finder.history["loss"][:count], diverged=count < num_iter)
 
 
 class _Diverged(Exception):

@@ -10,6 +10,15 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from fasttrain.machine import (
+    describe,
+    hardware_name,
+    measure_matmul_tflops,
+    pick_compute_dtype,
+    precision_name,
+)
+from fasttrain.model import EPOCH_IMAGES, CustomResNet, training_flop_per_image
+
 T = TypeVar("T")
 
 
@@ -73,6 +82,17 @@ def model_flops_utilization(
     if not matmul_tflops:
         return None
     return images_per_sec * flop_per_image / (matmul_tflops * 1e12)
+
+
+def epoch_floor(model: CustomResNet, device: torch.device) -> str:
+    """In a sentence: the least time of an epoch on this device, at the matmul rate measured on it now."""
+    dtype = pick_compute_dtype("auto", device)
+    tflops = measure_matmul_tflops(device, dtype)
+    seconds = training_flop_per_image(model) * EPOCH_IMAGES / (tflops * 1e12)
+    return (
+        f"At the {tflops:.3g} TFLOP/s of {precision_name('auto', dtype)} matmul just measured on "
+        f"{hardware_name(describe(device))}, these FLOP alone take {seconds:.3g} s an epoch."
+    )
 
 
 def peak_memory_gib(device: torch.device) -> float:

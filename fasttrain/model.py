@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+EPOCH_IMAGES = 50_000
+"""CIFAR-10's training images, for the cost of an epoch."""
+
 
 def _block(in_channels: int, out_channels: int, *, pool: bool, dropout: float) -> list[nn.Module]:
     """Convolution, max pooling where asked for, BatchNorm, ReLU, dropout.
@@ -27,6 +30,7 @@ class CustomResNet(nn.Module):
     Takes images_NCHW (N, 3, 32, 32), pixels from 0 to 255 as uint8 or any floating point, and returns
     logits_NK (N, num_classes). It normalises by itself, so that a checkpoint knows its own preprocessing,
     loaders move a byte a channel, and a compiler can fuse it with what follows.
+    width: channels of the first convolution; the others have two, four and eight times as many.
     mean, std: of each channel of the training images, for pixels from 0 to 1.
     Parameters are float32 in channels_last; run it under autocast for half precision.
     Source: the assignment's table; the layout follows the ResNet-9 of D. Page, "How to Train Your ResNet".
@@ -40,6 +44,7 @@ class CustomResNet(nn.Module):
         num_classes: int = 10,
         dropout: float = 0.0,
         *,
+        width: int = 64,
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.25, 0.25, 0.25),
     ) -> None:
@@ -50,14 +55,15 @@ class CustomResNet(nn.Module):
         def block(in_channels: int, out_channels: int, *, pool: bool) -> list[nn.Module]:
             return _block(in_channels, out_channels, pool=pool, dropout=dropout)
 
-        self.prep = nn.Sequential(*block(3, 64, pool=False))
-        self.layer1 = nn.Sequential(*block(64, 128, pool=True))
-        self.res1 = nn.Sequential(*block(128, 128, pool=False), *block(128, 128, pool=False))
-        self.layer2 = nn.Sequential(*block(128, 256, pool=True))
-        self.layer3 = nn.Sequential(*block(256, 512, pool=True))
-        self.res2 = nn.Sequential(*block(512, 512, pool=False), *block(512, 512, pool=False))
+        x1, x2, x4, x8 = width, 2 * width, 4 * width, 8 * width
+        self.prep = nn.Sequential(*block(3, x1, pool=False))
+        self.layer1 = nn.Sequential(*block(x1, x2, pool=True))
+        self.res1 = nn.Sequential(*block(x2, x2, pool=False), *block(x2, x2, pool=False))
+        self.layer2 = nn.Sequential(*block(x2, x4, pool=True))
+        self.layer3 = nn.Sequential(*block(x4, x8, pool=True))
+        self.res2 = nn.Sequential(*block(x8, x8, pool=False), *block(x8, x8, pool=False))
         self.pool = nn.MaxPool2d(4)
-        self.fc = nn.Linear(512, num_classes)
+        self.fc = nn.Linear(x8, num_classes)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
 
     def normalize(self, images_NCHW: Tensor) -> Tensor:
@@ -131,7 +137,7 @@ def training_flop_per_image(model: CustomResNet) -> int:
 
 
 def summary(model: CustomResNet) -> str:
-    """The assignment's summary: a table of all layers, totals, and the shape after every block."""
+    """The assignment's summary: a table of all layers, totals, the shape after every block; then the cost."""
     import torchinfo
 
     with torch.random.fork_rng():  # torchinfo draws its input from the global generator
@@ -163,4 +169,14 @@ def summary(model: CustomResNet) -> str:
     ]
     for name, shape in block_shapes(model):
         lines.append(f"{name:<20}{list(shape)}")
+    flop = training_flop_per_image(model)
+    lines += [
+        rule,
+        f"Mult-adds per image, forward: {multiply_adds(model):,}",
+        f"Training FLOP per image: {flop / 1e9:.3f} G",
+        f"Training FLOP per epoch of {EPOCH_IMAGES:,} images: {flop * EPOCH_IMAGES / 1e12:.1f} T",
+        "Counted: the convolutions and the linear layer alone, two FLOP per mult-add; training takes three",
+        "times the forward pass: for the outputs, the gradients of the inputs and those of the weights.",
+        rule,
+    ]
     return "\n".join(lines)

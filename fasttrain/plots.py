@@ -1,7 +1,8 @@
-"""The reports' pictures, as data URIs that a page carries within itself.
+"""Every plot of the project: in the pages, in a notebook, and as a file.
 
-Every figure is drawn twice, for a light page and for a dark one, on a transparent ground. Figures hold no
-names from outside: those stand in the page's text, where they are escaped and can be selected.
+`chart`, `lr_find`, `schedule` and `epoch_seconds` say what to draw. `picture` draws it for a page, twice: for
+a light one and for a dark one, on a transparent ground. `figure` draws it for a notebook or a file, on white.
+Plots hold no names from outside: those stand in the page's text, where they are escaped and can be selected.
 """
 
 import base64
@@ -15,6 +16,9 @@ import numpy as np
 INCHES = (4.6, 2.9)
 """Size of a figure: about a phone's width, so that its labels stay legible there."""
 DOTS_PER_INCH = 200
+
+Draw = Callable[[Any, "Palette"], None]
+"""Draws one plot on matplotlib's axes, in the colours of a palette."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +74,14 @@ def chart(
     *,
     x_name: str,
     y_name: str,
-    alt: str,
     percent: bool = False,
     log_x: bool = False,
     mark_x: float | None = None,
-) -> Picture:
-    """Lines over one axis. percent: y runs from 0 to 1. mark_x: a vertical line there."""
+) -> Draw:
+    """Lines over one axis. percent: y runs from 0 to 1. mark_x: a vertical line there, with its value."""
 
     def draw(axes: Any, palette: Palette) -> None:
-        from matplotlib.ticker import MaxNLocator, PercentFormatter
+        from matplotlib.ticker import MaxNLocator
 
         for curve in curves:
             colour = palette.series[curve.series % len(palette.series)]
@@ -92,18 +95,29 @@ def chart(
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
         if mark_x is not None:
-            axes.axvline(mark_x, color=palette.ink, linestyle="--", linewidth=1)
+            axes.axvline(mark_x, color=palette.ink, linestyle="--", linewidth=1, label=f"{mark_x:.3g}")
         axes.set_xlabel(x_name)
         axes.set_ylabel(y_name)
         if any(curve.label for curve in curves):
             axes.legend(frameon=False, labelcolor=palette.ink)
 
-    return _picture(draw, alt)
+    return draw
 
 
-def schedule(lrs: Sequence[float], betas: Sequence[float] | None, alt: str) -> Picture:
+def lr_find(curves: Sequence[tuple[Sequence[float], Sequence[float]]], max_lr: float) -> Draw:
+    """The LR finder's tries, each its rates and its losses, and a dashed line at the rate suggested."""
+    return chart(
+        [Curve(lrs, losses, series, f"try {series + 1}") for series, (lrs, losses) in enumerate(curves)],
+        x_name="learning rate",
+        y_name="smoothed loss",
+        log_x=True,
+        mark_x=max_lr,
+    )
+
+
+def schedule(lrs: Sequence[float], betas: Sequence[float] | None) -> Draw:
     """The learning rate of every step; beside it Adam's beta1 where the recipe cycles it."""
 
     def draw(axes: Any, palette: Palette) -> None:
@@ -118,10 +132,10 @@ def schedule(lrs: Sequence[float], betas: Sequence[float] | None, alt: str) -> P
             right.plot(betas, color=orange)
             right.set_ylabel("beta1", color=orange)
 
-    return _picture(draw, alt)
+    return draw
 
 
-def epoch_seconds(seconds: Sequence[float], wait_shares: Sequence[float], alt: str) -> Picture:
+def epoch_seconds(seconds: Sequence[float], wait_shares: Sequence[float]) -> Draw:
     """A bar per epoch: training, and on top of it the time spent waiting for data."""
 
     def draw(axes: Any, palette: Palette) -> None:
@@ -137,7 +151,7 @@ def epoch_seconds(seconds: Sequence[float], wait_shares: Sequence[float], alt: s
         axes.set_ylabel("seconds")
         axes.legend(frameon=False, labelcolor=palette.ink, ncols=2, loc="upper right")
 
-    return _picture(draw, alt)
+    return draw
 
 
 def image_uri(image_HWC: np.ndarray) -> str:
@@ -149,21 +163,34 @@ def image_uri(image_HWC: np.ndarray) -> str:
     return _uri(buffer)
 
 
-def _picture(draw: Callable[[Any, Palette], None], alt: str) -> Picture:
-    return Picture(light=_drawn(draw, LIGHT), dark=_drawn(draw, DARK), alt=alt)
+def picture(draw: Draw, alt: str) -> Picture:
+    """The plot for a page; alt: what it shows, in words."""
+    light, dark = (_uri(_png(figure([draw], palette), transparent=True)) for palette in (LIGHT, DARK))
+    return Picture(light=light, dark=dark, alt=alt)
 
 
-def _drawn(draw: Callable[[Any, Palette], None], palette: Palette) -> str:
-    # Figure alone and never pyplot, which keeps figures and a backend in global state.
+def figure(draws: Sequence[Draw], palette: Palette = LIGHT) -> Any:
+    """The plots side by side on one matplotlib figure, which a notebook shows as it is."""
+    # Figure alone and never pyplot, which keeps figures and a backend in global state. Without it a notebook
+    # does not know how to show a figure: this one says so itself.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=INCHES, dpi=DOTS_PER_INCH, layout="constrained")
-    axes = figure.subplots()
-    _style(axes, palette)
-    draw(axes, palette)
+    class PngFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            return _png(self).getvalue()
+
+    width, height = INCHES
+    drawn = PngFigure(figsize=(width * len(draws), height), dpi=DOTS_PER_INCH, layout="constrained")
+    for axes, draw in zip(drawn.subplots(1, len(draws), squeeze=False)[0], draws, strict=True):
+        _style(axes, palette)
+        draw(axes, palette)
+    return drawn
+
+
+def _png(drawn: Any, transparent: bool = False) -> io.BytesIO:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", transparent=True)
-    return _uri(buffer)
+    drawn.savefig(buffer, format="png", transparent=transparent)
+    return buffer
 
 
 def _style(axes: Any, palette: Palette) -> None:

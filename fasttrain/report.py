@@ -5,14 +5,12 @@ are not on this disk, it replaces with a sentence that says why.
 """
 
 import dataclasses
-import json
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from fasttrain import plots
 from fasttrain.checkpoint import load_checkpoint
@@ -21,12 +19,13 @@ from fasttrain.data.cifar import Dataset, Split
 from fasttrain.data.loader import build_loader, pick_loader
 from fasttrain.errors import UserError
 from fasttrain.evaluate import Evaluation, evaluate_state
-from fasttrain.files import write_atomically
-from fasttrain.machine import fork_rng, hardware_name, pick_device
+from fasttrain.machine import fork_rng, pick_device
 from fasttrain.model import CustomResNet, summary
 from fasttrain.optim import one_cycle
-from fasttrain.plots import Curve, Picture
+from fasttrain.pages import Missing, write_page
+from fasttrain.plots import Picture
 from fasttrain.recipe import Recipe
+from fasttrain.run import Run, load_run
 
 SAMPLES = 24
 """Augmented training images on the page."""
@@ -42,132 +41,11 @@ FILES = {
     "recipe.json": "every setting",
     "machine.json": "hardware, versions and commit",
     "lr_find.json": "the LR finder's curves",
+    "trace.json": "the profiler's trace, for ui.perfetto.dev",
 }
-
-EPOCH_FIGURES = ("epoch", "train_accuracy", "test_accuracy", "seconds", "images_per_sec", "data_wait_share")
-EPOCH_LOSSES = ("train_loss", "test_loss")  # null where they were no number
-RESULT_FIGURES = (
-    *("test_accuracy", "best_test_accuracy", "best_epoch", "max_lr", "images_per_sec", "data_wait_share"),
-    *("train_seconds", "test_seconds", "compile_seconds", "wall_seconds"),
-)
-RESULT_UNKNOWNS = ("mfu", "matmul_tflops_measured", "peak_memory_gib", "peak_resident_gib")
-RESULT_NAMES = ("dataset", "device", "loader", "precision", "compile")
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Missing:
-    """Stands where a section's content would, and says in a sentence why there is none."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a finished run's folder says, checked. epochs: the rows of metrics.jsonl."""
-
-    folder: Path
-    recipe: Recipe
-    machine: dict[str, Any]
-    result: dict[str, Any]
-    epochs: list[dict[str, float]]
-    lr_find: dict[str, Any] | None
-
-    @property
-    def hardware(self) -> str:
-        return hardware_name(self.machine)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """From the first epoch's rate, which was computed from it."""
-        first = self.epochs[0]
-        return round(first["images_per_sec"] * first["seconds"] / self.recipe.batch_size)
-
-    def column(self, key: str) -> list[float]:
-        """One figure of every epoch, NaN where it was no number."""
-        return [math.nan if row[key] is None else row[key] for row in self.epochs]
-
-
-# ------------------------------------------------------------------------------------------------- reading
-
-
-def load_run(folder: Path) -> Run:
-    """Read a run's folder. Raises UserError if it is none, is unfinished, or if a file in it is damaged."""
-    if not (folder / "recipe.json").is_file():
-        raise UserError(f"{folder}: no run's folder; expected one that fasttrain train made, as runs/...")
-    if not (folder / "result.json").is_file():
-        raise UserError(
-            f"{folder}: holds no result.json: its run has not finished, and only finished ones count"
-        )
-    result = _read_object(folder / "result.json")
-    _require(folder / "result.json", result, RESULT_FIGURES, nullable=RESULT_UNKNOWNS, names=RESULT_NAMES)
-    try:
-        recipe = Recipe.from_dict(_read_object(folder / "recipe.json"))
-    except UserError as error:
-        raise UserError(f"{folder / 'recipe.json'}: {error}") from error
-    return Run(
-        folder=folder,
-        recipe=recipe,
-        machine=_read_object(folder / "machine.json"),
-        result=result,
-        epochs=_read_epochs(folder / "metrics.jsonl"),
-        lr_find=_read_object(folder / "lr_find.json") if (folder / "lr_find.json").exists() else None,
-    )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); expected it as fasttrain train wrote it"
-        ) from error
-
-
-def _parse_object(text: str, place: object) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise UserError(f"{place}: torn or foreign; expected a JSON object as fasttrain train wrote it")
-    return values
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    return _parse_object(_read_text(path), path)
-
-
-def _read_epochs(path: Path) -> list[dict[str, float]]:
-    lines = _read_text(path).splitlines()
-    if not lines:
-        raise UserError(f"{path}: empty; expected a line per epoch")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        place = f"{path} line {number}"
-        rows.append(_parse_object(line, place))
-        _require(place, rows[-1], EPOCH_FIGURES, nullable=EPOCH_LOSSES)
-    return rows
-
-
-def _require(
-    place: object,
-    values: dict[str, Any],
-    figures: Sequence[str],
-    *,
-    nullable: Sequence[str] = (),
-    names: Sequence[str] = (),
-) -> None:
-    """Raise UserError unless all these keys hold what the page formats: numbers, or null, or text."""
-    kinds: dict[str, Any] = dict.fromkeys(figures, (int, float))
-    kinds |= dict.fromkeys(nullable, (int, float, type(None)))
-    kinds |= dict.fromkeys(names, str)
-    for key, kind in kinds.items():
-        if key not in values or not isinstance(values[key], kind):
-            found = repr(values[key]) if key in values else "missing"
-            raise UserError(f"{place}: {key} is {found}; expected it as fasttrain train wrote it")
 
 
 # ----------------------------------------------------------------------------------------------- the command
@@ -222,12 +100,8 @@ def write_report(
         path,
         "report.html.j2",
         run=run,
-        loss=_loss_picture(run),
-        accuracy=_accuracy_picture(run),
+        **run.pictures(),
         schedule=_schedule_picture(run),
-        seconds=plots.epoch_seconds(
-            run.column("seconds"), run.column("data_wait_share"), alt="Training seconds of every epoch"
-        ),
         lr_find=_given(run, _lr_find_picture),
         samples=_given(dataset, lambda images: _samples(images, run.recipe, device)),
         tests=_given(dataset, lambda images: _given(evaluation, lambda found: _tests(images, found))),
@@ -235,50 +109,6 @@ def write_report(
         files={name: text for name, text in FILES.items() if (run.folder / name).exists()},
     )
     return path
-
-
-def write_page(path: Path, template: str, **content: Any) -> None:
-    """Render a template with everything escaped, and write it atomically. Raises UserError on a full disk."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    pages = Environment(
-        loader=PackageLoader("fasttrain"),
-        autoescape=True,  # class and recipe names are whatever someone wrote into a file
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    pages.filters["as"] = lambda value, form: "unknown" if value is None else format(value, form)
-    pages.tests["missing"] = lambda value: isinstance(value, Missing)
-    text = pages.get_template(template).render(light=plots.LIGHT, dark=plots.DARK, **content)
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def _loss_picture(run: Run) -> Picture:
-    epochs = run.column("epoch")
-    return plots.chart(
-        [
-            Curve(epochs, run.column("train_loss"), 0, "train"),
-            Curve(epochs, run.column("test_loss"), 1, "test"),
-        ],
-        x_name="epoch",
-        y_name="loss per image",
-        alt="Training and test loss of every epoch",
-    )
-
-
-def _accuracy_picture(run: Run) -> Picture:
-    epochs = run.column("epoch")
-    return plots.chart(
-        [
-            Curve(epochs, run.column("train_accuracy"), 0, "train"),
-            Curve(epochs, run.column("test_accuracy"), 1, "test"),
-        ],
-        x_name="epoch",
-        y_name="accuracy",
-        alt="Training and test accuracy of every epoch",
-        percent=True,
-    )
 
 
 def _schedule_picture(run: Run) -> Picture:
@@ -289,7 +119,7 @@ def _schedule_picture(run: Run) -> Picture:
         lrs.append(lr)
         if beta1 is not None:
             betas.append(beta1)
-    return plots.schedule(lrs, betas or None, alt=f"Learning rate over {total_steps} steps")
+    return plots.picture(plots.schedule(lrs, betas or None), f"Learning rate over {total_steps} steps")
 
 
 def _lr_find_picture(run: Run) -> Picture:
@@ -297,24 +127,18 @@ def _lr_find_picture(run: Run) -> Picture:
     if run.lr_find is None:
         raise UserError(f"The recipe names its peak rate, {max_lr:g}: the LR finder was not asked.")
     try:
-        curves = [
-            Curve(curve["lrs"], curve["losses"], series, f"try {series + 1}")
-            for series, curve in enumerate(run.lr_find["curves"])
-        ]
+        curves = [(curve["lrs"], curve["losses"]) for curve in run.lr_find["curves"]]
     except (KeyError, TypeError) as error:
         raise UserError("lr_find.json does not hold the LR finder's curves.") from error
-    return plots.chart(
-        curves,
-        x_name="learning rate",
-        y_name="smoothed loss",
-        alt=f"Loss over rising learning rates, with {max_lr:.3g} marked",
-        log_x=True,
-        mark_x=max_lr,
-    )
+    alt = f"Loss over rising learning rates, with {max_lr:.3g} marked"
+    return plots.picture(plots.lr_find(curves, max_lr), alt)
 
 
-def _samples(dataset: Dataset, recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """The first training images as the recipe's loader augments them."""
+def first_images(dataset: Dataset, recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor, str]:
+    """The first training images as the recipe's loader augments them.
+
+    Returns images_NCHW (uint8), labels_N (int64) and the loader's name.
+    """
     count = min(SAMPLES, len(dataset.train.labels))
     few = Split(dataset.train.images[:count], dataset.train.labels[:count])
     loader = build_loader(
@@ -325,13 +149,18 @@ def _samples(dataset: Dataset, recipe: Recipe, device: torch.device) -> dict[str
         device=device,
     )
     images_NCHW, labels_N = next(iter(loader))
+    return images_NCHW, labels_N, loader.name
+
+
+def _samples(dataset: Dataset, recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """What the page says about them."""
+    images_NCHW, labels_N, loader_name = first_images(dataset, recipe, device)
+    images_NHWC = images_NCHW.permute(0, 2, 3, 1).cpu().numpy()
     return {
-        "loader": loader.name,
+        "loader": loader_name,
         "images": [
             {"uri": plots.image_uri(image_HWC), "label": dataset.classes[label]}
-            for image_HWC, label in zip(
-                images_NCHW.permute(0, 2, 3, 1).cpu().numpy(), labels_N.tolist(), strict=True
-            )
+            for image_HWC, label in zip(images_NHWC, labels_N.tolist(), strict=True)
         ],
     }
 

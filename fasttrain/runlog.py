@@ -3,12 +3,13 @@
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from fasttrain.errors import UserError
 from fasttrain.files import write_atomically, write_json
@@ -31,34 +32,73 @@ EPOCH_COLUMNS = (
 )
 
 
+LIVE_COLUMNS = (
+    ("train_loss", "loss {:.3f}"),
+    ("train_accuracy", "acc {:.1%}"),
+    ("images_per_sec", "{:,.0f} images/s"),
+    ("data_wait_share", "wait {:.1%}"),
+)
+REFRESH_SECONDS = 0.5
+"""How often the progress bar asks for its figures: seldom, so that the training does not notice."""
+
+
 class RunLog:
     """The folder of one run, and its console.
 
     recipe.json and machine.json are written by the caller's first words, metrics.jsonl grows by a line per
     epoch, result.json comes at the end: a folder without it is a run that did not finish. lr_find.json is
-    there where the LR finder chose the peak rate.
+    there where the LR finder chose the peak rate, TensorBoard's event files where they were asked for.
     """
 
     def __init__(self, folder: Path) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
         self.folder = folder
         self._header_shown = False
+        self._board: Any = None
 
     def say(self, line: str) -> None:
         self.console.print(line, markup=False)
+
+    def open_tensorboard(self, images_NCHW: Tensor) -> None:
+        """From here on write every epoch's metrics for TensorBoard too, into the run's folder.
+
+        images_NCHW: uint8, shown as one grid. Raises ImportError where require_tensorboard would complain.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(self.folder))
+        self._board.add_images("augmented training images", images_NCHW)
+        self._board.flush()
 
     def write(self, name: str, values: dict[str, Any]) -> None:
         """Write one of the folder's JSON files, atomically."""
         write_json(self.folder / name, values)
 
-    def steps(self, batches: Iterable[T], total: int, title: str) -> Iterator[T]:
-        """Iterate, with a progress bar where there is a terminal."""
+    def steps(
+        self, batches: Iterable[T], total: int, title: str, figures: Callable[[], dict[str, float]]
+    ) -> Iterator[T]:
+        """Iterate; where there is a terminal, with a progress bar that shows `figures`, keys of LIVE_COLUMNS.
+
+        They are asked for every REFRESH_SECONDS and must not wait for the device. A key may be missing.
+        """
         if not self.console.is_terminal:
             yield from batches
             return
-        columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            yield from progress.track(batches, total=total)
+        columns = (
+            *(TextColumn(title), BarColumn(bar_width=None), TextColumn("{task.fields[live]}")),
+            *(TextColumn("ETA"), TimeRemainingColumn(compact=True)),
+        )
+        # Drawn from here alone: a thread that draws by itself would take its time from the training.
+        with Progress(*columns, console=self.console, transient=True, auto_refresh=False, expand=True) as bar:
+            task = bar.add_task(title, total=total, live="")
+            drawn = time.perf_counter()
+            for done, batch in enumerate(batches):
+                if time.perf_counter() - drawn >= REFRESH_SECONDS:
+                    shown = figures()
+                    live = "  ".join(form.format(shown[key]) for key, form in LIVE_COLUMNS if key in shown)
+                    bar.update(task, completed=done, live=live, refresh=True)
+                    drawn = time.perf_counter()
+                yield batch
 
     def rewind(self, epochs: list[dict[str, float]]) -> None:
         """Let metrics.jsonl hold these epochs and no others: lines of lost work, whole or torn, go."""
@@ -78,12 +118,24 @@ class RunLog:
             raise UserError(
                 f"{path}: cannot be written ({error.strerror}); make room, start again"
             ) from error
+        if self._board is not None:
+            for key in metrics.keys() - {"epoch"}:
+                self._board.add_scalar(key, metrics[key], metrics["epoch"])
+            self._board.flush()
         if not self._header_shown:
             widths = [len(form.format(**metrics)) for _, form in EPOCH_COLUMNS]
             names = [name for name, _ in EPOCH_COLUMNS]
             self.say("  ".join(name.rjust(width) for name, width in zip(names, widths, strict=True)))
             self._header_shown = True
         self.say("  ".join(form.format(**metrics) for _, form in EPOCH_COLUMNS))
+
+
+def require_tensorboard() -> None:
+    """Raise UserError, with the remedy, where TensorBoard is not installed."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--tensorboard: {error}; pip install 'fasttrain[tensorboard]'") from error
 
 
 def _line(metrics: dict[str, float]) -> str:

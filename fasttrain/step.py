@@ -45,6 +45,7 @@ class TrainStep:
         self._sums = torch.zeros(3, device=device)  # loss, hits, steps until the loss stopped being finite
         self._images = 0
         self._since = 0
+        self._peek = _Peek(device)
 
     @property
     def lr(self) -> float:
@@ -70,11 +71,15 @@ class TrainStep:
 
     def take_metrics(self) -> tuple[float, float]:
         """Mean loss and accuracy (0 to 1) since the last call. Waits for the device."""
-        loss_sum, hits, _ = self._sums.tolist()
-        images = max(self._images, 1)
+        means = _means(self._sums[:2], self._images)
         self._sums.zero_()
         self._images, self._since = 0, self.step
-        return loss_sum / images, hits / images
+        self._peek.forget()
+        return means
+
+    def peek_metrics(self) -> tuple[float, float] | None:
+        """The same, as of a moment ago and without waiting; None where nothing has arrived yet."""
+        return self._peek(self._sums[:2], self._images)
 
     def diverged(self) -> int | None:
         """The first step, counted from 1, with a NaN or infinite loss since take_metrics; None if none had.
@@ -132,6 +137,7 @@ class TrainStep:
         self.scaler.load_state_dict(state["scaler"])
         self._sums.copy_(state["metrics"]["sums"])
         self._images, self._since = state["metrics"]["images"], state["metrics"]["since"]
+        self._peek.forget()
 
     def _forward_backward(self, images_NCHW: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and mean loss, both detached, with the gradients left on the parameters."""
@@ -141,6 +147,47 @@ class TrainStep:
         loss = self.loss_fn(logits_NK.float(), labels_N)
         self.scaler.scale(loss).backward()
         return logits_NK.detach(), loss.detach()
+
+
+class _Peek:
+    """The sums as they were a moment ago, read without waiting for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # A GPU copies into pinned memory while the host goes on; allocated once, since that may wait.
+        self._landing = torch.zeros(2, pin_memory=device.type == "cuda")
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew. Only where no copy is under way: after waiting for the device."""
+        self._under_way: tuple[torch.cuda.Event, int] | None = None
+        self._newest: tuple[float, float] | None = None
+
+    def __call__(self, sums: Tensor, images: int) -> tuple[float, float] | None:
+        """Means over the images of the newest copy that has arrived; starts the next one behind it.
+
+        None where nothing has arrived yet, and on devices that can only be read by waiting for them.
+        """
+        if not images or self._device.type not in ("cpu", "cuda"):
+            return None
+        if self._device.type == "cpu":
+            return _means(sums, images)
+        if self._under_way is not None:
+            arrived, images_then = self._under_way
+            if not arrived.query():
+                return self._newest
+            self._newest = _means(self._landing, images_then)
+        self._landing.copy_(sums, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record(torch.cuda.current_stream(self._device))
+        self._under_way = arrived, images
+        return self._newest
+
+
+def _means(sums: Tensor, images: int) -> tuple[float, float]:
+    """Mean loss and accuracy (0 to 1); waits for the device that the sums are on."""
+    loss_sum, hits = sums.tolist()
+    return loss_sum / max(images, 1), hits / max(images, 1)
 
 
 def autocast(device: torch.device, compute_dtype: torch.dtype) -> torch.autocast:

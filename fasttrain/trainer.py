@@ -33,14 +33,24 @@ from fasttrain.machine import (
 )
 from fasttrain.metrics import WaitTimer, model_flops_utilization, peak_memory_gib, watch
 from fasttrain.model import CustomResNet, training_flop_per_image
-from fasttrain.recipe import PRESETS, Recipe
-from fasttrain.report import load_run, write_report
+from fasttrain.recipe import PRESETS, Recipe, flag
+from fasttrain.report import first_images, write_report
 from fasttrain.resume import RunState, Saver, fingerprint, require_same_recipe, resume_from
-from fasttrain.runlog import RECIPE_FILE, RESULT_FILE, RunLog, find_unfinished, new_folder
+from fasttrain.run import Run, load_run
+from fasttrain.runlog import (
+    RECIPE_FILE,
+    RESULT_FILE,
+    RunLog,
+    find_unfinished,
+    new_folder,
+    require_tensorboard,
+)
 from fasttrain.step import TrainStep, pick_compile_mode
 
 FIRST_STEPS = 5
 """Steps after which the laptop recipe says how long the full one would take."""
+
+SAVE_EVERY = "60s"
 
 MAX_ROLLBACKS = 3
 """How often a diverged run may go back and halve its rate."""
@@ -50,22 +60,24 @@ def train(
     recipe: Recipe,
     *,
     data: DataChoice = "auto",
-    data_dir: Path | None = None,
-    out: Path = Path("runs"),
+    data_dir: Path | str | None = None,
+    out: Path | str = "runs",
     device: str = "auto",
     resume: str | Path | None = None,
-    save_every: str = "60s",
+    save_every: str = SAVE_EVERY,
     on_nan: Literal["stop", "rollback"] = "stop",
+    tensorboard: bool = False,
     started: float | None = None,
     report: bool = True,
-) -> dict[str, Any]:
-    """Train one recipe and leave a run's folder; returns what its result.json holds.
+) -> Run:
+    """Train one recipe and leave a run's folder; returns what is in it.
 
     resume: go on with an unfinished run of this recipe: its folder, a checkpoint in it, or auto for the
     newest under `out`.
     save_every: steps, as 500, or seconds, as 60s, between two checkpoints; every epoch ends with one.
     on_nan: what follows a loss that is no finite number: an error, or up to three times the last checkpoint
     again at half the rate.
+    tensorboard: leave event files in the folder: every epoch's metrics, and a grid of augmented images.
     started: time.perf_counter() when the process began, for wall_seconds; now, if not given.
     report: write report.html too, some seconds that wall_seconds leaves out.
     Raises UserError on anything that the user can mend, and Interrupted (a KeyboardInterrupt) after the first
@@ -75,27 +87,31 @@ def train(
     interval = SaveInterval.parse(save_every)
     unfinished = None
     if resume is not None:
-        unfinished = find_unfinished(resume, out)
+        unfinished = find_unfinished(resume, Path(out))
         require_same_recipe(recipe, unfinished)
+    if tensorboard:
+        require_tensorboard()
     run_device = pick_device(device)
     dtype = pick_compute_dtype(recipe.compute_dtype, run_device)
     precision = precision_name(recipe.compute_dtype, dtype)
     set_fp32_precision(allow_tf32=recipe.compute_dtype == "tf32")
     torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN time its kernels once
 
-    dataset = open_dataset(data, data_dir, print)
+    dataset = open_dataset(data, Path(data_dir) if data_dir else None, print)
     kind = pick_loader(recipe.loader, run_device, print)
     mode = pick_compile_mode(recipe.compile, run_device, print)
     train_loader = build_loader(dataset, recipe, train=True, kind=kind, device=run_device)
     test_loader = build_loader(dataset, recipe, train=False, kind=kind, device=run_device)
 
-    log = RunLog(unfinished or new_folder(out, recipe.name))
+    log = RunLog(unfinished or new_folder(Path(out), recipe.name))
     with hold_folder(log.folder), _one_line_if_memory_is_full(recipe):
         remove_temporaries(log.folder)
         machine = describe(run_device)
         if unfinished is None:
             log.write("machine.json", machine)
             log.write(RECIPE_FILE, recipe.to_dict())
+        if tensorboard:
+            log.open_tensorboard(first_images(dataset, recipe, run_device)[0])
         log.say(
             f"{recipe.name}: {dataset.name}, {recipe.epochs} epochs of {len(train_loader)} steps of "
             f"{recipe.batch_size}, {run_device.type}, {precision}, {train_loader.name}, "
@@ -128,11 +144,18 @@ def train(
         log.rewind(run.progress.epochs)
         run.add_up(started, compile_seconds=compile_seconds, matmul_tflops=matmul_tflops)
 
+        command = _resume_command(
+            log.folder,
+            data=(data, "auto"),
+            data_dir=(data_dir, None),
+            device=(device, "auto"),
+            save_every=(save_every, SAVE_EVERY),
+            on_nan=(on_nan, "stop"),
+            tensorboard=(tensorboard, False),
+        )
         test: Evaluation | None = None
         with CheckpointWriter(log.folder, run_device) as writer, catch_signals() as signalled:
-            saver = Saver(
-                run, writer, interval, signalled, _resume_command(log.folder, data, data_dir, device)
-            )
+            saver = Saver(run, writer, interval, signalled, command)
             saver.save()
             while run.epoch < recipe.epochs:
                 try:
@@ -173,9 +196,10 @@ def train(
             f"images); {result['train_seconds']:.1f} s of training, {result['wall_seconds']:.1f} s in all "
             f"-> {log.folder}"
         )
+        finished = load_run(log.folder)
         if report:
-            _report(log, dataset, test or _test_epoch(step, test_loader)[0], run_device)
-        return result
+            _report(finished, log, dataset, test or _test_epoch(step, test_loader)[0], run_device)
+        return finished
 
 
 def _figures(run: RunState, matmul_tflops: float) -> dict[str, Any]:
@@ -212,8 +236,20 @@ def _train_epoch(run: RunState, log: RunLog, saver: Saver) -> dict[str, float]:
     timer = WaitTimer(islice(loader, left))
     timer.wait_seconds = progress.wait_seconds
     start = time.perf_counter() - progress.seconds
+
+    def figures() -> dict[str, float]:
+        """What can be said of the epoch so far without waiting for the device."""
+        seconds = time.perf_counter() - start
+        peeked = step.peek_metrics()
+        return {
+            **(dict(zip(("train_loss", "train_accuracy"), peeked, strict=True)) if peeked else {}),
+            "images_per_sec": (step.step - run.epoch * len(loader)) * step.recipe.batch_size / seconds,
+            "data_wait_share": timer.wait_seconds / seconds,
+        }
+
+    title = f"epoch {epoch}/{step.recipe.epochs}"
     with watch(timer, lambda seconds: log.say(_waiting(loader, step.step, seconds))):
-        for images_NCHW, labels_N in log.steps(timer, left, f"epoch {epoch}"):
+        for images_NCHW, labels_N in log.steps(timer, left, title, figures):
             step(images_NCHW, labels_N)
             if step.recipe.name == "laptop" and step.step == min(FIRST_STEPS, step.total_steps):
                 _announce_full_recipe(log, loader, (time.perf_counter() - start) / step.step)
@@ -254,10 +290,10 @@ def _test_epoch(step: TrainStep, loader: Loader) -> tuple[Evaluation, dict[str, 
     }
 
 
-def _report(log: RunLog, dataset: Dataset, test: Evaluation, device: torch.device) -> None:
+def _report(run: Run, log: RunLog, dataset: Dataset, test: Evaluation, device: torch.device) -> None:
     """Write report.html from the last epoch's evaluation. The run is finished: nothing here may fail it."""
     try:
-        log.say(f"report -> {write_report(load_run(log.folder), dataset, test, device=device)}")
+        log.say(f"report -> {write_report(run, dataset, test, device=device)}")
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         log.say(f"no report.html ({reason}); try again: fasttrain report {log.folder}")
@@ -265,10 +301,9 @@ def _report(log: RunLog, dataset: Dataset, test: Evaluation, device: torch.devic
 
 def _find_max_lr(log: RunLog, dataset: Dataset, recipe: Recipe, settings: dict[str, Any]) -> float:
     log.say("max_lr auto: trying rising rates on networks of their own first")
-    search = find_max_lr(dataset, recipe, **settings)
+    search = find_max_lr(dataset, recipe, announce=log.say, **settings)
     log.write("lr_find.json", {"max_lr": search.suggestion, **dataclasses.asdict(search)})
-    tries = ", ".join(f"{lr:.3g}" for lr in search.suggestions)
-    log.say(f"max_lr {search.suggestion:.3g}: the median of {tries}")
+    log.say(f"max_lr {search}")
     return search.suggestion
 
 
@@ -284,15 +319,12 @@ def _checkpoints(folder: Path, resume: str | Path | None) -> list[Path]:
     )
 
 
-def _resume_command(folder: Path, data: DataChoice, data_dir: Path | None, device: str) -> str:
+def _resume_command(folder: Path, **options: tuple[object, object]) -> str:
+    """What to type to go on with this run; options: (value, default), left out where they are the same."""
     command = ["fasttrain", "train", "--resume", str(folder)]
-    for flag, value, default in (
-        ("--data", data, "auto"),
-        ("--data-dir", data_dir, None),
-        ("--device", device, "auto"),
-    ):
+    for name, (value, default) in options.items():
         if value != default:
-            command += [flag, str(value)]
+            command += [flag(name)] if value is True else [flag(name), str(value)]
     return shlex.join(command)
 
 

@@ -23,7 +23,7 @@ FLOORS = [
     {
         "fasttrain.machine",
         "fasttrain.optim",
-        "fasttrain.metrics",
+        "fasttrain.pages",
         "fasttrain.data.cifar",
         "fasttrain.data.batches",
     },
@@ -34,6 +34,8 @@ FLOORS = [
         "fasttrain.step",
         "fasttrain.runlog",
         "fasttrain.checkpoint",
+        "fasttrain.metrics",
+        "fasttrain.run",
     },
     {"fasttrain.data.loader"},
     {"fasttrain.evaluate", "fasttrain.lr_find", "fasttrain.resume"},
@@ -43,7 +45,7 @@ FLOORS = [
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 
-HEAVY = {"torch", "nvidia", "matplotlib", "jinja2", "torch_lr_finder", "torchinfo"}
+HEAVY = {"torch", "nvidia", "matplotlib", "jinja2", "torch_lr_finder", "torchinfo", "tensorboard"}
 LIGHT_MODULES = [
     "fasttrain",
     "fasttrain.data",

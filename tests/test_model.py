@@ -51,6 +51,9 @@ def test_summary_shows_the_assignments_totals_and_leaves_model_and_rng_alone() -
         "Forward/backward pass size (MB): 4.65",
         "Params size (MB): 26.29",
         "Estimated Total Size (MB): 30.96",
+        "Mult-adds per image, forward: 379,261,952",
+        "Training FLOP per image: 2.276 G",
+        "Training FLOP per epoch of 50,000 images: 113.8 T",
     ):
         assert line in text
     for column in ("Input Shape", "Kernel Shape", "Output Shape", "Param #", "Trainable"):
@@ -90,6 +93,13 @@ def test_residual_sums_carry_their_input() -> None:
     model.layer2.register_forward_pre_hook(lambda _, inputs: seen.update(after=inputs[0].clone()))
     model(pixels(1))
     assert torch.equal(seen["before"], seen["after"])
+
+
+def test_width_multiplies_every_layers_channels() -> None:
+    wide = dict(block_shapes(CustomResNet(width=96)))
+    assert wide["PrepLayer"] == (1, 96, 32, 32) and wide["Layer 3, X + R2"] == (1, 768, 4, 4)
+    ratio = multiply_adds(CustomResNet(width=128)) / multiply_adds(CustomResNet())
+    assert ratio == pytest.approx(4, rel=0.01)
 
 
 def test_number_of_classes_is_the_last_layers() -> None:

@@ -27,12 +27,14 @@ from fasttrain.data import cifar
 from fasttrain.evaluate import Evaluation
 from fasttrain.lr_find import LrCurve, LrSearch
 from fasttrain.recipe import Recipe
-from fasttrain.report import _samples, _tests, load_run, report
+from fasttrain.report import _samples, _tests, report
+from fasttrain.run import load_run
 from fasttrain.trainer import train
 
 HOSTILE = "<script>alert('$x_$')</script>"
 SEARCH = LrSearch(
-    [LrCurve([0.001 * 1.2**i for i in range(30)], [2 + (i - 20) ** 2 / 100 for i in range(30)])], [0.003]
+    [LrCurve([0.001 * 1.2**i for i in range(30)], [2 + (i - 20) ** 2 / 100 for i in range(30)], False)],
+    [0.003],
 )
 SECTIONS = (
     *("Loss", "Accuracy", "Seconds per epoch", "Schedule", "LR finder", "What the network saw"),
@@ -101,6 +103,7 @@ def test_train_leaves_a_page_with_every_section(run: Path) -> None:
     assert "the figure to quote" in page.text
     assert "“synthetic” and not the original CIFAR-10" in page.text
     assert "6,573,130" in page.text and "40 images" in page.text
+    assert "pct_start 0.208333 " in page.text  # and not 0.20833333333333334
     assert "measured again" not in page.text  # its figures are the training's own
     assert {"last.pt", "best.pt", "metrics.jsonl", "lr_find.json"} <= set(page.links)
     assert all((run / link).is_file() for link in page.links)
@@ -110,7 +113,8 @@ def test_lr_find_json_holds_curves_suggestions_and_the_choice(run: Path) -> None
     found = json.loads((run / "lr_find.json").read_text())
     assert found["max_lr"] == 0.003 == json.loads((run / "result.json").read_text())["max_lr"]
     assert found["suggestions"] == [0.003]
-    assert found["curves"] == [{"lrs": SEARCH.curves[0].lrs, "losses": SEARCH.curves[0].losses}]
+    [curve] = SEARCH.curves
+    assert found["curves"] == [{"lrs": curve.lrs, "losses": curve.losses, "diverged": False}]
 
 
 def test_every_picture_is_inside_and_decodes(run: Path) -> None:
@@ -232,6 +236,13 @@ def test_without_the_checkpoint_the_samples_stay(run: Path, dataset_dir: Path, t
     page = Page(folder / "report.html")
     assert "last.pt: no such file" in page.text and "the LR finder was not asked" in page.text
     assert len(page.loaded) == 4 * 2 + 24
+
+
+def test_a_profilers_trace_is_listed_where_there_is_one(run: Path, tmp_path) -> None:
+    folder = copied(run, tmp_path / "run")
+    assert "trace.json" not in Page(report(folder, data_dir=tmp_path / "none", device="cpu")).links
+    (folder / "trace.json").write_text("{}")
+    assert "trace.json" in Page(report(folder, data_dir=tmp_path / "none", device="cpu")).links
 
 
 def test_losses_that_are_no_numbers_leave_gaps(run: Path, tmp_path) -> None:

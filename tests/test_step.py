@@ -92,6 +92,48 @@ def test_bf16_computes_in_bf16_and_keeps_float32_weights() -> None:
     assert {p.dtype for p in step.model.parameters()} == {torch.float32}
 
 
+def test_a_peek_gives_the_same_figures_and_takes_nothing_away() -> None:
+    step = build()
+    assert step.peek_metrics() is None
+    step(*batch())
+    peeked = step.peek_metrics()
+    assert peeked == step.peek_metrics() == step.take_metrics()
+    assert step.peek_metrics() is None
+
+
+def test_a_peek_at_a_gpu_reads_only_what_has_arrived(monkeypatch) -> None:
+    """With a stand-in for the event that says when a copy has arrived; the copy itself lands at once."""
+
+    class Event:
+        has_arrived = False
+
+        def record(self, _: object) -> None:
+            copies.append(self)
+
+        def query(self) -> bool:
+            return self.has_arrived
+
+    copies: list[Event] = []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, pin_memory: zeros(*size))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    peek = step_module._Peek(torch.device("cuda"))
+    assert peek(torch.tensor([0.0, 0.0]), 0) is None and not copies
+    assert peek(torch.tensor([6.0, 1.0]), 4) is None and len(copies) == 1
+    assert peek(torch.tensor([8.0, 2.0]), 8) is None and len(copies) == 1  # one copy at a time
+    copies[0].has_arrived = True
+    assert peek(torch.tensor([9.0, 3.0]), 12) == (1.5, 0.25) and len(copies) == 2
+    assert peek(torch.tensor([9.9, 4.0]), 16) == (1.5, 0.25) and len(copies) == 2
+    copies[1].has_arrived = True
+    assert peek(torch.tensor([9.9, 4.0]), 16) == (0.75, 0.25)
+    monkeypatch.undo()
+    step = build()
+    step._peek = peek
+    step.take_metrics()
+    assert peek._newest is None and peek._under_way is None  # nothing of the epoch before
+
+
 def test_the_schedule_ends_where_it_was_said_to_end() -> None:
     step = build()
     step.step = 20
@@ -188,9 +230,14 @@ def test_a_step_never_waits_for_the_gpu(compute_dtype: torch.dtype, compile_mode
     try:
         for _ in range(3):
             step(images, labels)
+            step.peek_metrics()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert step.take_metrics()[0] > 0
+    for _ in range(2):  # the first asks for the copy that the second finds
+        torch.cuda.synchronize()
+        step.peek_metrics()
+    torch.cuda.synchronize()
+    assert step.peek_metrics() == pytest.approx(step.take_metrics())
 
 
 @pytest.mark.gpu

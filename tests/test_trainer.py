@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from fasttrain import metrics
 from fasttrain.__main__ import main
 from fasttrain.checkpoint import load_checkpoint
 from fasttrain.data import cifar
+from fasttrain.machine import cpu_cores
 from fasttrain.model import CustomResNet
 from fasttrain.recipe import Recipe
 from fasttrain.trainer import train
@@ -122,13 +124,40 @@ def test_the_laptop_recipe_says_what_the_full_one_would_take(dataset_dir: Path, 
     assert "\x1b" not in out and "\r" not in out  # piped: plain lines
 
 
+def test_tensorboard_shows_the_metrics_of_every_epoch_and_the_images(dataset_dir: Path, tmp_path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ["--epochs", "2", "--batch-size", "32", "--device", "cpu", "--tensorboard"]
+    assert main(["train", "--data-dir", str(dataset_dir), "--out", str(tmp_path), *flags]) == 0
+    [folder] = tmp_path.iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    metrics = rows(folder)
+    assert set(events.Tags()["scalars"]) == metrics[0].keys() - {"epoch"}
+    for key in events.Tags()["scalars"]:
+        written = [(event.step, event.value) for event in events.Scalars(key)]
+        assert written == [(row["epoch"], pytest.approx(row[key], rel=1e-5)) for row in metrics]
+    [grid] = events.Images("augmented training images")
+    assert (grid.width, grid.height) == (8 * 32, 3 * 32)
+
+
+def test_tensorboard_where_it_is_missing_is_one_line_and_no_folder(
+    dataset_dir: Path, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    assert main(["train", "--data-dir", str(dataset_dir), "--out", str(tmp_path), "--tensorboard"]) == 2
+    error = capsys.readouterr().err
+    assert "pip install 'fasttrain[tensorboard]'" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_max_lr_auto_asks_the_finder_first(dataset_dir: Path, tmp_path, monkeypatch) -> None:
     from fasttrain import trainer as train_module
     from fasttrain.lr_find import LrSearch
 
     monkeypatch.setattr(train_module, "find_max_lr", lambda *_, **__: LrSearch([], [0.5, 0.002, 0.001]))
     recipe = Recipe(epochs=1, batch_size=32, max_lr="auto")
-    assert train(recipe, data_dir=dataset_dir, out=tmp_path, device="cpu")["max_lr"] == 0.002
+    assert train(recipe, data_dir=dataset_dir, out=tmp_path, device="cpu").result["max_lr"] == 0.002
 
 
 @pytest.mark.parametrize(
@@ -174,8 +203,17 @@ def test_help_of_train_shows_the_chosen_recipes_defaults(capsys) -> None:
         assert f"Passes over the training images. (default: {epochs})" in out
 
 
-def test_summary_data_and_doctor_answer(dataset_dir: Path, capsys) -> None:
-    assert main(["summary"]) == 0 and "6,573,130" in capsys.readouterr().out
+def test_summary_names_the_least_time_of_an_epoch_on_this_machine(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(metrics, "measure_matmul_tflops", lambda *_: 10.0)
+    monkeypatch.setattr(metrics, "pick_compute_dtype", lambda *_: torch.float32)
+    assert main(["summary", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "6,573,130" in out and f"{cpu_cores()} cores" in out
+    assert "10 TFLOP/s of fp32 matmul" in out and "take 11.4 s an epoch" in out  # 113.8 / 10
+    assert main(["summary", "--device", "tpu"]) == 2
+
+
+def test_data_and_doctor_answer(dataset_dir: Path, capsys) -> None:
     assert main(["data", "--data-dir", str(dataset_dir)]) == 0
     out = capsys.readouterr().out
     assert "synthetic" in out and "test_batch.bin" in out and "rings" in out

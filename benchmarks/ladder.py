@@ -1,0 +1,141 @@
+"""From the training assignment's way to ours, one rung at a time: real steps with their data.
+
+    python -m benchmarks.ladder [--rounds 3] [--batch-size 512]
+
+Every rung keeps what the rungs before it brought. All take turns in one process, each with a network, an
+optimizer and a loader of its own.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.loader import endless, ours, random_dataset, theirs
+from benchmarks.report import extra_memory_gib, interleave, run, save, show, spread
+from benchmarks.step import Variant, build_step
+from fasttrain.machine import cpu_cores, measure_matmul_tflops, pick_compute_dtype, pick_device
+from fasttrain.model import CustomResNet, training_flop_per_image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Time training steps from the usual way to ours."""
+
+    rounds: int = 3
+    """Samples of each rung, taken in turn."""
+    batch_size: int | None = None
+    """Images per step; by default 512 on a GPU and 128 without one."""
+    images: int = 10_000
+    """Size of the data set."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    compiled: bool = False
+    """Also compile on a CPU, where fasttrain runs eager (a GPU always has that rung)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    name: str
+    variant: Variant
+    loader: str
+
+
+def rungs(device: torch.device, usual: str, best: str, compiled: bool) -> list[Rung]:
+    """The ladder, bottom first. usual, best: the loaders' names."""
+    half = pick_compute_dtype("auto", device)
+    variant = Variant(dtype=torch.float32, layout=torch.contiguous_format, fused=False)
+    ladder = [Rung(name=f"float32, NCHW, eager, Adam, {usual}", variant=variant, loader=usual)]
+
+    def climb(name: str, loader: str | None = None, **changes: Any) -> None:
+        below = ladder[-1]
+        variant = dataclasses.replace(below.variant, **changes)
+        ladder.append(Rung(name=f"+ {name}", variant=variant, loader=loader or below.loader))
+
+    climb("channels_last", layout=torch.channels_last)
+    if half != torch.float32:
+        climb(str(half).removeprefix("torch."), dtype=half)
+    climb("fused Adam", fused=True)
+    if best != usual:
+        climb(f"{best} loader", loader=best)
+    if compiled or device.type == "cuda":
+        climb("torch.compile", compile_mode="default")
+    return ladder
+
+
+def main(options: Options) -> None:
+    device = pick_device(options.device)
+    batch_size = options.batch_size or (512 if device.type == "cuda" else 128)
+    dataset, cores = random_dataset(options.images), cpu_cores()
+    mine = ours(dataset, batch_size, device, threads=cores)
+    # Where no peer is installed, our own torch loader stands in for the usual way.
+    loaders = theirs(dataset, batch_size, device, workers=cores)[0] | dict(reversed(mine.items()))
+    ladder = rungs(device, next(iter(loaders)), next(iter(mine)), options.compiled)
+    repeats = 20 if device.type == "cuda" else 2
+    memory: dict[str, float | None] = {}
+
+    def climbed(rung: Rung) -> Callable[[], float]:
+        step, stream = build_step(rung.variant, device), endless(loaders[rung.loader])
+
+        def timed() -> float:
+            start = time.perf_counter()
+            for _ in range(repeats):
+                images, labels = next(stream)
+                step(images.contiguous(memory_format=rung.variant.layout), labels)
+            step.take_metrics()  # waits for the device
+            return 1000 * (time.perf_counter() - start) / repeats
+
+        timed()
+        memory[rung.name] = extra_memory_gib(device, timed)
+        return timed
+
+    workloads: dict[str, Callable[[], float]] = {rung.name: climbed(rung) for rung in ladder}
+    for dtype in dict.fromkeys(rung.variant.dtype for rung in ladder):
+        workloads[f"matmul {dtype}"] = lambda dtype=dtype: measure_matmul_tflops(device, dtype)  # type: ignore[misc]
+    samples = interleave(workloads, options.rounds)
+
+    flop = training_flop_per_image(CustomResNet()) * batch_size
+    rows: list[dict[str, Any]] = []
+    for rung in ladder:
+        step_ms = statistics.median(samples[rung.name])
+        peak = statistics.median(samples[f"matmul {rung.variant.dtype}"])
+        rows.append(
+            {
+                "rung": rung.name,
+                "step_ms": step_ms,
+                "spread": spread(samples[rung.name]),
+                "speed_up": rows[-1]["step_ms"] / step_ms if rows else 1.0,
+                "speed_up_in_all": rows[0]["step_ms"] / step_ms if rows else 1.0,
+                "tflops": flop / step_ms / 1e9,
+                "mfu": flop / step_ms / 1e9 / peak,
+                "memory_gib": memory[rung.name],
+            }
+        )
+    values = {"batch_size": batch_size, "rounds": options.rounds, "rows": rows, "samples": samples}
+    path = save("ladder", device, values)
+    show(
+        f"steps with their data, batch {batch_size}, median of {options.rounds}",
+        ["rung", "ms", "spread", "this rung", "in all", "TFLOP/s", "of matmul rate", "memory GiB"],
+        [
+            [
+                row["rung"],
+                f"{row['step_ms']:,.1f}",
+                f"±{row['spread']:.1%}",
+                f"{row['speed_up']:.2f}x",
+                f"{row['speed_up_in_all']:.2f}x",
+                f"{row['tflops']:.3f}",
+                f"{row['mfu']:.0%}",
+                "-" if row["memory_gib"] is None else f"{row['memory_gib']:.2f}",
+            ]
+            for row in rows
+        ],
+    )
+    print(path)
+
+
+if __name__ == "__main__":
+    run(main, Options)
