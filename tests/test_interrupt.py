@@ -7,6 +7,8 @@ import pytest
 
 from fasttrain.interrupt import catch_signals
 
+pytestmark = pytest.mark.usefixtures("default_sigint")
+
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_a_note_and_the_handlers_come_back(signum: signal.Signals) -> None:

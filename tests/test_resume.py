@@ -154,6 +154,7 @@ def test_auto_takes_the_newest_unfinished_run(whole, dataset_dir, tmp_path, monk
     assert "has finished" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("default_sigint")
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_with_its_status_and_says_how_to_go_on(
     signum, status, dataset_dir, tmp_path, monkeypatch, capsys
