@@ -27,7 +27,7 @@ fasttrain = "$(BIN)/python" -m fasttrain
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train lr-find summary evaluate report compare data doctor test check bench bench-setup profile gpu-report tables clean
+.PHONY: help setup train lr-find summary evaluate report compare data doctor test check bench bench-setup profile gpu-report soak tables clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -91,6 +91,9 @@ profile: setup  ## show where the time of a training goes: the variables of trai
 
 gpu-report: setup  ## run every benchmark in one visit to a GPU: ARGS="--data-dir data"
 	"$(BIN)/python" -m benchmarks.gpu_report $(ARGS)
+
+soak: setup  ## kill and resume trainings, damage and read files: minutes
+	"$(BIN)/python" -m benchmarks.soak $(ARGS)
 
 tables: setup  ## print the README's tables from benchmarks/results
 	"$(BIN)/python" -m benchmarks.tables

@@ -209,6 +209,35 @@ def scaling_table(results: Path) -> str:
     return "\n\n".join(parts)
 
 
+def reliability_table(results: Path) -> str:
+    """One row per machine that ran the fault campaign."""
+    rows, machines = [], []
+    for path in sorted(results.glob("soak-*.json")):
+        values = json.loads(path.read_text())
+        machines.append(f"{hardware_name(values['machine'])}; {software(values['machine'])}")
+        lost, bad = values["lost_seconds"], values["bad_inputs"]
+        rows.append(
+            [
+                f"{values['kills']} SIGKILL, {values['faults'] - values['kills']} SIGTERM",
+                f"{values['recovered']} of {values['runs']}",
+                f"{values['bit_equal']} of {values['runs']}",
+                f"{bad['tried']:,}",
+                str(len(bad["wrong"])),
+                f"{lost['median']:.1f} ({lost['min']:.1f}-{lost['max']:.1f}, n = {lost['n']})",
+                f"{values['memory_mib']['second'] / values['memory_mib']['first'] - 1:+.1%}",
+            ]
+        )
+    columns = ["faults injected", "runs recovered", "runs bit-equal", "bad inputs tried", "wrong outcomes"]
+    columns += ["seconds lost per kill", "memory, second half of a run to its first"]
+    caption = (
+        "`make soak`: trainings on the CPU that save after every step, on 64 generated images. Bit-equal: "
+        "weights, optimizer, random generators and figures of a run that nobody disturbed. Lost: median "
+        "(range) of the seconds from the last checkpoint to the SIGKILL, starting up included, while "
+        "other work shared the machine. Wrong: a traceback, a hang, or damage that passes for good. "
+    )
+    return f"{markdown(columns, rows)}\n\n{caption}Machine: {'; '.join(dict.fromkeys(machines))}."
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "runs": runs_table,
     "step": step_table,
@@ -216,6 +245,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "loader": loader_table,
     "scaling": scaling_table,
     "start": start_table,
+    "loader": loader_table,
+    "reliability": reliability_table,
 }
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any, Literal, TypeVar  # noqa: E402
 
-from fasttrain.errors import UserError  # noqa: E402
+from fasttrain.errors import Interrupted, UserError  # noqa: E402
 from fasttrain.recipe import Recipe, load_recipe  # noqa: E402
 
 import tyro  # noqa: E402  isort: skip
@@ -42,6 +42,12 @@ class TrainOptions(RunOptions):
 
     out: Path = Path("runs")
     """Where run folders are made."""
+    resume: str | None = None
+    """Go on with an unfinished run: its folder, a checkpoint in it, or auto for the newest under --out."""
+    save_every: str = "60s"
+    """Steps, as 500, or seconds, as 60s, between two checkpoints; every epoch ends with one."""
+    on_nan: Literal["stop", "rollback"] = "stop"
+    """A loss that is no finite number: stop, or go back to the last checkpoint with half the rate, thrice."""
     tensorboard: bool = False
     """Leave event files in the run's folder: every epoch's metrics, and a grid of augmented images."""
 
@@ -147,6 +153,9 @@ def train(args: Sequence[str]) -> int:
         data_dir=options.data_dir,
         out=options.out,
         device=options.device,
+        resume=options.resume,
+        save_every=options.save_every,
+        on_nan=options.on_nan,
         tensorboard=options.tensorboard,
         started=STARTED,
     )
@@ -281,10 +290,18 @@ def _parse_run(options: type[R], verb: str, args: Sequence[str]) -> R:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="auto")
     first.add_argument("--device", default="auto")
+    first.add_argument("--resume")
+    first.add_argument("--out", type=Path, default=Path("runs"))
     known, _ = first.parse_known_args(args)
     asks_for_help = any(flag in ("-h", "--help") for flag in args)
     name = known.recipe
-    if name == "auto":
+    if known.resume and options is TrainOptions:
+        from fasttrain.runlog import RECIPE_FILE, find_unfinished
+
+        if name != "auto":
+            raise UserError(f"--recipe {name}: a resumed run keeps its own; leave it out")
+        name = str(find_unfinished(known.resume, known.out) / RECIPE_FILE)
+    elif name == "auto":
         name = "default" if asks_for_help or _on_gpu(known.device) else "laptop"
     return _parse(options, verb, args, default=options(recipe=known.recipe, settings=load_recipe(name)))
 
@@ -296,7 +313,7 @@ def _on_gpu(device: str) -> bool:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 2 for a user's mistake, 130 when interrupted."""
+    """Run one command; returns the exit status: 2 for a user's mistake, 130 or 143 when interrupted."""
     parser = argparse.ArgumentParser(
         prog="fasttrain",
         description="The fastest honest way to train an image classifier on one GPU.",
@@ -311,9 +328,12 @@ def main(args: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"fasttrain {command}: {error}", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(f"fasttrain {command}: {stop}", file=sys.stderr)
+        return stop.status
     except KeyboardInterrupt:
-        said = "interrupted; the last finished epoch's checkpoint is kept"
-        print(f"fasttrain {command}: {said}", file=sys.stderr)
+        said = "; fasttrain train --resume auto goes on where it was last saved" if command == "train" else ""
+        print(f"fasttrain {command}: interrupted{said}", file=sys.stderr)
         return 130
 
 

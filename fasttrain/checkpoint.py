@@ -1,29 +1,44 @@
-"""Checkpoints: written atomically, loaded without running anything that the file may contain."""
+"""Checkpoints: written atomically on a thread of their own, read without trusting them."""
 
+import io
+import math
+import re
+import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fasttrain.errors import UserError
-from fasttrain.files import write_atomically
+from fasttrain.files import link_atomically, write_atomically
+
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 
 REQUIRED = ("model", "epoch", "optimizer", "scheduler", "scaler", "loss", "batch_size", "recipe", "classes")
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint; an older one of the same name stays until the new one is whole."""
-    write_atomically(path, lambda file: torch.save(state, file))
+    buffer = io.BytesIO()  # torch.save hides a full disk behind errors of its own; a plain write does not
+    torch.save(state, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, tensors and plain values only (weights_only).
 
-    Raises UserError if there is no such file, or if it is not a whole checkpoint of this project.
+    Raises UserError if there is no such file, if any byte of its content has changed since it was written, or
+    if it is not a checkpoint of this project.
     """
     expected = "expected a checkpoint that fasttrain wrote, such as runs/.../last.pt"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = io.BytesIO(path.read_bytes())
+        _verify_checksums(content)
+        state = torch.load(content, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; {expected}") from error
     except Exception as error:  # a torn or foreign file fails anywhere in zipfile, pickle or torch
@@ -33,3 +48,118 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{path}: holds no {', '.join(missing)}; {expected}")
     return state
+
+
+def _verify_checksums(content: io.BytesIO) -> None:
+    """Hold a checkpoint's parts against the CRC-32 that torch.save stores and torch.load does not look at."""
+    with zipfile.ZipFile(content) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise zipfile.BadZipFile("compressed, which torch.save never does")
+        if archive.testzip() is not None:
+            raise zipfile.BadZipFile("a checksum differs")
+    content.seek(0)
+
+
+@dataclass(frozen=True)
+class SaveInterval:
+    """How much training may pass between two checkpoints: so many steps, or so many seconds."""
+
+    steps: float = math.inf
+    seconds: float = math.inf
+
+    @classmethod
+    def parse(cls, text: str) -> "SaveInterval":
+        """From --save-every: 500 means steps, 60s seconds. Raises UserError for anything else."""
+        match = re.fullmatch(r"([0-9]+)(s?)", text)
+        if not match or not int(match[1]):
+            raise UserError(f"--save-every {text}: expected steps, as 500, or seconds, as 60s")
+        return cls(seconds=int(match[1])) if match[2] else cls(steps=int(match[1]))
+
+    def over(self, steps: int, seconds: float) -> bool:
+        return steps >= self.steps or seconds >= self.seconds
+
+
+class CheckpointWriter:
+    """Writes a run's last.pt, previous.pt and best.pt in the background, one state at a time.
+
+    Only copying the state keeps the training waiting. What goes wrong on the thread is raised by the next
+    call, or at the end of the `with` block.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.folder, self._device = folder, device
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def write(self, state: dict[str, Any], *, best: bool = False) -> None:
+        """Save a copy of the state as last.pt, and as best.pt too if it is the best so far."""
+        self.wait()
+        self._pending = self._thread.submit(self._write, snapshot(state, self._device), best)
+
+    def wait(self) -> None:
+        """Return when the state given last is on the disk. Raises UserError if it could not be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+        if error is None:
+            self.wait()
+
+    def _write(self, state: dict[str, Any], best: bool) -> None:
+        last, previous = self.folder / LAST, self.folder / PREVIOUS
+        if last.exists():
+            link_atomically(last, previous)
+        if best:
+            save_checkpoint(self.folder / BEST, state)
+            link_atomically(self.folder / BEST, last)
+        else:
+            save_checkpoint(last, state)
+
+
+def snapshot(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A copy of nested dicts, lists and tensors in the host's memory. Waits for the device."""
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            return host.copy_(value, non_blocking=value.is_cuda)
+        if isinstance(value, dict):
+            return {key: copy(entry) for key, entry in value.items()}
+        return [copy(entry) for entry in value] if isinstance(value, list) else value
+
+    copied = copy(state)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return copied
+
+
+def require_like(value: Any, example: Any, place: str) -> None:
+    """Raise UserError unless a value from a file has the example's keys, types, shapes and finite figures."""
+    if isinstance(example, dict):
+        fits = isinstance(value, dict) and value.keys() == example.keys()
+        expected = f"the keys {', '.join(map(str, example))}"
+    elif isinstance(example, Tensor):
+        fits = isinstance(value, Tensor) and (value.shape, value.dtype) == (example.shape, example.dtype)
+        fits = fits and bool(value.isfinite().all())
+        expected = f"finite {example.dtype} of shape {tuple(example.shape)}"
+    elif isinstance(example, float):
+        fits = type(value) in (int, float) and 0 <= value < float("inf")
+        expected = "a figure of 0 or more"
+    elif isinstance(example, int):
+        fits = type(value) is int and value >= 0
+        expected = "a whole number of 0 or more"
+    else:
+        fits = example is None or type(value) is type(example)
+        expected = type(example).__name__
+    if not fits:
+        raise UserError(f"{place} is not {expected}")
+    if isinstance(example, dict):
+        for key, entry in example.items():
+            require_like(value[key], entry, f"{place}.{key}")

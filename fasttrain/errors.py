@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to see."""
+"""The exceptions that a user is meant to see."""
 
 
 class UserError(Exception):
@@ -7,3 +7,18 @@ class UserError(Exception):
     The message names the file or flag, says what was expected and what to do. The command line prints it
     without a traceback and exits with status 2.
     """
+
+
+class DivergedError(UserError):
+    """The loss or a weight has become NaN or infinite."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM ended a training after its state was saved; the message says how to go on.
+
+    status: the exit status that shells know such an end by, 130 or 143.
+    """
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.status = 128 + signum

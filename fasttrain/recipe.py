@@ -82,7 +82,7 @@ class Recipe:
         ]
         for field, holds, expected in rules:
             if not holds:
-                raise UserError(f"{_flag(field)} {getattr(self, field)}: expected {expected}")
+                raise UserError(f"{flag(field)} {getattr(self, field)}: expected {expected}")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -100,7 +100,8 @@ class Recipe:
         return cls(**values)
 
 
-def _flag(field: str) -> str:
+def flag(field: str) -> str:
+    """The command line's flag of a field."""
     return "--" + field.replace("_", "-")
 
 
@@ -116,7 +117,7 @@ def _require_type(field: str, value: object, wanted: Any) -> None:
     )
     if not fits:
         expected = " or ".join([*(kind.__name__ for kind in types), *literals])
-        raise UserError(f"{_flag(field)} {value!r}: expected {expected}")
+        raise UserError(f"{flag(field)} {value!r}: expected {expected}")
 
 
 PRESETS: dict[str, Recipe] = {
@@ -153,7 +154,7 @@ def load_recipe(name_or_path: str) -> Recipe:
         raise UserError(f"--recipe {name_or_path}: no such recipe; {expected}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--recipe {path}: cannot be read ({error}); {expected}") from error
     if not isinstance(values, dict):
         raise UserError(f"--recipe {path}: expected a JSON object of recipe fields")

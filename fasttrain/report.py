@@ -34,6 +34,7 @@ MISTAKES = 24
 
 FILES = {
     "last.pt": "checkpoint after the final epoch",
+    "previous.pt": "the checkpoint before it",
     "best.pt": "checkpoint of the best epoch",
     "result.json": "the figures",
     "metrics.jsonl": "a line per epoch",

@@ -126,7 +126,7 @@ def _read_text(path: Path) -> str:
 def _parse_object(text: str, place: object) -> dict[str, Any]:
     try:
         values = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise UserError(f"{place}: torn or foreign; expected a JSON object as fasttrain train wrote it")

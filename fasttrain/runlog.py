@@ -12,9 +12,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from fasttrain.errors import UserError
-from fasttrain.files import write_json
+from fasttrain.files import write_atomically, write_json
 
 T = TypeVar("T")
+
+RECIPE_FILE, RESULT_FILE = "recipe.json", "result.json"
+"""The first and the last file that a run writes: it is unfinished while it has but the first."""
 
 EPOCH_COLUMNS = (
     ("epoch", "{epoch:>5}"),
@@ -40,16 +43,16 @@ REFRESH_SECONDS = 0.5
 
 
 class RunLog:
-    """The folder `out`/<time>-<recipe>/ of one run, and its console.
+    """The folder of one run, and its console.
 
     recipe.json and machine.json are written by the caller's first words, metrics.jsonl grows by a line per
     epoch, result.json comes at the end: a folder without it is a run that did not finish. lr_find.json is
     there where the LR finder chose the peak rate, TensorBoard's event files where they were asked for.
     """
 
-    def __init__(self, out: Path, recipe_name: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
-        self.folder = _new_folder(out, f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe_name}")
+        self.folder = folder
         self._header_shown = False
         self._board: Any = None
 
@@ -97,16 +100,20 @@ class RunLog:
                     drawn = time.perf_counter()
                 yield batch
 
+    def rewind(self, epochs: list[dict[str, float]]) -> None:
+        """Let metrics.jsonl hold these epochs and no others: lines of lost work, whole or torn, go."""
+        lines = "".join(map(_line, epochs))
+        write_atomically(self.folder / "metrics.jsonl", lambda file: file.write(lines.encode()))
+
     def epoch(self, metrics: dict[str, float]) -> None:
         """Append an epoch's metrics to metrics.jsonl and print them as a line of the table.
 
         A loss that is no number is written as null: JSON has no NaN.
         """
-        row = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         path = self.folder / "metrics.jsonl"
         try:
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(_line(metrics))
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be written ({error.strerror}); make room, start again"
@@ -131,8 +138,14 @@ def require_tensorboard() -> None:
         raise UserError(f"--tensorboard: {error}; pip install 'fasttrain[tensorboard]'") from error
 
 
-def _new_folder(out: Path, name: str) -> Path:
-    """Create out/name, or out/name-2 and so on where runs start in the same second."""
+def _line(metrics: dict[str, float]) -> str:
+    row = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+    return json.dumps(row) + "\n"
+
+
+def new_folder(out: Path, recipe_name: str) -> Path:
+    """Create the folder `out`/<time>-<recipe>, with -2 and so on where runs start in the same second."""
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe_name}"
     for attempt in range(1, 1000):
         folder = out / (name if attempt == 1 else f"{name}-{attempt}")
         try:
@@ -144,3 +157,27 @@ def _new_folder(out: Path, name: str) -> Path:
         except OSError as error:
             raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another") from error
     raise UserError(f"--out {out}: holds 999 runs of this second; name another folder")
+
+
+def find_unfinished(resume: str | Path, out: Path) -> Path:
+    """The run's folder that --resume means: the newest unfinished one under `out` for auto.
+
+    resume: auto, a run's folder, or a checkpoint in it.
+    Raises UserError if there is none, or if its run has finished.
+    """
+    if str(resume) == "auto":
+        begun = {path.parent for path in out.glob(f"*/{RECIPE_FILE}")}
+        unfinished = [folder for folder in begun if not (folder / RESULT_FILE).exists()]
+        if not unfinished:
+            raise UserError(
+                f"--resume auto: no unfinished run under {out}; name its folder, or start a new run"
+            )
+        return max(unfinished)  # their names begin with the time
+    folder = Path(resume).parent if Path(resume).is_file() else Path(resume)
+    if not (folder / RECIPE_FILE).is_file():
+        raise UserError(
+            f"--resume {resume}: no run's folder; expected auto, or one that fasttrain train made"
+        )
+    if (folder / RESULT_FILE).exists():
+        raise UserError(f"--resume {resume}: this run has finished; there is nothing to go on with")
+    return folder

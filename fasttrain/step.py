@@ -42,8 +42,9 @@ class TrainStep:
         self._forward: Callable[[Tensor], Tensor] = (
             torch.compile(model, mode=compile_mode, dynamic=False) if compile_mode is not None else model
         )
-        self._sums = torch.zeros(2, device=device)
+        self._sums = torch.zeros(3, device=device)  # loss, hits, steps until the loss stopped being finite
         self._images = 0
+        self._since = 0
         self._peek = _Peek(device)
 
     @property
@@ -62,21 +63,34 @@ class TrainStep:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         hits = (logits_NK.argmax(1) == labels_N).sum()
-        self._sums += torch.stack([loss * len(labels_N), hits])
+        loss_sum = loss * len(labels_N)
+        # Once the sum is NaN or infinite it never comes back: the finite steps count up to the first bad one.
+        self._sums += torch.stack([loss_sum, hits, (self._sums[0] + loss_sum).isfinite()])
         self._images += len(labels_N)
         self.step += 1
 
     def take_metrics(self) -> tuple[float, float]:
-        """Mean loss and accuracy (0 to 1) since the last call. The one place that waits for the device."""
-        means = _means(self._sums, self._images)
+        """Mean loss and accuracy (0 to 1) since the last call. Waits for the device."""
+        means = _means(self._sums[:2], self._images)
         self._sums.zero_()
-        self._images = 0
+        self._images, self._since = 0, self.step
         self._peek.forget()
         return means
 
     def peek_metrics(self) -> tuple[float, float] | None:
         """The same, as of a moment ago and without waiting; None where nothing has arrived yet."""
-        return self._peek(self._sums, self._images)
+        return self._peek(self._sums[:2], self._images)
+
+    def diverged(self) -> int | None:
+        """The first step, counted from 1, with a NaN or infinite loss since take_metrics; None if none had.
+
+        The last step, where only the weights that it left are not finite. Waits for the device.
+        """
+        finite_steps = int(self._sums[2].item())
+        if finite_steps < self.step - self._since:
+            return self._since + finite_steps + 1
+        finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()])
+        return None if finite.all().item() else self.step
 
     def warm_up(self, images_NCHW: Tensor, labels_N: Tensor) -> float:
         """Compile on one batch like those to come; returns the seconds it took, 0 for an eager step.
@@ -97,19 +111,33 @@ class TrainStep:
         return time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on, but for the model."""
+        """All that the next step and the next metrics depend on, but for the model."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {"step": self.step, "total_steps": self.total_steps, "max_lr": self.max_lr},
             "scaler": self.scaler.state_dict(),
+            "metrics": {"sums": self._sums, "images": self._images, "since": self._since},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["scheduler"]["step"]
         self.total_steps = state["scheduler"]["total_steps"]
         self.max_lr = state["scheduler"]["max_lr"]
+        # The groups' settings follow from the recipe and the step: nothing of them is taken from a file.
+        if self.step:
+            set_schedule(
+                self.optimizer, *one_cycle(self.step - 1, self.total_steps, self.max_lr, self.recipe)
+            )
+        self.optimizer.load_state_dict(
+            {
+                "state": state["optimizer"]["state"],
+                "param_groups": self.optimizer.state_dict()["param_groups"],
+            }
+        )
         self.scaler.load_state_dict(state["scaler"])
+        self._sums.copy_(state["metrics"]["sums"])
+        self._images, self._since = state["metrics"]["images"], state["metrics"]["since"]
+        self._peek.forget()
 
     def _forward_backward(self, images_NCHW: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and mean loss, both detached, with the gradients left on the parameters."""

@@ -1,18 +1,27 @@
 """The training loop: from a recipe to a run's folder."""
 
+import contextlib
 import dataclasses
+import math
+import os
+import shlex
 import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fasttrain.checkpoint import save_checkpoint
+from fasttrain.checkpoint import LAST, PREVIOUS, CheckpointWriter, SaveInterval
 from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset
 from fasttrain.data.loader import DataChoice, build_loader, open_dataset, pick_loader
+from fasttrain.errors import DivergedError, UserError
 from fasttrain.evaluate import Evaluation, evaluate
+from fasttrain.files import hold_folder, remove_temporaries
+from fasttrain.interrupt import catch_signals
 from fasttrain.lr_find import find_max_lr
 from fasttrain.machine import (
     describe,
@@ -22,16 +31,29 @@ from fasttrain.machine import (
     precision_name,
     set_fp32_precision,
 )
-from fasttrain.metrics import WaitTimer, model_flops_utilization, peak_memory_gib
+from fasttrain.metrics import WaitTimer, model_flops_utilization, peak_memory_gib, watch
 from fasttrain.model import CustomResNet, training_flop_per_image
-from fasttrain.recipe import PRESETS, Recipe
+from fasttrain.recipe import PRESETS, Recipe, flag
 from fasttrain.report import first_images, write_report
+from fasttrain.resume import RunState, Saver, fingerprint, require_same_recipe, resume_from
 from fasttrain.run import Run, load_run
-from fasttrain.runlog import RunLog, require_tensorboard
+from fasttrain.runlog import (
+    RECIPE_FILE,
+    RESULT_FILE,
+    RunLog,
+    find_unfinished,
+    new_folder,
+    require_tensorboard,
+)
 from fasttrain.step import TrainStep, pick_compile_mode
 
 FIRST_STEPS = 5
 """Steps after which the laptop recipe says how long the full one would take."""
+
+SAVE_EVERY = "60s"
+
+MAX_ROLLBACKS = 3
+"""How often a diverged run may go back and halve its rate."""
 
 
 def train(
@@ -41,19 +63,32 @@ def train(
     data_dir: Path | str | None = None,
     out: Path | str = "runs",
     device: str = "auto",
+    resume: str | Path | None = None,
+    save_every: str = SAVE_EVERY,
+    on_nan: Literal["stop", "rollback"] = "stop",
     tensorboard: bool = False,
     started: float | None = None,
     report: bool = True,
 ) -> Run:
     """Train one recipe and leave a run's folder; returns what is in it.
 
+    resume: go on with an unfinished run of this recipe: its folder, a checkpoint in it, or auto for the
+    newest under `out`.
+    save_every: steps, as 500, or seconds, as 60s, between two checkpoints; every epoch ends with one.
+    on_nan: what follows a loss that is no finite number: an error, or up to three times the last checkpoint
+    again at half the rate.
     tensorboard: leave event files in the folder: every epoch's metrics, and a grid of augmented images.
     started: time.perf_counter() when the process began, for wall_seconds; now, if not given.
     report: write report.html too, some seconds that wall_seconds leaves out.
-    Raises UserError on anything that the user can mend, and KeyboardInterrupt when interrupted: the last
-    finished epoch's checkpoint stays.
+    Raises UserError on anything that the user can mend, and Interrupted (a KeyboardInterrupt) after the first
+    SIGINT or SIGTERM, once the state is saved.
     """
     started = time.perf_counter() if started is None else started
+    interval = SaveInterval.parse(save_every)
+    unfinished = None
+    if resume is not None:
+        unfinished = find_unfinished(resume, Path(out))
+        require_same_recipe(recipe, unfinished)
     if tensorboard:
         require_tensorboard()
     run_device = pick_device(device)
@@ -68,89 +103,139 @@ def train(
     train_loader = build_loader(dataset, recipe, train=True, kind=kind, device=run_device)
     test_loader = build_loader(dataset, recipe, train=False, kind=kind, device=run_device)
 
-    log = RunLog(Path(out), recipe.name)
-    log.write("recipe.json", recipe.to_dict())
-    log.write("machine.json", describe(run_device))
-    if tensorboard:
-        log.open_tensorboard(first_images(dataset, recipe, run_device)[0])
-    log.say(
-        f"{recipe.name}: {dataset.name}, {recipe.epochs} epochs of {len(train_loader)} steps of "
-        f"{recipe.batch_size}, {run_device.type}, {precision}, {train_loader.name}, "
-        f"{f'compiled ({mode})' if mode else 'eager'} -> {log.folder}"
-    )
-    matmul_tflops = measure_matmul_tflops(run_device, dtype)
-    max_lr = recipe.max_lr
-    if max_lr == "auto":
-        log.say("max_lr auto: trying rising rates on networks of their own first")
-        search = find_max_lr(dataset, recipe, kind=kind, device=run_device, dtype=dtype, announce=log.say)
-        max_lr = search.suggestion
-        log.write("lr_find.json", {"max_lr": max_lr, **dataclasses.asdict(search)})
-        log.say(f"max_lr {search}")
+    log = RunLog(unfinished or new_folder(Path(out), recipe.name))
+    with hold_folder(log.folder), _one_line_if_memory_is_full(recipe):
+        remove_temporaries(log.folder)
+        machine = describe(run_device)
+        if unfinished is None:
+            log.write("machine.json", machine)
+            log.write(RECIPE_FILE, recipe.to_dict())
+        if tensorboard:
+            log.open_tensorboard(first_images(dataset, recipe, run_device)[0])
+        log.say(
+            f"{recipe.name}: {dataset.name}, {recipe.epochs} epochs of {len(train_loader)} steps of "
+            f"{recipe.batch_size}, {run_device.type}, {precision}, {train_loader.name}, "
+            f"{f'compiled ({mode})' if mode else 'eager'} -> {log.folder}"
+        )
+        matmul_tflops = measure_matmul_tflops(run_device, dtype)
+        checkpoints = _checkpoints(log.folder, resume)
+        max_lr = recipe.max_lr
+        if max_lr == "auto":  # a checkpoint knows what was found
+            settings = {"kind": kind, "device": run_device, "dtype": dtype}
+            max_lr = math.inf if checkpoints else _find_max_lr(log, dataset, recipe, settings)
 
-    torch.manual_seed(recipe.seed)
-    step = TrainStep(
-        CustomResNet(len(dataset.classes), recipe.dropout, mean=dataset.mean, std=dataset.std),
-        recipe,
-        max_lr=max_lr,
-        total_steps=recipe.epochs * len(train_loader),
-        device=run_device,
-        compute_dtype=dtype,
-        compile_mode=mode,
-    )
-    compile_seconds = step.warm_up(*_blank_batch(recipe.batch_size, run_device))
+        torch.manual_seed(recipe.seed)
+        step = TrainStep(
+            CustomResNet(len(dataset.classes), recipe.dropout, mean=dataset.mean, std=dataset.std),
+            recipe,
+            max_lr=float(max_lr),
+            total_steps=recipe.epochs * len(train_loader),
+            device=run_device,
+            compute_dtype=dtype,
+            compile_mode=mode,
+        )
+        compile_seconds = step.warm_up(*_blank_batch(recipe.batch_size, run_device))
+        identity = fingerprint(
+            recipe, dataset, loader=kind, precision=precision, compile_mode=mode, device=run_device
+        )
+        run = RunState(step, train_loader, dataset, fingerprint=identity, machine=machine)
+        if checkpoints:
+            resume_from(checkpoints, run, log.say)
+        log.rewind(run.progress.epochs)
+        run.add_up(started, compile_seconds=compile_seconds, matmul_tflops=matmul_tflops)
 
-    history: list[dict[str, Any]] = []
-    for epoch in range(1, recipe.epochs + 1):
-        train_figures = _train_epoch(step, train_loader, epoch, log)
-        test, test_figures = _test_epoch(step, test_loader)
-        history.append({"epoch": epoch, **train_figures, **test_figures})
-        log.epoch(history[-1])
-        _save_checkpoints(log.folder, history, step, train_loader, dataset)
+        command = _resume_command(
+            log.folder,
+            data=(data, "auto"),
+            data_dir=(data_dir, None),
+            device=(device, "auto"),
+            save_every=(save_every, SAVE_EVERY),
+            on_nan=(on_nan, "stop"),
+            tensorboard=(tensorboard, False),
+        )
+        test: Evaluation | None = None
+        with CheckpointWriter(log.folder, run_device) as writer, catch_signals() as signalled:
+            saver = Saver(run, writer, interval, signalled, command)
+            saver.save()
+            while run.epoch < recipe.epochs:
+                try:
+                    train_figures = _train_epoch(run, log, saver)
+                except DivergedError as error:
+                    if on_nan == "stop" or run.progress.rollbacks == MAX_ROLLBACKS:
+                        raise
+                    saver.roll_back()
+                    log.rewind(run.progress.epochs)
+                    log.say(f"{error} Back to step {step.step} with half the rate, {step.max_lr:.3g}")
+                    continue
+                test, test_figures = _test_epoch(step, test_loader)
+                run.progress.finish_epoch({"epoch": run.epoch + 1, **train_figures, **test_figures})
+                log.epoch(run.progress.epochs[-1])
+                saver.save()
+                writer.wait()  # now, lest serialising takes its share of the next epoch's seconds
+                saver.stop_if_asked()
 
-    # A peak is a maximum: measured before and after, lest a busy moment flatter the training.
-    matmul_tflops = max(matmul_tflops, measure_matmul_tflops(run_device, dtype))
-    train_seconds = sum(row["seconds"] for row in history)
-    images_per_sec = recipe.epochs * len(train_loader) * recipe.batch_size / train_seconds
-    best = max(history, key=lambda row: row["test_accuracy"])
-    result = {
-        "recipe": recipe.to_dict(),
-        "dataset": dataset.name,
-        "device": run_device.type,
-        "loader": train_loader.name,
-        "precision": precision,
-        "compile": mode or "off",
-        "epochs": recipe.epochs,
-        "max_lr": max_lr,
-        "test_accuracy": history[-1]["test_accuracy"],
+        # A peak is a maximum: measured before and after, lest a busy moment flatter the training.
+        matmul_tflops = max(run.progress.matmul_tflops, measure_matmul_tflops(run_device, dtype))
+        result = {
+            "recipe": recipe.to_dict(),
+            "dataset": dataset.name,
+            "device": run_device.type,
+            "loader": train_loader.name,
+            "precision": precision,
+            "compile": mode or "off",
+            "epochs": recipe.epochs,
+            "max_lr": step.max_lr,
+            **_figures(run, matmul_tflops),
+            "peak_memory_gib": peak_memory_gib(run_device),
+            "peak_resident_gib": peak_memory_gib(torch.device("cpu")),
+        }
+        log.write(RESULT_FILE, result)
+        log.say(
+            f"{dataset.name}: test accuracy {result['test_accuracy']:.2%} after {recipe.epochs} epochs "
+            f"(best {result['best_test_accuracy']:.2%} at epoch {result['best_epoch']}, chosen on the test "
+            f"images); {result['train_seconds']:.1f} s of training, {result['wall_seconds']:.1f} s in all "
+            f"-> {log.folder}"
+        )
+        finished = load_run(log.folder)
+        if report:
+            _report(finished, log, dataset, test or _test_epoch(step, test_loader)[0], run_device)
+        return finished
+
+
+def _figures(run: RunState, matmul_tflops: float) -> dict[str, Any]:
+    """The figures of a finished run, all of its processes together."""
+    progress, recipe = run.progress, run.step.recipe
+    rows, best = progress.epochs, progress.best_epoch
+    train_seconds = sum(row["seconds"] for row in rows)
+    images_per_sec = recipe.epochs * len(run.loader) * recipe.batch_size / train_seconds
+    return {
+        "test_accuracy": rows[-1]["test_accuracy"],
         "best_test_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
-        "epoch_seconds": [row["seconds"] for row in history],
+        "epoch_seconds": [row["seconds"] for row in rows],
         "train_seconds": train_seconds,
-        "test_seconds": sum(row["test_seconds"] for row in history),
-        "compile_seconds": compile_seconds,
-        "wall_seconds": time.perf_counter() - started,
+        "test_seconds": sum(row["test_seconds"] for row in rows),
+        "compile_seconds": progress.compile_seconds,
+        "wall_seconds": run.wall_seconds,
+        "resumed": progress.resumed,
+        "changes": progress.changes,
+        "rollbacks": progress.rollbacks,
         "images_per_sec": images_per_sec,
-        "data_wait_share": sum(row["data_wait_share"] * row["seconds"] for row in history) / train_seconds,
-        "mfu": model_flops_utilization(images_per_sec, training_flop_per_image(step.model), matmul_tflops),
+        "data_wait_share": sum(row["data_wait_share"] * row["seconds"] for row in rows) / train_seconds,
+        "mfu": model_flops_utilization(
+            images_per_sec, training_flop_per_image(run.step.model), matmul_tflops
+        ),
         "matmul_tflops_measured": matmul_tflops,
-        "peak_memory_gib": peak_memory_gib(run_device),
-        "peak_resident_gib": peak_memory_gib(torch.device("cpu")),
     }
-    log.write("result.json", result)
-    log.say(
-        f"{dataset.name}: test accuracy {result['test_accuracy']:.2%} after {recipe.epochs} epochs "
-        f"(best {best['test_accuracy']:.2%} at epoch {best['epoch']}, chosen on the test images); "
-        f"{train_seconds:.1f} s of training, {result['wall_seconds']:.1f} s in all -> {log.folder}"
-    )
-    run = load_run(log.folder)
-    if report:
-        _report(run, log, dataset, test, run_device)
-    return run
 
 
-def _train_epoch(step: TrainStep, loader: Loader, epoch: int, log: RunLog) -> dict[str, float]:
-    timer = WaitTimer(loader)
-    first_step, start = step.step, time.perf_counter()
+def _train_epoch(run: RunState, log: RunLog, saver: Saver) -> dict[str, float]:
+    """Train the epoch under way to its end, from its beginning or from where it was resumed."""
+    step, loader, progress, epoch = run.step, run.loader, run.progress, run.epoch + 1
+    left = epoch * len(loader) - step.step
+    timer = WaitTimer(islice(loader, left))
+    timer.wait_seconds = progress.wait_seconds
+    start = time.perf_counter() - progress.seconds
 
     def figures() -> dict[str, float]:
         """What can be said of the epoch so far without waiting for the device."""
@@ -158,15 +243,22 @@ def _train_epoch(step: TrainStep, loader: Loader, epoch: int, log: RunLog) -> di
         peeked = step.peek_metrics()
         return {
             **(dict(zip(("train_loss", "train_accuracy"), peeked, strict=True)) if peeked else {}),
-            "images_per_sec": (step.step - first_step) * step.recipe.batch_size / seconds,
+            "images_per_sec": (step.step - run.epoch * len(loader)) * step.recipe.batch_size / seconds,
             "data_wait_share": timer.wait_seconds / seconds,
         }
 
     title = f"epoch {epoch}/{step.recipe.epochs}"
-    for images_NCHW, labels_N in log.steps(timer, len(loader), title, figures):
-        step(images_NCHW, labels_N)
-        if step.recipe.name == "laptop" and step.step == min(FIRST_STEPS, step.total_steps):
-            _announce_full_recipe(log, loader, (time.perf_counter() - start) / step.step)
+    with watch(timer, lambda seconds: log.say(_waiting(loader, step.step, seconds))):
+        for images_NCHW, labels_N in log.steps(timer, left, title, figures):
+            step(images_NCHW, labels_N)
+            if step.recipe.name == "laptop" and step.step == min(FIRST_STEPS, step.total_steps):
+                _announce_full_recipe(log, loader, (time.perf_counter() - start) / step.step)
+            if saver.wanted():
+                run.require_finite()  # waits for the device: the clock below is the device's
+                progress.seconds, progress.wait_seconds = time.perf_counter() - start, timer.wait_seconds
+                saver.save()
+                saver.stop_if_asked()
+    run.require_finite()
     loss, accuracy = step.take_metrics()  # waits for the device: only now the epoch is over
     seconds = time.perf_counter() - start
     return {
@@ -198,26 +290,6 @@ def _test_epoch(step: TrainStep, loader: Loader) -> tuple[Evaluation, dict[str, 
     }
 
 
-def _save_checkpoints(
-    folder: Path, history: list[dict[str, Any]], step: TrainStep, loader: Loader, dataset: Dataset
-) -> None:
-    """last.pt after every epoch; best.pt where the test accuracy is the highest so far."""
-    state = {
-        "model": step.model.state_dict(),
-        "epoch": history[-1]["epoch"],
-        **step.state_dict(),
-        "loader": loader.state_dict(),
-        "loss": history[-1]["train_loss"],
-        "batch_size": step.recipe.batch_size,
-        "recipe": step.recipe.to_dict(),
-        "dataset": dataset.name,
-        "classes": list(dataset.classes),
-    }
-    save_checkpoint(folder / "last.pt", state)
-    if all(history[-1]["test_accuracy"] > row["test_accuracy"] for row in history[:-1]):
-        save_checkpoint(folder / "best.pt", state)
-
-
 def _report(run: Run, log: RunLog, dataset: Dataset, test: Evaluation, device: torch.device) -> None:
     """Write report.html from the last epoch's evaluation. The run is finished: nothing here may fail it."""
     try:
@@ -225,6 +297,54 @@ def _report(run: Run, log: RunLog, dataset: Dataset, test: Evaluation, device: t
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         log.say(f"no report.html ({reason}); try again: fasttrain report {log.folder}")
+
+
+def _find_max_lr(log: RunLog, dataset: Dataset, recipe: Recipe, settings: dict[str, Any]) -> float:
+    log.say("max_lr auto: trying rising rates on networks of their own first")
+    search = find_max_lr(dataset, recipe, announce=log.say, **settings)
+    log.write("lr_find.json", {"max_lr": search.suggestion, **dataclasses.asdict(search)})
+    log.say(f"max_lr {search}")
+    return search.suggestion
+
+
+def _checkpoints(folder: Path, resume: str | Path | None) -> list[Path]:
+    """The checkpoints to go on from, the preferred one first; none where the run has to begin."""
+    if resume is None:
+        return []
+    named = Path(resume)
+    return (
+        [named]
+        if named.is_file()
+        else [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
+    )
+
+
+def _resume_command(folder: Path, **options: tuple[object, object]) -> str:
+    """What to type to go on with this run; options: (value, default), left out where they are the same."""
+    command = ["fasttrain", "train", "--resume", str(folder)]
+    for name, (value, default) in options.items():
+        if value != default:
+            command += [flag(name)] if value is True else [flag(name), str(value)]
+    return shlex.join(command)
+
+
+def _waiting(loader: Loader, step: int, seconds: float) -> str:
+    stacks = f"; to see every thread's stack: kill -USR1 {os.getpid()}" if os.name == "posix" else ""
+    return f"no batch from {loader.name} for {seconds:.0f} s, after step {step}; still waiting{stacks}"
+
+
+@contextlib.contextmanager
+def _one_line_if_memory_is_full(recipe: Recipe) -> Iterator[None]:
+    """Turn torch's, numpy's and DALI's ways of saying so into a UserError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        said = str(error).lower()
+        full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not full and "can't allocate memory" not in said and "out of memory" not in said:
+            raise
+        size, half = recipe.batch_size, max(2, recipe.batch_size // 2)
+        raise UserError(f"--batch-size {size}: the memory is full; try --batch-size {half}") from error
 
 
 def _blank_batch(batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """Tests marked `gpu` run where there is an NVIDIA GPU, and are skipped with a reason elsewhere."""
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,3 +29,11 @@ def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dataset(dataset_dir: Path) -> cifar.Dataset:
     return cifar.read(dataset_dir)
+
+
+@pytest.fixture
+def default_sigint() -> Iterator[None]:
+    """Ctrl-C as at a terminal: what a shell starts in the background ignores it, and so would the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -14,6 +14,7 @@ FLOORS = [
     {"fasttrain", "fasttrain.data", "fasttrain.errors"},
     {
         "fasttrain.files",
+        "fasttrain.interrupt",
         "fasttrain.recipe",
         "fasttrain.model",
         "fasttrain.plots",
@@ -37,7 +38,7 @@ FLOORS = [
         "fasttrain.run",
     },
     {"fasttrain.data.loader"},
-    {"fasttrain.evaluate", "fasttrain.lr_find"},
+    {"fasttrain.evaluate", "fasttrain.lr_find", "fasttrain.resume"},
     {"fasttrain.report"},
     {"fasttrain.trainer", "fasttrain.compare", "fasttrain.profiling"},
     {"fasttrain.__main__"},

@@ -18,7 +18,7 @@ FIGURES = {
 @pytest.fixture
 def log(tmp_path: Path) -> RunLog:
     """A run's log on a terminal of 80 columns."""
-    log = RunLog(tmp_path, "tiny")
+    log = RunLog(tmp_path)
     log.console = Console(
         force_terminal=True, no_color=True, width=80, file=io.StringIO(), highlight=False, soft_wrap=True
     )
@@ -59,6 +59,6 @@ def test_piped_output_asks_for_nothing_and_shows_no_bar(tmp_path, capsys) -> Non
     def fail() -> dict[str, float]:
         raise AssertionError("nobody sees it")
 
-    log = RunLog(tmp_path, "tiny")
+    log = RunLog(tmp_path)
     assert list(log.steps(range(1000), 1000, "epoch 1/1", fail)) == list(range(1000))
     assert capsys.readouterr().out == ""

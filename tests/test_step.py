@@ -157,6 +157,31 @@ def test_a_restored_step_goes_on_exactly() -> None:
         assert torch.equal(ours, expected)
 
 
+def test_the_first_step_with_a_loss_that_is_no_number_is_named() -> None:
+    step = build(torch.float32)
+    images, labels = batch()
+    step(images, labels)
+    assert step.diverged() is None
+    step.take_metrics()
+    step(images, labels)
+    assert step.diverged() is None
+    with torch.no_grad():
+        step.model.fc.bias.fill_(float("inf"))
+    assert step.diverged() == 2  # the weights that step 2 left
+    for _ in range(2):
+        step(images, labels)
+    assert step.diverged() == 3  # the loss of step 3, and of those after it
+
+
+def test_nothing_of_the_groups_settings_is_taken_from_a_file() -> None:
+    first, second = build(weight_decay=0.1), build(weight_decay=0.1)
+    first(*batch())
+    state = copy.deepcopy(first.state_dict())
+    state["optimizer"]["param_groups"][0]["weight_decay"] = 0.9
+    second.load_state_dict(state)
+    assert second.optimizer.param_groups[0]["weight_decay"] == 0.1 and second.lr == first.lr
+
+
 @pytest.mark.parametrize("device", [CPU, GPU])
 def test_compiling_changes_neither_the_model_nor_the_result(device: torch.device, monkeypatch) -> None:
     if device.type == "cpu":

@@ -226,7 +226,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where the file is unreadable or holds anything else."""
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -323,13 +323,18 @@ def _cached_statistics(folder: Path, digests: list[str], images: np.ndarray) -> 
     """channel_statistics, kept beside the data under its checksums: counting takes longer than hashing."""
     path = folder / STATISTICS_FILE
     cache = read_json(path)
-    if cache.get("sha256") == digests:
-        with suppress(KeyError, TypeError, ValueError):  # damaged: count again
+    with suppress(KeyError, TypeError, ValueError):  # damaged: count again
+        if cache["sha256"] == digests and cache["check"] == _check(digests, cache["mean"], cache["std"]):
             return _channels(cache["mean"]), _channels(cache["std"])
     mean, std = channel_statistics(images)
     with suppress(UserError):  # a read-only data set is common, and the next run can count again
-        write_json(path, {"sha256": digests, "mean": mean, "std": std})
+        write_json(path, {"sha256": digests, "mean": mean, "std": std, "check": _check(digests, mean, std)})
     return mean, std
+
+
+def _check(*values: Iterable[object]) -> str:
+    """A checksum over what the cache says: a changed digit would normalise every image wrongly, unseen."""
+    return hashlib.sha256(repr([list(entries) for entries in values]).encode()).hexdigest()
 
 
 def _channels(values: Iterable[float]) -> Channels:

@@ -1,0 +1,48 @@
+"""Signals while a training runs: the first asks it to stop, the second ends it at once."""
+
+import faulthandler
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+
+@contextmanager
+def catch_signals() -> Iterator[Callable[[], int | None]]:
+    """Within the block SIGINT and SIGTERM only leave a note: yields a function that returns it, or None.
+
+    A second signal does what it would have done without the block. Where there is SIGUSR1, it prints the
+    stacks of all threads. The handlers of before are back after the block. Python allows signal handlers in
+    the main thread only; in any other the block changes nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    noted: list[int] = []
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        before.clear()
+
+    def note(signum: int, _: object) -> None:
+        if noted:
+            restore()
+            signal.raise_signal(signum)
+        noted.append(signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        # None: a handler from outside Python, which cannot be put back. SIG_IGN: nohup and the like.
+        if signal.getsignal(signum) not in (None, signal.SIG_IGN):
+            before[signum] = signal.signal(signum, note)
+    with suppress(AttributeError, ValueError, RuntimeError, OSError):  # Windows; a stderr that is no file
+        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or sys.stderr)
+    try:
+        yield lambda: noted[0] if noted else None
+    finally:
+        restore()
+        with suppress(AttributeError):
+            faulthandler.unregister(signal.SIGUSR1)

@@ -1,0 +1,347 @@
+"""All that a run is at one moment: saved as a checkpoint, checked against the run that goes on from it."""
+
+import dataclasses
+import hashlib
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasttrain.checkpoint import LAST, CheckpointWriter, SaveInterval, load_checkpoint, require_like
+from fasttrain.data.batches import Loader
+from fasttrain.data.cifar import Dataset
+from fasttrain.errors import DivergedError, Interrupted, UserError
+from fasttrain.files import set_aside
+from fasttrain.machine import hardware_name
+from fasttrain.recipe import Recipe, flag, load_recipe
+from fasttrain.runlog import RECIPE_FILE
+from fasttrain.step import TrainStep
+
+ENVIRONMENT = ("fasttrain", "torch", "dali", "numpy", "torch_threads")
+"""What machine.json says of the software; a change in it may round differently, but trains the same."""
+
+EPOCH_FIGURES = (
+    *("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr"),
+    *("seconds", "test_seconds", "images_per_sec", "data_wait_share"),
+)
+
+
+@dataclass
+class Progress:
+    """What a run has to show so far.
+
+    epochs: a row of figures per finished epoch. seconds, wait_seconds: of the epoch under way.
+    wall_seconds: up to the checkpoint, without what was lost or passed between two processes.
+    changes: what was different, in words, when the run was resumed.
+    """
+
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    matmul_tflops: float = 0.0
+    resumed: int = 0
+    rollbacks: int = 0
+    changes: list[str] = field(default_factory=list)
+
+    @property
+    def best_epoch(self) -> dict[str, float]:
+        """The row with the highest test accuracy, the first of equals."""
+        return max(self.epochs, key=lambda row: row["test_accuracy"])
+
+    def finish_epoch(self, row: dict[str, float]) -> None:
+        self.epochs.append(row)
+        self.seconds = self.wait_seconds = 0.0
+
+
+class RunState:
+    """A run's training step, loader and progress as one state.
+
+    fingerprint: from `fingerprint` below; a checkpoint with another one is refused.
+    machine: as machine.describe gives it; a change of its software or hardware is noted and said.
+    """
+
+    def __init__(
+        self,
+        step: TrainStep,
+        loader: Loader,
+        dataset: Dataset,
+        *,
+        fingerprint: dict[str, Any],
+        machine: dict[str, Any],
+    ) -> None:
+        self.step, self.loader, self.dataset = step, loader, dataset
+        self.fingerprint = fingerprint
+        self.environment = {key: str(machine[key]) for key in ENVIRONMENT} | {
+            "hardware": hardware_name(machine)
+        }
+        self.progress = Progress()
+        self._started = time.perf_counter()
+
+    def add_up(self, started: float, *, compile_seconds: float, matmul_tflops: float) -> None:
+        """Count what this process, begun at `started`, spent and found to what earlier ones did."""
+        self._started = started - self.progress.wall_seconds
+        self.progress.compile_seconds += compile_seconds
+        self.progress.matmul_tflops = max(self.progress.matmul_tflops, matmul_tflops)
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds of all the run's processes, without what was lost or passed in between."""
+        return time.perf_counter() - self._started
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are finished, evaluation included."""
+        return len(self.progress.epochs)
+
+    def require_finite(self) -> None:
+        """Raise DivergedError if the loss or the weights are NaN or infinite. Waits for the device."""
+        step = self.step.diverged()
+        if step is not None:
+            raise DivergedError(
+                f"epoch {self.epoch + 1}, step {step}: the loss or a weight is no finite number any more; "
+                "the last checkpoint is from before. Resume with --on-nan rollback, or take a lower --max-lr."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds; the tensors are the live ones."""
+        recipe, dataset = self.step.recipe, self.dataset
+        return {
+            "model": self.step.model.state_dict(),
+            "epoch": self.epoch,
+            **self.step.state_dict(),
+            "loader": self.loader.state_dict(),
+            "rng": _rng_state(self.step.device),
+            "progress": dataclasses.asdict(self.progress) | {"wall_seconds": self.wall_seconds},
+            "loss": self.progress.epochs[-1]["train_loss"] if self.epoch else None,
+            "batch_size": recipe.batch_size,
+            "recipe": recipe.to_dict(),
+            "dataset": dataset.name,
+            "classes": list(dataset.classes),
+            "fingerprint": self.fingerprint,
+            "environment": self.environment,
+        }
+
+    def load(self, path: Path) -> list[str]:
+        """Go on from a checkpoint; returns what of the environment is different now, in words.
+
+        Raises UserError, and changes nothing, if it is not a sound checkpoint of this very run.
+        """
+        state = load_checkpoint(path)
+        try:
+            self._require_same_run(state.get("fingerprint"))
+            self._require_sound(state)
+            _restore_rng(state["rng"], self.step.device)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        self.step.model.load_state_dict(state["model"])
+        self.step.load_state_dict(state)
+        self.loader.load_state_dict(state["loader"])
+        self.progress = Progress(**state["progress"])
+        then = state["environment"]
+        return [f"{key} {then[key]}, now {now}" for key, now in self.environment.items() if then[key] != now]
+
+    def _require_same_run(self, then: Any) -> None:
+        if not isinstance(then, dict):
+            raise UserError("it does not say what run it is of")
+        differing = [
+            f"{key} is {now} and was {then.get(key)}"
+            for key, now in self.fingerprint.items()
+            if key not in then or then[key] != now
+        ]
+        if differing:
+            raise UserError(f"cannot go on from it: {', '.join(differing)}; restore that, or start a new run")
+
+    def _require_sound(self, state: dict[str, Any]) -> None:
+        """Every field that is restored: its structure, shapes, finite values, and figures that agree."""
+        example = self.state_dict()
+        require_like(state["scheduler"], example["scheduler"], "scheduler")
+        step, total_steps, max_lr = (state["scheduler"][key] for key in ("step", "total_steps", "max_lr"))
+        example["optimizer"] = {"state": self._optimizer_example() if step else {}, "param_groups": []}
+        for key in (
+            "model",
+            "epoch",
+            "optimizer",
+            "scaler",
+            "metrics",
+            "loader",
+            "rng",
+            "progress",
+            "environment",
+        ):
+            require_like(state.get(key), example[key], key)
+        progress, metrics, recipe = state["progress"], state["metrics"], self.step.recipe
+        rows, first = progress["epochs"], state["epoch"] * len(self.loader)
+        for row in rows:
+            figures = [row.get(key) for key in EPOCH_FIGURES] if isinstance(row, dict) else [None]
+            if any(type(figure) not in (int, float) for figure in figures):
+                raise UserError("progress.epochs holds a row that is no row of figures")
+        _, hits, finite_steps = metrics["sums"].tolist()
+        agree = {
+            "progress.epochs": [row["epoch"] for row in rows] == list(range(1, state["epoch"] + 1)),
+            "progress.changes": all(isinstance(change, str) for change in progress["changes"]),
+            "scheduler.step": first <= step <= min(first + len(self.loader), total_steps),
+            "scheduler.total_steps": total_steps == self.step.total_steps,
+            "scheduler.max_lr": max_lr == _max_lr(recipe, progress["rollbacks"], max_lr),
+            "loader.step": state["loader"]["step"] == step,
+            "metrics.since": metrics["since"] == first,
+            "metrics.images": metrics["images"] == (step - first) * recipe.batch_size,
+            "metrics.sums": finite_steps == step - first and 0 <= hits <= metrics["images"],
+            "optimizer.state": all(s["step"] <= step for s in state["optimizer"]["state"].values()),
+        }
+        for place, fits in agree.items():
+            if not fits:
+                raise UserError(f"{place} does not agree with the rest of it")
+
+    def _optimizer_example(self) -> dict[int, dict[str, Tensor]]:
+        parameters = [p for group in self.step.optimizer.param_groups for p in group["params"]]
+        return {
+            index: {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+            for index, parameter in enumerate(parameters)
+        }
+
+
+def resume_from(paths: Sequence[Path], run: RunState, say: Callable[[str], object]) -> None:
+    """Go on from the first of these checkpoints that is sound; those before it are named and set aside.
+
+    Raises UserError if none is.
+    """
+    unusable: list[tuple[Path, UserError]] = []
+    for path in paths:
+        try:
+            changes = run.load(path)
+        except UserError as error:
+            unusable.append((path, error))
+            continue
+        for bad, reason in unusable:
+            say(f"skipped {reason} (kept as {set_aside(bad)})")
+        for change in changes:
+            say(f"goes on, but not bit for bit: {change}")
+        run.progress.changes += changes
+        run.progress.resumed += 1
+        say(f"resumed from {path} at step {run.step.step} of {run.step.total_steps}")
+        return
+    raise UserError("; ".join(str(reason) for _, reason in unusable))
+
+
+class Saver:
+    """Saves a run where it is time to, where an epoch ends, and where a signal asks the training to stop.
+
+    signalled: the number of the signal that came, or None. resume_command: what the user is told to type.
+    """
+
+    def __init__(
+        self,
+        run: RunState,
+        writer: CheckpointWriter,
+        interval: SaveInterval,
+        signalled: Callable[[], int | None],
+        resume_command: str,
+    ) -> None:
+        self._run, self._writer, self._interval = run, writer, interval
+        self._signalled, self._resume_command = signalled, resume_command
+        self._step, self._time = run.step.step, time.perf_counter()
+
+    def wanted(self) -> bool:
+        """Whether to save after this step."""
+        steps, seconds = self._run.step.step - self._step, time.perf_counter() - self._time
+        return self._interval.over(steps, seconds) or self._signalled() is not None
+
+    def save(self) -> None:
+        """Write the run's state in the background; as best.pt too after the best epoch so far."""
+        run, rows = self._run, self._run.progress.epochs
+        epoch_is_over = run.epoch > 0 and run.step.step == run.epoch * len(run.loader)
+        self._writer.write(run.state_dict(), best=epoch_is_over and run.progress.best_epoch is rows[-1])
+        self._step, self._time = run.step.step, time.perf_counter()
+
+    def roll_back(self) -> None:
+        """Go back to the last checkpoint, halve the peak rate, and save that."""
+        self._writer.wait()
+        self._run.load(self._writer.folder / LAST)
+        self._run.progress.rollbacks += 1
+        self._run.step.max_lr /= 2
+        self.save()
+
+    def stop_if_asked(self) -> None:
+        """After a signal, raise Interrupted once what was saved is on the disk."""
+        signum = self._signalled()
+        if signum is not None:
+            self._writer.wait()
+            step = self._run.step
+            raise Interrupted(
+                f"{signal.Signals(signum).name}: saved at step {step.step} of {step.total_steps}; "
+                f"go on with: {self._resume_command}",
+                signum,
+            )
+
+
+def fingerprint(
+    recipe: Recipe,
+    dataset: Dataset,
+    *,
+    loader: str,
+    precision: str,
+    compile_mode: str | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What decides a run's weights, under the names by which a difference is reported."""
+    return {flag(key): value for key, value in recipe.to_dict().items()} | {
+        "dataset": dataset.name,
+        "the images' SHA-256": _content_hash(dataset),
+        "loader": loader,
+        "precision": precision,
+        "compile": compile_mode or "off",
+        "device": device.type,
+        "world size": 1,
+    }
+
+
+def require_same_recipe(recipe: Recipe, folder: Path) -> None:
+    """Raise UserError, naming the flags, unless the recipe is the one that this run was begun with."""
+    begun = load_recipe(str(folder / RECIPE_FILE)).to_dict()
+    differing = [
+        f"{flag(key)} {value} (begun with {begun[key]})"
+        for key, value in recipe.to_dict().items()
+        if value != begun[key]
+    ]
+    if differing:
+        raise UserError(
+            f"--resume {folder}: a resumed run keeps its recipe; leave out {', '.join(differing)}"
+        )
+
+
+def _max_lr(recipe: Recipe, rollbacks: int, found: float) -> float:
+    """The peak rate that a checkpoint should hold; where the LR finder found it, any above 0."""
+    if recipe.max_lr == "auto":
+        return found if found > 0 else 1.0
+    return recipe.max_lr / 2**rollbacks
+
+
+def _content_hash(dataset: Dataset) -> str:
+    digest = hashlib.sha256("\n".join(dataset.classes).encode())
+    for split in (dataset.train, dataset.test):
+        digest.update(np.ascontiguousarray(split.images).data)
+        digest.update(np.ascontiguousarray(split.labels).data)
+    return digest.hexdigest()
+
+
+def _rng_state(device: torch.device) -> dict[str, Tensor]:
+    """torch's global generators: dropout draws from them."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def _restore_rng(states: dict[str, Tensor], device: torch.device) -> None:
+    try:
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], device)
+    except RuntimeError as error:
+        raise UserError("rng is no state of torch's generators") from error

@@ -1,0 +1,308 @@
+"""Runs of a tiny network that are stopped, spoilt and resumed."""
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.soak import TinyNet, outcome, same
+from fasttrain import trainer
+from fasttrain.__main__ import main
+from fasttrain.checkpoint import load_checkpoint
+from fasttrain.errors import DivergedError, Interrupted, UserError
+from fasttrain.files import hold_folder
+from fasttrain.recipe import Recipe
+from fasttrain.step import TrainStep
+
+RECIPE = Recipe(name="tiny", epochs=3, batch_size=16, dropout=0.1, compute_dtype="fp32", loader="tensor")
+STEPS_PER_EPOCH = 4
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch) -> None:
+    monkeypatch.setattr(trainer, "CustomResNet", TinyNet)
+    monkeypatch.setattr(trainer, "measure_matmul_tflops", lambda *_: 1.0)
+
+
+def train(data: Path, out: Path, recipe: Recipe = RECIPE, **options: Any) -> Path:
+    """Train without a page; returns the run's folder."""
+    trainer.train(recipe, data_dir=data, out=out, device="cpu", report=False, **options)
+    return only(out)
+
+
+def only(out: Path) -> Path:
+    [folder] = out.iterdir()
+    return folder
+
+
+def after_step(monkeypatch, number: int, action) -> None:
+    """Call `action` on the training step, once, when it has taken this many steps."""
+    take = TrainStep.__call__
+    left = [action]
+
+    def stepped(self: TrainStep, *batch: torch.Tensor) -> None:
+        take(self, *batch)
+        if self.step == number and left:
+            left.pop()(self)
+
+    monkeypatch.setattr(TrainStep, "__call__", stepped)
+
+
+def send(signum: int):
+    return lambda _: os.kill(os.getpid(), signum)
+
+
+def stop_at(data: Path, out: Path, number: int, monkeypatch, **options: Any) -> Path:
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        after_step(patch, number, send(signal.SIGTERM))
+        train(data, out, **options)
+    return only(out)
+
+
+@pytest.fixture(scope="module")
+def whole(dataset_dir: Path, tmp_path_factory) -> Path:
+    """A run that nobody disturbed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "CustomResNet", TinyNet)
+        patch.setattr(trainer, "measure_matmul_tflops", lambda *_: 1.0)
+        return train(dataset_dir, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("number", [1, 3, STEPS_PER_EPOCH, 6, 3 * STEPS_PER_EPOCH])
+def test_a_stopped_run_ends_with_the_same_bits(number, whole, dataset_dir, tmp_path, monkeypatch) -> None:
+    """Stopped in the first epoch, at an epoch's last step, in a later epoch, and at the very last step."""
+    folder = stop_at(dataset_dir, tmp_path, number, monkeypatch)
+    assert load_checkpoint(folder / "last.pt")["scheduler"]["step"] == number
+    assert not (folder / "result.json").exists()
+    assert train(dataset_dir, tmp_path, resume="auto") == folder
+    assert same(outcome(folder), outcome(whole))
+    assert json.loads((folder / "result.json").read_text())["resumed"] == 1
+
+
+def test_the_loader_of_dali_resumes_too(dataset_dir, tmp_path, monkeypatch) -> None:
+    recipe = dataclasses.replace(RECIPE, loader="dali", compute_dtype="auto")
+    undisturbed = train(dataset_dir, tmp_path / "whole", recipe)
+    folder = stop_at(dataset_dir, tmp_path / "stopped", 6, monkeypatch, recipe=recipe)
+    train(dataset_dir, tmp_path / "stopped", recipe, resume=folder)
+    assert same(outcome(folder), outcome(undisturbed))
+
+
+def test_a_run_may_go_back_to_its_best_checkpoint(whole, dataset_dir, tmp_path, monkeypatch) -> None:
+    folder = stop_at(dataset_dir, tmp_path, 10, monkeypatch)
+    assert load_checkpoint(folder / "best.pt")["epoch"] in (1, 2)
+    train(dataset_dir, tmp_path, resume=folder / "best.pt")
+    assert same(outcome(folder), outcome(whole))
+
+
+def test_lines_of_lost_work_leave_the_metrics(whole, dataset_dir, tmp_path, monkeypatch) -> None:
+    folder = stop_at(dataset_dir, tmp_path, 6, monkeypatch)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "train_loss": 9}\n{"epoch": 3, "tra')
+    train(dataset_dir, tmp_path, resume=folder)
+    assert same(outcome(folder), outcome(whole))
+
+
+def test_seconds_of_both_processes_count_and_those_between_do_not(dataset_dir, tmp_path, monkeypatch) -> None:
+    def slow_step_then_stop(_: TrainStep) -> None:
+        time.sleep(1.5)  # longer than all of the second process
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    begun = time.perf_counter()
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        after_step(patch, 2, slow_step_then_stop)
+        train(dataset_dir, tmp_path)
+    folder = only(tmp_path)
+    kept = load_checkpoint(folder / "last.pt")["progress"]
+    assert 1.5 < kept["seconds"] < kept["wall_seconds"] < time.perf_counter() - begun
+    time.sleep(1)
+    begun = time.perf_counter()
+    train(dataset_dir, tmp_path, resume=folder)
+    second_process = time.perf_counter() - begun
+    result = json.loads((folder / "result.json").read_text())
+    assert kept["seconds"] < result["epoch_seconds"][0] < kept["seconds"] + second_process
+    assert kept["wall_seconds"] < result["wall_seconds"] < kept["wall_seconds"] + second_process
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(
+    whole, dataset_dir, tmp_path, monkeypatch
+) -> None:
+    folder = stop_at(dataset_dir, tmp_path, 1, monkeypatch)
+    for path in folder.glob("*.pt"):
+        path.unlink()
+    (folder / ".last.pt-killed").write_bytes(b"half")
+    train(dataset_dir, tmp_path, resume="auto")
+    assert same(outcome(folder), outcome(whole))
+    assert not list(folder.glob(".*"))  # what a killed process left half-written is gone
+
+
+def test_auto_takes_the_newest_unfinished_run(whole, dataset_dir, tmp_path, monkeypatch, capsys) -> None:
+    folder = stop_at(dataset_dir, tmp_path, 1, monkeypatch)
+    newer = tmp_path / "99991231-235959-tiny"
+    folder.rename(newer)
+    train_data = ["train", "--out", str(tmp_path), "--data-dir", str(dataset_dir), "--device", "cpu"]
+    (tmp_path / "20000101-000000-tiny").mkdir()
+    (tmp_path / "20000101-000000-tiny" / "recipe.json").write_text((newer / "recipe.json").read_text())
+    assert main([*train_data, "--resume", "auto"]) == 0
+    assert same(outcome(newer), outcome(whole))
+    assert main([*train_data, "--resume", str(newer)]) == 2
+    assert "has finished" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("default_sigint")
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_with_its_status_and_says_how_to_go_on(
+    signum, status, dataset_dir, tmp_path, monkeypatch, capsys
+) -> None:
+    handler = signal.getsignal(signum)
+    (tmp_path / "tiny.json").write_text(json.dumps(RECIPE.to_dict()))
+    flags = ["--recipe", str(tmp_path / "tiny.json"), "--data-dir", str(dataset_dir), "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        after_step(patch, 5, send(signum))
+        assert main(["train", *flags, "--out", str(tmp_path / "runs")]) == status
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "saved at step 5 of 12" in error
+    assert signal.getsignal(signum) is handler
+    command = error.split("go on with: fasttrain ")[1].split()
+    assert main(command) == 0
+    assert (only(tmp_path / "runs") / "result.json").exists()
+
+
+def test_flags_that_contradict_the_run_are_refused_by_name(
+    dataset_dir, tmp_path, monkeypatch, capsys
+) -> None:
+    folder = stop_at(dataset_dir, tmp_path, 1, monkeypatch)
+    resume = ["train", "--resume", str(folder), "--data-dir", str(dataset_dir), "--device", "cpu"]
+    assert main([*resume, "--epochs", "9", "--seed", "1"]) == 2
+    assert "leave out --epochs 9 (begun with 3), --seed 1 (begun with 0)" in capsys.readouterr().err
+    assert main([*resume, "--recipe", "default"]) == 2
+    assert "--recipe default" in capsys.readouterr().err
+    assert main([*resume, "--save-every", "often"]) == 2
+    assert "--save-every often" in capsys.readouterr().err
+
+
+def test_other_images_are_refused_and_nothing_changes(dataset_dir, tmp_path, monkeypatch) -> None:
+    folder = stop_at(dataset_dir, tmp_path, 1, monkeypatch)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(trainer, "open_dataset", lambda *_: dataclasses.replace(original(*_), name="other"))
+    with pytest.raises(UserError, match="dataset is other and was synthetic"):
+        train(dataset_dir, tmp_path, resume=folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+original = trainer.open_dataset
+
+
+def test_another_version_is_said_and_kept(dataset_dir, tmp_path, monkeypatch, capsys) -> None:
+    folder = stop_at(dataset_dir, tmp_path, 1, monkeypatch)
+    describe = trainer.describe
+    monkeypatch.setattr(trainer, "describe", lambda device: describe(device) | {"torch": "9.9"})
+    train(dataset_dir, tmp_path, resume=folder)
+    assert "not bit for bit: torch" in capsys.readouterr().out
+    [change] = json.loads((folder / "result.json").read_text())["changes"]
+    assert change.endswith("now 9.9")
+
+
+def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(
+    whole, dataset_dir, tmp_path, monkeypatch, capsys
+) -> None:
+    folder = stop_at(dataset_dir, tmp_path, 6, monkeypatch)
+    torn = (folder / "last.pt").read_bytes()[:-100]
+    (folder / "last.pt").write_bytes(torn)
+    train(dataset_dir, tmp_path, resume="auto")
+    out = capsys.readouterr().out
+    assert "skipped" in out and "last.pt: cannot be read" in out
+    assert f"resumed from {folder / 'previous.pt'} at step 4 of 12" in out
+    assert (folder / "last.pt.unusable").read_bytes() == torn
+    assert same(outcome(folder), outcome(whole))
+
+
+def test_without_a_sound_checkpoint_nothing_is_begun(dataset_dir, tmp_path, monkeypatch) -> None:
+    folder = stop_at(dataset_dir, tmp_path, 6, monkeypatch)
+    for name in ("last.pt", "previous.pt"):
+        (folder / name).write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"last\.pt.*previous\.pt"):
+        train(dataset_dir, tmp_path, resume="auto")
+    assert (folder / "last.pt").read_bytes() == b"torn"
+
+
+def test_two_processes_never_train_one_run(dataset_dir, tmp_path, monkeypatch) -> None:
+    folder = stop_at(dataset_dir, tmp_path, 1, monkeypatch)
+    with hold_folder(folder), pytest.raises(UserError, match="another process"):
+        train(dataset_dir, tmp_path, resume="auto")
+    train(dataset_dir, tmp_path, resume="auto")
+
+
+def poison(step: TrainStep) -> None:
+    with torch.no_grad():
+        next(iter(step.model.parameters())).fill_(float("nan"))
+
+
+def test_a_nan_stops_the_run_and_keeps_the_good_checkpoint(dataset_dir, tmp_path, monkeypatch) -> None:
+    after_step(monkeypatch, 6, poison)  # so that step 7 is the first with a NaN loss
+    with pytest.raises(DivergedError, match="epoch 2, step 7"):
+        train(dataset_dir, tmp_path)
+    folder = only(tmp_path)
+    assert not (folder / "result.json").exists()
+    state = load_checkpoint(folder / "last.pt")
+    assert state["epoch"] == 1 and all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_poisoned_weights_are_never_saved(dataset_dir, tmp_path, monkeypatch) -> None:
+    after_step(monkeypatch, 6, poison)
+    with pytest.raises(DivergedError, match="epoch 2, step 6"):
+        train(dataset_dir, tmp_path, save_every="1")
+    assert load_checkpoint(only(tmp_path) / "last.pt")["scheduler"]["step"] == 5
+
+
+def test_rollback_goes_on_from_the_good_checkpoint_at_half_the_rate(
+    dataset_dir, tmp_path, monkeypatch
+) -> None:
+    after_step(monkeypatch, 6, poison)
+    folder = train(dataset_dir, tmp_path, on_nan="rollback")
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["rollbacks"], result["max_lr"]) == (1, RECIPE.max_lr / 2)
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_rollback_gives_up_after_three(dataset_dir, tmp_path) -> None:
+    with pytest.raises(DivergedError):
+        train(dataset_dir, tmp_path, dataclasses.replace(RECIPE, max_lr=1e38), on_nan="rollback")
+    assert load_checkpoint(only(tmp_path) / "last.pt")["progress"]["rollbacks"] == 3
+
+
+def test_a_found_rate_is_not_searched_again(dataset_dir, tmp_path, monkeypatch) -> None:
+    recipe = dataclasses.replace(RECIPE, max_lr="auto")
+    monkeypatch.setattr(trainer, "_find_max_lr", lambda *_: 0.002)
+    folder = stop_at(dataset_dir, tmp_path, 2, monkeypatch, recipe=recipe)
+    monkeypatch.setattr(trainer, "_find_max_lr", lambda *_: pytest.fail("searched again"))
+    train(dataset_dir, tmp_path, recipe, resume=folder)
+    assert json.loads((folder / "result.json").read_text())["max_lr"] == 0.002
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+        MemoryError(),
+    ],
+)
+def test_full_memory_is_one_line_with_a_smaller_batch(error, dataset_dir, tmp_path, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(TrainStep, "__call__", fail)
+    with pytest.raises(UserError, match=r"--batch-size 16: the memory is full; try --batch-size 8$"):
+        train(dataset_dir, tmp_path)
+
+
+def test_other_errors_keep_their_traceback(dataset_dir, tmp_path, monkeypatch) -> None:
+    after_step(monkeypatch, 1, lambda _: [][0])
+    with pytest.raises(IndexError):
+        train(dataset_dir, tmp_path)
