@@ -245,7 +245,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "loader": loader_table,
     "scaling": scaling_table,
     "start": start_table,
-    "loader": loader_table,
     "reliability": reliability_table,
 }
 
