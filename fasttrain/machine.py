@@ -264,7 +264,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _source_revision() -> tuple[str | None, bool | None]:
-    """Commit of the checkout that this package lies in, and whether its tracked files were changed since."""
+    """Commit of the checkout that this package lies in, and whether its tracked sources were changed since."""
     checkout = Path(__file__).resolve().parents[1]
     if not (checkout / ".git").exists():  # Installed, perhaps within someone else's repository.
         return None, None
@@ -272,7 +272,9 @@ def _source_revision() -> tuple[str | None, bool | None]:
     commit = _output(*git, "rev-parse", "HEAD")
     if commit is None:
         return None, None
-    changes = _output(*git, "status", "--porcelain", "--untracked-files=no")
+    # What benchmarks write is no source: the first of several would make all the others look changed.
+    paths = ("--", ".", ":!benchmarks/results")
+    changes = _output(*git, "status", "--porcelain", "--untracked-files=no", *paths)
     return commit, None if changes is None else bool(changes)
 
 
