@@ -26,7 +26,7 @@ from fasttrain.machine import (
     measure_matmul_tflops,
     pick_compute_dtype,
     precision_name,
-    set_fp32_precision,
+    prepare,
 )
 from fasttrain.model import CustomResNet, training_flop_per_image
 from fasttrain.recipe import Recipe
@@ -97,7 +97,7 @@ def profile_training(
     on_gpu = device.type == "cuda"
     active = active or (20 if on_gpu else 3)
     dtype = pick_compute_dtype(recipe.compute_dtype, device)
-    set_fp32_precision(allow_tf32=recipe.compute_dtype == "tf32")
+    prepare(device, recipe.compute_dtype)
     kind = pick_loader(recipe.loader, device, print)
     mode = pick_compile_mode(recipe.compile, device, print)
     loader = build_loader(dataset, recipe, train=True, kind=kind, device=device)

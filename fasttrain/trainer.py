@@ -29,7 +29,7 @@ from fasttrain.machine import (
     pick_compute_dtype,
     pick_device,
     precision_name,
-    set_fp32_precision,
+    prepare,
 )
 from fasttrain.metrics import WaitTimer, model_flops_utilization, peak_memory_gib, watch
 from fasttrain.model import CustomResNet, training_flop_per_image
@@ -94,8 +94,7 @@ def train(
     run_device = pick_device(device)
     dtype = pick_compute_dtype(recipe.compute_dtype, run_device)
     precision = precision_name(recipe.compute_dtype, dtype)
-    set_fp32_precision(allow_tf32=recipe.compute_dtype == "tf32")
-    torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN time its kernels once
+    prepare(run_device, recipe.compute_dtype)
 
     dataset = open_dataset(data, Path(data_dir) if data_dir else None, print)
     kind = pick_loader(recipe.loader, run_device, print)
