@@ -133,7 +133,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep the memory that this process frees; returns whether it does, False on other systems.
 
     By itself it takes every large tensor from the kernel, which zeroes it page by page, and gives it back at
-    once: a third of a training step of 512 images (benchmarks/LOG.md).
+    once: a quarter of a training step of 512 images (benchmarks/LOG.md).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
