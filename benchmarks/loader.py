@@ -180,6 +180,7 @@ def in_a_step(options: Options, batch_size: int, cores: int) -> dict[str, Any]:
 
     def timed(stream: Iterator[tuple[Tensor, Tensor]]) -> float:
         steps = 0
+        time.sleep(1)  # the loader measured before goes on until its queue is full
         step(*next(stream))
         _wait(device)
         start = time.perf_counter()

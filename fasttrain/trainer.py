@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import importlib
 import math
 import os
 import shlex
+import threading
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -97,6 +99,8 @@ def train(
     prepare(run_device, recipe.compute_dtype)
 
     dataset = open_dataset(data, Path(data_dir) if data_dir else None, print)
+    # The first optimizer would import it, a second of work: let that pass while the images are prepared.
+    threading.Thread(target=importlib.import_module, args=("torch._dynamo",)).start()
     kind = pick_loader(recipe.loader, run_device, print)
     mode = pick_compile_mode(recipe.compile, run_device, print)
     train_loader = build_loader(dataset, recipe, train=True, kind=kind, device=run_device)
@@ -116,7 +120,7 @@ def train(
             f"{recipe.batch_size}, {run_device.type}, {precision}, {train_loader.name}, "
             f"{f'compiled ({mode})' if mode else 'eager'} -> {log.folder}"
         )
-        matmul_tflops = measure_matmul_tflops(run_device, dtype)
+        matmul_tflops = measure_matmul_tflops(run_device, dtype, seconds=0.1)  # a short look: users wait
         checkpoints = _checkpoints(log.folder, resume)
         max_lr = recipe.max_lr
         if max_lr == "auto":  # a checkpoint knows what was found
