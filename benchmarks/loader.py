@@ -29,7 +29,7 @@ from benchmarks.report import interleave, run, save, show, spread
 from benchmarks.step import Variant, build_step
 from fasttrain.data.cifar import Dataset, Split
 from fasttrain.data.loader import LoaderKind, build_loader, pick_loader
-from fasttrain.machine import cpu_cores, pick_compute_dtype, pick_device
+from fasttrain.machine import cpu_cores, pick_compute_dtype, pick_device, prepare
 from fasttrain.model import CustomResNet
 from fasttrain.recipe import Recipe
 
@@ -148,6 +148,7 @@ def _wait(device: torch.device) -> None:
 def alone(options: Options, batch_size: int, cores: int, with_peers: bool) -> dict[str, Any]:
     """Every loader by itself: samples in images per second by name, and who is missing."""
     device = pick_device(options.device)
+    prepare(device, "auto")
     dataset = random_dataset(options.images)
     model = CustomResNet(mean=dataset.mean, std=dataset.std).to(device)
     loaders = ours(dataset, batch_size, device, threads=cores)
