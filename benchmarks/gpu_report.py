@@ -7,6 +7,7 @@ a machine without a GPU every part runs on the CPU; --small makes them small eno
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -39,7 +40,7 @@ def parts(options: Options) -> list[tuple[str, int, list[str]]]:
     seeds = ["--seeds", "1" if options.small else "5"]
     tiny = ["--rounds", "1"] if options.small else []
     tiny_loader = ["--images", "64", "--seconds", "0.1", "--batch-sizes", "8", "--step-batch-size", "8"]
-    tiny_loader = [*tiny, *tiny_loader, "--cores", "1"] if options.small else []
+    tiny_loader = [*tiny, *tiny_loader, "--cores", "1", "--no-peers"] if options.small else []
     tiny_step = [*tiny, "--batch-sizes", "8"] if options.small else []
     tiny_ladder = [*tiny, "--images", "64"] if options.small else []
     tiny_scaling = ["--images", "32", "64", "--batch-sizes", "4", "8", "--epochs", "1", "2"]
@@ -71,16 +72,19 @@ def main(options: Options) -> None:
         print(f"{name}: {' '.join(command[1:])}", file=sys.stderr)
         start = time.perf_counter()
         with log.open("w") as file:
+            process = subprocess.Popen(
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"FASTTRAIN_RESULTS": str(options.out.resolve())},
+                start_new_session=True,
+            )
             try:
-                status = subprocess.run(
-                    command,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    timeout=limit,
-                    env=os.environ | {"FASTTRAIN_RESULTS": str(options.out.resolve())},
-                ).returncode
+                status = process.wait(limit)
                 outcome = "done" if status == 0 else f"exit status {status}"
             except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
+                process.wait()
                 outcome = f"stopped after {limit} s"
         rows.append([name, outcome, f"{time.perf_counter() - start:.1f}", str(log)])
     show("parts", ["part", "outcome", "seconds", "log"], rows)

@@ -87,13 +87,18 @@ def ours(dataset: Dataset, batch_size: int, device: torch.device, threads: int) 
 
 
 def theirs(
-    dataset: Dataset, batch_size: int, device: torch.device, workers: int
+    dataset: Dataset,
+    batch_size: int,
+    device: torch.device,
+    workers: int,
+    wanted: Iterable[str] = tuple(peers.PEERS),
 ) -> tuple[dict[str, Batches], dict[str, str]]:
-    """The peers that are installed, and for the others the reason why not."""
+    """Those of the wanted peers that are installed, and for the others the reason why not."""
     loaders: dict[str, Batches] = {}
     missing: dict[str, str] = {}
     images_NHWC = np.ascontiguousarray(dataset.train.images.transpose(0, 2, 3, 1))
-    for peer, name in peers.PEERS.items():
+    for peer in wanted:
+        name = peers.PEERS[peer]
         try:
             module = peers.load(peer)
         except ImportError as error:
