@@ -39,8 +39,8 @@ FLOORS = [
     },
     {"fasttrain.data.loader"},
     {"fasttrain.evaluate", "fasttrain.lr_find", "fasttrain.resume"},
-    {"fasttrain.report"},
-    {"fasttrain.trainer", "fasttrain.compare", "fasttrain.profiling"},
+    {"fasttrain.report", "fasttrain.predict"},
+    {"fasttrain.export", "fasttrain.trainer", "fasttrain.compare", "fasttrain.profiling"},
     {"fasttrain.__main__"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
