@@ -247,17 +247,22 @@ def predict(args: Sequence[str]) -> int:
     from fasttrain.predict import predict, show
 
     skipped: list[str] = []
+
+    def skip(reason: str) -> None:
+        print(reason, file=sys.stderr)
+        skipped.append(reason)
+
     predictions = predict(
         options.checkpoint,
         options.images,
         top_k=options.top_k,
         device=options.device,
         batch_size=options.batch_size,
-        skip=skipped.append if options.skip_bad else None,
+        skip=skip if options.skip_bad else None,
     )
     show(predictions, options.format)
     if skipped:
-        print(*skipped, f"skipped: {len(skipped):,} files", sep="\n", file=sys.stderr)
+        print(f"files skipped: {len(skipped):,}", file=sys.stderr)
     return 0
 
 

@@ -45,7 +45,7 @@ FLOORS = [
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 
-HEAVY = {"torch", "nvidia", "matplotlib", "jinja2", "torch_lr_finder", "torchinfo", "tensorboard"}
+HEAVY = {"torch", "nvidia", "matplotlib", "jinja2", "torch_lr_finder", "torchinfo", "tensorboard", "PIL"}
 LIGHT_MODULES = [
     "fasttrain",
     "fasttrain.data",
