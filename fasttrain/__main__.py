@@ -6,6 +6,7 @@ import time
 STARTED = time.perf_counter()  # before the slow imports: they are part of what a user waits for
 
 import argparse  # noqa: E402
+import os  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -260,7 +261,11 @@ def predict(args: Sequence[str]) -> int:
         batch_size=options.batch_size,
         skip=skip if options.skip_bad else None,
     )
-    show(predictions, options.format)
+    try:
+        show(predictions, options.format)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head -1` has seen enough; Python would complain again when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if skipped:
         print(f"files skipped: {len(skipped):,}", file=sys.stderr)
     return 0

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -165,3 +167,12 @@ def test_every_format_says_the_same(checkpoint: Path, images: Path, capsys) -> N
     assert main([*command, "table"]) == 0
     table = capsys.readouterr().out
     assert all(guess["class"] in table for guess in one["predictions"])
+
+
+def test_a_reader_that_leaves_early_is_no_error(checkpoint: Path, images: Path) -> None:
+    command = [sys.executable, "-m", "fasttrain", "predict", str(checkpoint), str(images), "--format", "csv"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
