@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fasttrain.checkpoint import load_checkpoint, model_from_state
 from fasttrain.errors import UserError
-from fasttrain.machine import pick_device, set_fp32_precision
+from fasttrain.machine import pick_device, prepare
 from fasttrain.model import CustomResNet
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
@@ -59,7 +59,7 @@ def predict(
         model = model_from_state(state, run_device)
     except UserError as error:
         raise UserError(f"{checkpoint}: {error}") from error
-    set_fp32_precision(allow_tf32=False)
+    prepare(run_device, "fp32")
     predictions: list[Prediction] = []
     for start in range(0, len(files), batch_size):
         read: list[tuple[Path, np.ndarray]] = []
