@@ -27,7 +27,7 @@ fasttrain = "$(BIN)/python" -m fasttrain
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train lr-find summary evaluate report compare data doctor test check bench bench-setup profile gpu-report soak tables clean
+.PHONY: help setup train lr-find summary evaluate predict export report compare data doctor test check bench bench-setup profile gpu-report soak tables clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +54,12 @@ data: setup  ## fetch and verify the images: DATA= DATA_DIR=
 
 evaluate: setup  ## measure a checkpoint on the test images: ARGS=its path
 	$(fasttrain) evaluate$(data_flags)$(device_flags)$(if $(ARGS), $(ARGS))
+
+predict: setup  ## classify images: DEVICE= ARGS="a checkpoint's path, then images or folders"
+	$(fasttrain) predict$(device_flags)$(if $(ARGS), $(ARGS))
+
+export: setup  ## write a network for use elsewhere: DATA_DIR= ARGS="PATH --format onnx --out model.onnx"
+	$(fasttrain) export$(call option,--data-dir,$(DATA_DIR))$(if $(ARGS), $(ARGS))
 
 report: setup  ## write a run's report.html: DATA_DIR= DEVICE= ARGS=the run's folder
 	$(fasttrain) report$(call option,--data-dir,$(DATA_DIR))$(device_flags)$(if $(ARGS), $(ARGS))

@@ -6,6 +6,7 @@ import time
 STARTED = time.perf_counter()  # before the slow imports: they are part of what a user waits for
 
 import argparse  # noqa: E402
+import os  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -78,6 +79,42 @@ class EvaluateOptions(DataOptions):
     """auto, cpu, cuda, cuda:1, ..."""
     mistakes: int = 5
     """How many of the most confident mistakes to list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions:
+    """Classify images from anywhere with a checkpoint, each squeezed to 32x32."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A run's last.pt or best.pt."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """JPEG, PNG, BMP or WebP files, or folders of them at any depth."""
+    top_k: int = 3
+    """How many classes to name per image."""
+    format: Literal["table", "json", "csv"] = "table"
+    """json: an object per line and image. csv: a row per image and class."""
+    skip_bad: bool = False
+    """Go on past files that cannot be decoded, and name them on stderr."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    batch_size: int = 256
+    """Images at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Write a checkpoint's network for use elsewhere, float32, verified against the checkpoint."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A run's last.pt or best.pt."""
+    format: Literal["safetensors", "torch-export", "onnx"]
+    """safetensors: the weights. torch-export, onnx: the graph too, for any number of images."""
+    out: Path
+    """The file to write: .safetensors, .pt2 or .onnx. What it needs is told beside it, in a .json."""
+    input: Literal["pixels", "normalized"] = "pixels"
+    """pixels: uint8, and the network normalises them. normalized: float32, and the caller has."""
+    data_dir: Path | None = None
+    """Folder of the test images to verify on; by default $FASTTRAIN_DATA, else data/. Never downloaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +243,45 @@ def evaluate(args: Sequence[str]) -> int:
     return 0
 
 
+def predict(args: Sequence[str]) -> int:
+    options = _parse(PredictOptions, "predict", args)
+    from fasttrain.predict import predict, show
+
+    skipped: list[str] = []
+
+    def skip(reason: str) -> None:
+        print(reason, file=sys.stderr)
+        skipped.append(reason)
+
+    predictions = predict(
+        options.checkpoint,
+        options.images,
+        top_k=options.top_k,
+        device=options.device,
+        batch_size=options.batch_size,
+        skip=skip if options.skip_bad else None,
+    )
+    try:
+        show(predictions, options.format)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head -1` has seen enough; Python would complain again when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if skipped:
+        print(f"files skipped: {len(skipped):,}", file=sys.stderr)
+    return 0
+
+
+def export(args: Sequence[str]) -> int:
+    options = _parse(ExportOptions, "export", args)
+    from fasttrain.export import export
+
+    card = export(
+        options.checkpoint, options.format, options.out, input=options.input, data_dir=options.data_dir
+    )
+    print(f"network -> {options.out}, described in {card}")
+    return 0
+
+
 def report(args: Sequence[str]) -> int:
     options = _parse(ReportOptions, "report", args)
     from fasttrain.report import report
@@ -269,6 +345,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "find-lr": (find_lr, "suggest a peak learning rate"),
     "summary": (summary, "print the network layer by layer, and what it costs"),
     "evaluate": (evaluate, "measure a checkpoint on the test images"),
+    "predict": (predict, "classify images from anywhere with a checkpoint"),
+    "export": (export, "write a network for use elsewhere: safetensors, torch.export, ONNX"),
     "report": (report, "write a run's page, report.html"),
     "compare": (compare, "set several runs side by side on one page"),
     "profile": (profile, "show where the time of a training goes"),

@@ -15,10 +15,25 @@ from torch import Tensor
 
 from fasttrain.errors import UserError
 from fasttrain.files import link_atomically, write_atomically
+from fasttrain.machine import fork_rng
+from fasttrain.model import CustomResNet
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 
-REQUIRED = ("model", "epoch", "optimizer", "scheduler", "scaler", "loss", "batch_size", "recipe", "classes")
+REQUIRED = (
+    "model",
+    "epoch",
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "loss",
+    "batch_size",
+    "recipe",
+    "classes",
+    "dataset",
+    "progress",
+    "metrics",
+)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -48,6 +63,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{path}: holds no {', '.join(missing)}; {expected}")
     return state
+
+
+def model_from_state(state: dict[str, Any], device: torch.device) -> CustomResNet:
+    """The network of a loaded checkpoint, with its own mean and standard deviation, in evaluation mode.
+
+    Raises UserError if the weights do not fit the network.
+    """
+    with fork_rng(device):  # a new network draws its weights from the global generator
+        model = CustomResNet(len(state["classes"]))
+    try:
+        model.load_state_dict(state["model"])
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"its weights do not fit the network ({reason}); train it again") from error
+    return model.to(device).eval()
 
 
 def _verify_checksums(content: io.BytesIO) -> None:

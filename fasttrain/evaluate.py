@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttrain.checkpoint import load_checkpoint
+from fasttrain.checkpoint import load_checkpoint, model_from_state
 from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset
 from fasttrain.data.loader import build_loader, pick_loader
 from fasttrain.errors import UserError
-from fasttrain.machine import fork_rng, pick_compute_dtype, pick_device, prepare
-from fasttrain.model import CustomResNet
+from fasttrain.machine import pick_compute_dtype, pick_device, prepare
 from fasttrain.recipe import Recipe
 from fasttrain.step import autocast
 
@@ -117,7 +116,7 @@ def evaluate_state(state: dict[str, Any], dataset: Dataset, device: torch.device
     """Measure a loaded checkpoint on every test image.
 
     Images are normalised with the mean and standard deviation of the training: the model holds them.
-    Raises UserError if the checkpoint's classes are not the data set's.
+    Raises UserError if the checkpoint's classes are not the data set's, or its weights not the network's.
     """
     if list(dataset.classes) != state["classes"]:
         raise UserError(f"it was trained on {state['dataset']}, not on {dataset.name}; name its --data")
@@ -127,10 +126,7 @@ def evaluate_state(state: dict[str, Any], dataset: Dataset, device: torch.device
     loader = build_loader(
         dataset, recipe, train=False, kind=pick_loader(recipe.loader, device, print), device=device
     )
-    with fork_rng(device):  # a new network draws its weights from the global generator
-        model = CustomResNet(len(dataset.classes))
-    model.load_state_dict(state["model"])
-    return evaluate(model.to(device), loader, device, compute_dtype)
+    return evaluate(model_from_state(state, device), loader, device, compute_dtype)
 
 
 def evaluate_checkpoint(

@@ -60,14 +60,14 @@ def report(folder: Path, *, data_dir: Path | None = None, device: str = "auto") 
     """
     run = load_run(folder)
     run_device = pick_device(device)
-    dataset = _given(run.result["dataset"], lambda name: _find_dataset(name, data_dir))
+    dataset = _given(run.result["dataset"], lambda name: find_dataset(name, data_dir))
     evaluation = _given(
         dataset, lambda images: evaluate_state(load_checkpoint(folder / "last.pt"), images, run_device)
     )
     return write_report(run, dataset, evaluation, device=run_device)
 
 
-def _find_dataset(name: str, data_dir: Path | None) -> Dataset:
+def find_dataset(name: str, data_dir: Path | None) -> Dataset:
     """The data set of this name in the data folder, or the stand-in that is kept inside it."""
     root = cifar.locate(data_dir)
     for folder in (root, root / synthetic.NAME):

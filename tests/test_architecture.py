@@ -39,13 +39,13 @@ FLOORS = [
     },
     {"fasttrain.data.loader"},
     {"fasttrain.evaluate", "fasttrain.lr_find", "fasttrain.resume"},
-    {"fasttrain.report"},
-    {"fasttrain.trainer", "fasttrain.compare", "fasttrain.profiling"},
+    {"fasttrain.report", "fasttrain.predict"},
+    {"fasttrain.export", "fasttrain.trainer", "fasttrain.compare", "fasttrain.profiling"},
     {"fasttrain.__main__"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 
-HEAVY = {"torch", "nvidia", "matplotlib", "jinja2", "torch_lr_finder", "torchinfo", "tensorboard"}
+HEAVY = {"torch", "nvidia", "matplotlib", "jinja2", "torch_lr_finder", "torchinfo", "tensorboard", "PIL"}
 LIGHT_MODULES = [
     "fasttrain",
     "fasttrain.data",

@@ -1,0 +1,128 @@
+"""What leaves fasttrain computes what its checkpoint does, or does not leave."""
+
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fasttrain import export as export_module
+from fasttrain.checkpoint import REQUIRED, load_checkpoint, model_from_state, save_checkpoint
+from fasttrain.data.cifar import Dataset
+from fasttrain.errors import UserError
+from fasttrain.export import FORMATS, FormatKind, export
+from fasttrain.model import CustomResNet
+from fasttrain.recipe import Recipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset) -> Path:
+    torch.manual_seed(1)
+    model = CustomResNet(len(dataset.classes), mean=dataset.mean, std=dataset.std)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(layer.running_var, 0.5, 1.5)
+    state = dict.fromkeys(REQUIRED, 1) | {
+        "model": model.state_dict(),
+        "classes": list(dataset.classes),
+        "dataset": dataset.name,
+        "recipe": Recipe().to_dict(),
+        "epoch": 2,
+        "progress": {"epochs": [{"test_accuracy": 0.25}, {"test_accuracy": 0.5}]},
+        "metrics": {"images": 0},
+    }
+    path = tmp_path_factory.mktemp("run") / "last.pt"
+    save_checkpoint(path, state)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("format", "input"),
+    [
+        ("safetensors", "pixels"),
+        ("torch-export", "pixels"),
+        ("torch-export", "normalized"),
+        ("onnx", "pixels"),
+        ("onnx", "normalized"),
+    ],
+)
+def test_an_export_loads_and_computes_what_the_checkpoint_does(
+    format, input, checkpoint: Path, dataset: Dataset, dataset_dir: Path, tmp_path: Path, capsys
+) -> None:
+    if format == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    out = tmp_path / f"model{FORMATS[format].suffix}"
+    card = export(checkpoint, format, out, input=input, data_dir=dataset_dir)
+    said = capsys.readouterr().out
+    assert "40 images (test images of synthetic)" in said and "100.00% of the predictions" in said
+
+    content = out.read_bytes()
+    model = model_from_state(load_checkpoint(checkpoint), CPU)
+    pixels_NCHW = torch.from_numpy(dataset.test.images[:7])
+    facts = json.loads(card.read_text())
+    images_NCHW = pixels_NCHW
+    if input == "normalized":  # as the description beside the file tells it
+        mean, std = (torch.tensor(facts[key]).reshape(3, 1, 1) for key in ("mean", "std"))
+        images_NCHW = (pixels_NCHW / 255 - mean) / std
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            FORMATS[format].load(content)(images_NCHW), model(pixels_NCHW), rtol=1e-3, atol=1e-4
+        )
+    assert facts["input"]["dtype"] == ("uint8" if input == "pixels" else "float32")
+    assert facts["sha256"] == hashlib.sha256(content).hexdigest()
+    assert facts["classes"] == list(dataset.classes) and facts["test_accuracy"] == 0.5
+    assert facts["mean"] == pytest.approx(dataset.mean) and facts["std"] == pytest.approx(dataset.std)
+    assert Recipe.from_dict(facts["recipe"]) == Recipe()
+    assert str(Path(export_module.__file__).parent).encode() not in content  # nothing of this machine
+    assert sorted(path.name for path in tmp_path.iterdir()) == [out.name, card.name]
+
+
+def off_by(difference: float) -> FormatKind:
+    """safetensors, except that what is loaded computes something else."""
+    suffix, encode, load = FORMATS["safetensors"]
+    return FormatKind(suffix, encode, lambda content: lambda images: load(content)(images) + difference)
+
+
+@pytest.mark.parametrize("difference", [0.01, float("nan")])
+def test_an_export_that_differs_is_refused(
+    difference: float, checkpoint: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setitem(FORMATS, "safetensors", off_by(difference))
+    out = tmp_path / "model.safetensors"
+    out.write_bytes(b"older")
+    with pytest.raises(UserError, match=r"model\.safetensors: not written"):
+        export(checkpoint, "safetensors", out, data_dir=tmp_path)
+    assert out.read_bytes() == b"older" and list(tmp_path.iterdir()) == [out]
+
+
+def test_without_the_images_random_pixels_do(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    card = export(checkpoint, "safetensors", tmp_path / "model.safetensors", data_dir=tmp_path / "none")
+    assert re.search(r"on 64 images \(random pixels\)", capsys.readouterr().out)
+    assert json.loads(card.read_text())["verified"]["images"] == "random pixels"
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_accuracy_of_other_weights_is_not_told(checkpoint: Path, tmp_path: Path) -> None:
+    state = load_checkpoint(checkpoint) | {"metrics": {"images": 512}}  # a step into the next epoch
+    save_checkpoint(tmp_path / "previous.pt", state)
+    card = export(tmp_path / "previous.pt", "safetensors", tmp_path / "m.safetensors", data_dir=tmp_path)
+    assert json.loads(card.read_text())["test_accuracy"] is None
+
+
+def test_what_cannot_be_exported_is_one_line(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(UserError, match=r"expected a name that ends with \.pt2"):
+        export(checkpoint, "torch-export", tmp_path / "model.onnx")
+    with pytest.raises(UserError, match="safetensors hold weights"):
+        export(checkpoint, "safetensors", tmp_path / "m.safetensors", input="normalized")
+    with pytest.raises(UserError, match=r"m\.safetensors: cannot be written"):
+        export(checkpoint, "safetensors", tmp_path / "nowhere" / "m.safetensors", data_dir=tmp_path)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"pip install 'fasttrain\[onnx\]'"):
+        export(checkpoint, "onnx", tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
