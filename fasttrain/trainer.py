@@ -17,7 +17,7 @@ from torch import Tensor
 from fasttrain.checkpoint import LAST, PREVIOUS, CheckpointWriter, SaveInterval
 from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset
-from fasttrain.data.loader import DataChoice, build_loader, open_dataset, pick_loader
+from fasttrain.data.loader import build_loader, open_dataset, pick_loader
 from fasttrain.errors import DivergedError, UserError
 from fasttrain.evaluate import Evaluation, evaluate
 from fasttrain.files import hold_folder, remove_temporaries
@@ -59,8 +59,9 @@ MAX_ROLLBACKS = 3
 def train(
     recipe: Recipe,
     *,
-    data: DataChoice = "auto",
+    data: str = "auto",
     data_dir: Path | str | None = None,
+    skip_bad: bool = False,
     out: Path | str = "runs",
     device: str = "auto",
     resume: str | Path | None = None,
@@ -72,6 +73,7 @@ def train(
 ) -> Run:
     """Train one recipe and leave a run's folder; returns what is in it.
 
+    data, data_dir, skip_bad: the images, as data.loader.open_dataset takes them.
     resume: go on with an unfinished run of this recipe: its folder, a checkpoint in it, or auto for the
     newest under `out`.
     save_every: steps, as 500, or seconds, as 60s, between two checkpoints; every epoch ends with one.
@@ -97,7 +99,7 @@ def train(
     set_fp32_precision(allow_tf32=recipe.compute_dtype == "tf32")
     torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN time its kernels once
 
-    dataset = open_dataset(data, Path(data_dir) if data_dir else None, print)
+    dataset = open_dataset(data, Path(data_dir) if data_dir else None, print, skip_bad=skip_bad)
     kind = pick_loader(recipe.loader, run_device, print)
     mode = pick_compile_mode(recipe.compile, run_device, print)
     train_loader = build_loader(dataset, recipe, train=True, kind=kind, device=run_device)
@@ -148,6 +150,7 @@ def train(
             log.folder,
             data=(data, "auto"),
             data_dir=(data_dir, None),
+            skip_bad=(skip_bad, False),
             device=(device, "auto"),
             save_every=(save_every, SAVE_EVERY),
             on_nan=(on_nan, "stop"),
