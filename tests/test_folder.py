@@ -2,6 +2,7 @@
 
 import json
 import os
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,12 @@ def test_a_flat_folder_is_split_by_class_and_every_image_counts_once(root: Path)
 
 def test_the_split_depends_on_names_alone(root: Path, tmp_path: Path) -> None:
     data = read(root)
+    for label, name in enumerate(("cat", "dog")):
+        in_order = sorted(
+            (f"{name}/{i:03}.png" for i in range(10)), key=lambda key: sha256(key.encode()).digest()
+        )
+        mine = data.test.images[data.test.labels == label]
+        assert all(holds(mine, pixels(Image.open(root / path))) for path in in_order[:2])
     elsewhere = tmp_path / "moved"
     for name in ("cat", "dog"):
         (elsewhere / name).mkdir(parents=True)
@@ -143,6 +150,15 @@ def test_images_are_cropped_to_the_centre_and_shrunk_without_aliasing(tmp_path: 
         grey = [image for image in images if image.std() < 20]
         assert len(grey) == 2 and abs(np.mean(grey) - 127.5) < 3
         assert abs(grey[0][:, :, 2:-2] - 127.5).max() < 6  # no red, no black: the centre alone
+
+
+def test_a_large_jpeg_keeps_its_detail_though_it_is_decoded_smaller(root: Path) -> None:
+    large = noise(250, 64, 64).resize((192, 192), Image.Resampling.NEAREST)
+    large.save(root / "cat" / "large.jpg", quality=95)
+    data = read(root)
+    images = np.concatenate([data.train.images, data.test.images]).astype(int)
+    expected = pixels(large.resize((32, 32), Image.Resampling.BICUBIC))
+    assert min(abs(image - expected).mean() for image in images) < 4
 
 
 def test_a_photograph_is_turned_as_its_camera_was(root: Path) -> None:
@@ -212,6 +228,8 @@ def test_a_refusal_names_the_first_few(root: Path) -> None:
 
 def test_bad_files_are_left_out_on_request_and_never_cached(root: Path) -> None:
     whole = read(root)
+    [cache] = (root.parent / "cache").iterdir()
+    before = cache.read_bytes()
     damage(root)
     said: list[str] = []
     for _ in range(2):
@@ -221,6 +239,7 @@ def test_bad_files_are_left_out_on_request_and_never_cached(root: Path) -> None:
     assert len(said) == 2 and all("left out 13 of 33 files: cat/" in line for line in said)
     with pytest.raises(UserError, match="13 of 33"):
         read(root)
+    assert before == cache.read_bytes()
 
 
 def test_a_link_within_the_folder_is_followed(root: Path) -> None:
