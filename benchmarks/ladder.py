@@ -2,8 +2,8 @@
 
     python -m benchmarks.ladder [--rounds 3] [--batch-size 512]
 
-Every rung keeps what the rungs before it brought. All take turns in one process, each with a network, an
-optimizer and a loader of its own.
+Every rung keeps what the rungs before it brought. All take turns, each with a network, an optimizer and a
+loader of its own; on a CPU in processes of their own, since one rung changes how a process gets its memory.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.loader import endless, ours, random_dataset, theirs
-from benchmarks.report import extra_memory_gib, interleave, run, save, show, spread
+from benchmarks.loader import Batches, endless, ours, random_dataset, theirs
+from benchmarks.report import OwnProcess, extra_memory_gib, interleave, run, save, show, spread
 from benchmarks.step import Variant, build_step
 from fasttrain.machine import cpu_cores, measure_matmul_tflops, pick_compute_dtype, pick_device
 from fasttrain.model import CustomResNet, training_flop_per_image
@@ -48,7 +48,7 @@ class Rung:
 def rungs(device: torch.device, usual: str, best: str, compiled: bool) -> list[Rung]:
     """The ladder, bottom first. usual, best: the loaders' names."""
     half = pick_compute_dtype("auto", device)
-    variant = Variant(dtype=torch.float32, layout=torch.contiguous_format, fused=False)
+    variant = Variant(dtype=torch.float32, layout=torch.contiguous_format, fused=False, keep_memory=False)
     ladder = [Rung(name=f"float32, NCHW, eager, Adam, {usual}", variant=variant, loader=usual)]
 
     def climb(name: str, loader: str | None = None, **changes: Any) -> None:
@@ -60,6 +60,8 @@ def rungs(device: torch.device, usual: str, best: str, compiled: bool) -> list[R
     if half != torch.float32:
         climb(str(half).removeprefix("torch."), dtype=half)
     climb("fused Adam", fused=True)
+    if device.type == "cpu":
+        climb("freed memory kept", keep_memory=True)
     if best != usual:
         climb(f"{best} loader", loader=best)
     if compiled or device.type == "cuda":
@@ -67,33 +69,45 @@ def rungs(device: torch.device, usual: str, best: str, compiled: bool) -> list[R
     return ladder
 
 
+def climbed(rung: Rung, images: int, batch_size: int, device: torch.device) -> Callable[[], float]:
+    """Warm steps with their data; each call returns the milliseconds of one."""
+    step, stream = build_step(rung.variant, device), endless(loaders(images, batch_size, device)[rung.loader])
+    repeats = 20 if device.type == "cuda" else 2
+
+    def timed() -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            images, labels = next(stream)
+            step(images.contiguous(memory_format=rung.variant.layout), labels)
+        step.take_metrics()  # waits for the device
+        return 1000 * (time.perf_counter() - start) / repeats
+
+    timed()
+    return timed
+
+
+def loaders(images: int, batch_size: int, device: torch.device) -> dict[str, Batches]:
+    """The usual way first, our best last; where no peer is installed, our torch loader is the usual way."""
+    dataset, cores = random_dataset(images), cpu_cores()
+    mine = ours(dataset, batch_size, device, threads=cores)
+    return theirs(dataset, batch_size, device, workers=cores)[0] | dict(reversed(mine.items()))
+
+
 def main(options: Options) -> None:
     device = pick_device(options.device)
     batch_size = options.batch_size or (512 if device.type == "cuda" else 128)
-    dataset, cores = random_dataset(options.images), cpu_cores()
-    mine = ours(dataset, batch_size, device, threads=cores)
-    # Where no peer is installed, our own torch loader stands in for the usual way.
-    loaders = theirs(dataset, batch_size, device, workers=cores)[0] | dict(reversed(mine.items()))
-    ladder = rungs(device, next(iter(loaders)), next(iter(mine)), options.compiled)
-    repeats = 20 if device.type == "cuda" else 2
+    usual, *_, best = loaders(options.images, batch_size, device)
+    ladder = rungs(device, usual, best, options.compiled)
+    workloads: dict[str, Callable[[], float]] = {}
     memory: dict[str, float | None] = {}
-
-    def climbed(rung: Rung) -> Callable[[], float]:
-        step, stream = build_step(rung.variant, device), endless(loaders[rung.loader])
-
-        def timed() -> float:
-            start = time.perf_counter()
-            for _ in range(repeats):
-                images, labels = next(stream)
-                step(images.contiguous(memory_format=rung.variant.layout), labels)
-            step.take_metrics()  # waits for the device
-            return 1000 * (time.perf_counter() - start) / repeats
-
-        timed()
-        memory[rung.name] = extra_memory_gib(device, timed)
-        return timed
-
-    workloads: dict[str, Callable[[], float]] = {rung.name: climbed(rung) for rung in ladder}
+    for rung in ladder:
+        of_rung = (rung, options.images, batch_size, device)
+        if device.type == "cpu":
+            apart = OwnProcess(climbed, *of_rung)
+            workloads[rung.name], memory[rung.name] = apart, apart.extra_memory_gib(device)
+        else:
+            workloads[rung.name] = climbed(*of_rung)
+            memory[rung.name] = extra_memory_gib(device, workloads[rung.name])
     for dtype in dict.fromkeys(rung.variant.dtype for rung in ladder):
         workloads[f"matmul {dtype}"] = lambda dtype=dtype: measure_matmul_tflops(device, dtype)  # type: ignore[misc]
     samples = interleave(workloads, options.rounds)

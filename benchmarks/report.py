@@ -7,6 +7,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +45,41 @@ def interleave(workloads: dict[str, Callable[[], float]], rounds: int) -> dict[s
             print(f"round {turn + 1}/{rounds}: {name}", file=sys.stderr)
             samples[name].append(workload())
     return samples
+
+
+class OwnProcess:
+    """A workload in a process of its own, for what holds for a whole process; it rests between samples.
+
+    set_up: called there with `args`, returns the workload. Both have to be picklable.
+    """
+
+    def __init__(self, set_up: Callable[..., Callable[[], float]], *args: Any) -> None:
+        self._pool = ProcessPoolExecutor(
+            1, mp_context=get_context("spawn"), initializer=_set_up, initargs=(set_up, args)
+        )
+
+    def __call__(self) -> float:
+        return self._pool.submit(_sample).result()
+
+    def extra_memory_gib(self, device: torch.device) -> float | None:
+        return self._pool.submit(_extra_memory_gib, device).result()
+
+
+_workload: Callable[[], float]
+"""What an OwnProcess runs, in that process."""
+
+
+def _set_up(set_up: Callable[..., Callable[[], float]], args: tuple[Any, ...]) -> None:
+    global _workload
+    _workload = set_up(*args)
+
+
+def _sample() -> float:
+    return _workload()
+
+
+def _extra_memory_gib(device: torch.device) -> float | None:
+    return extra_memory_gib(device, _workload)
 
 
 def spread(samples: list[float]) -> float:

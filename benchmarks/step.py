@@ -2,7 +2,7 @@
 
     python -m benchmarks.step [--rounds 5] [--batch-sizes 128 512] [--compiled]
 
-All variants take turns in one process.
+All variants take turns.
 """
 
 import statistics
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import interleave, run, save, show, spread
-from fasttrain.machine import measure_matmul_tflops, pick_compute_dtype, pick_device
+from benchmarks.report import OwnProcess, interleave, run, save, show, spread
+from fasttrain.machine import measure_matmul_tflops, pick_compute_dtype, pick_device, prepare
 from fasttrain.model import CustomResNet, training_flop_per_image
 from fasttrain.recipe import Recipe
 from fasttrain.step import TrainStep
@@ -43,10 +43,14 @@ class Variant:
     fused: bool = True
     compile_mode: str | None = None
     width: int = 64
+    keep_memory: bool = True
+    """On a CPU; it holds for the whole process."""
 
 
 def build_step(variant: Variant, device: torch.device) -> TrainStep:
     """A training step of this variant, with a network of its own."""
+    if variant.keep_memory:
+        prepare(device, "auto")
     torch.manual_seed(0)
     model = CustomResNet(width=variant.width)
     step = TrainStep(
@@ -91,14 +95,19 @@ def timed_step(variant: Variant, batch_size: int, device: torch.device) -> Calla
 def main(options: Options) -> None:
     device = pick_device(options.device)
     half = pick_compute_dtype("auto", device)
-    modes: dict[str, str | None] = {"eager": None}
+    modes = {"eager": Variant(dtype=half)}
+    if device.type == "cpu":
+        modes["eager, freed memory returned"] = Variant(dtype=half, keep_memory=False)
     if options.compiled or device.type == "cuda":
-        modes["compiled"] = "default"
+        modes["compiled"] = Variant(dtype=half, compile_mode="default")
     workloads: dict[str, Callable[[], float]] = {}
     for batch_size in options.batch_sizes:
-        for name, mode in modes.items():
-            variant = Variant(dtype=half, compile_mode=mode)
-            workloads[f"{name}, {batch_size}"] = timed_step(variant, batch_size, device)
+        for name, variant in modes.items():
+            workloads[f"{name}, {batch_size}"] = (
+                timed_step(variant, batch_size, device)
+                if variant.keep_memory
+                else OwnProcess(timed_step, variant, batch_size, device)
+            )
     workloads["matmul"] = lambda: measure_matmul_tflops(device, half)
     samples = interleave(workloads, options.rounds)
 

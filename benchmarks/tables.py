@@ -205,7 +205,10 @@ def scaling_table(results: Path) -> str:
             )
         columns = ["cost against", "from - to", "seconds", "exponent", "GiB beyond the weights"]
         picture = f"![cost against each axis](benchmarks/results/{path.with_suffix('.svg').name})"
-        parts.append(f"{markdown(columns, body)}\n\n{picture}\n\n{caption(values)}")
+        parts.append(
+            f"{markdown(columns, body)}\n\n{picture}\n\nSteps of {values['batch_size']} where the batch does "
+            f"not vary; epochs are whole small runs, whose start counts. {caption(values)}"
+        )
     return "\n\n".join(parts)
 
 

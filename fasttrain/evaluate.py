@@ -16,7 +16,7 @@ from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset
 from fasttrain.data.loader import build_loader, pick_loader
 from fasttrain.errors import UserError
-from fasttrain.machine import fork_rng, pick_compute_dtype, pick_device
+from fasttrain.machine import fork_rng, pick_compute_dtype, pick_device, prepare
 from fasttrain.model import CustomResNet
 from fasttrain.recipe import Recipe
 from fasttrain.step import autocast
@@ -123,6 +123,7 @@ def evaluate_state(state: dict[str, Any], dataset: Dataset, device: torch.device
         raise UserError(f"it was trained on {state['dataset']}, not on {dataset.name}; name its --data")
     recipe = Recipe.from_dict(state["recipe"])
     compute_dtype = pick_compute_dtype(recipe.compute_dtype, device)
+    prepare(device, recipe.compute_dtype)
     loader = build_loader(
         dataset, recipe, train=False, kind=pick_loader(recipe.loader, device, print), device=device
     )

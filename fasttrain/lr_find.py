@@ -20,7 +20,7 @@ from fasttrain.data.cifar import Dataset
 from fasttrain.data.loader import LoaderKind, build_loader, open_dataset, pick_loader
 from fasttrain.errors import UserError
 from fasttrain.files import write_atomically
-from fasttrain.machine import fork_rng, pick_compute_dtype, pick_device, set_fp32_precision
+from fasttrain.machine import fork_rng, pick_compute_dtype, pick_device, prepare
 from fasttrain.model import CustomResNet
 from fasttrain.optim import build_optimizer
 from fasttrain.recipe import Recipe
@@ -102,7 +102,7 @@ def find_lr(
     if plot.suffix != ".png" or not plot.parent.is_dir():
         raise UserError(f"--plot {plot}: expected the name of a .png file in a folder that is there")
     run_device = pick_device(device)
-    set_fp32_precision(allow_tf32=recipe.compute_dtype == "tf32")
+    prepare(run_device, recipe.compute_dtype)
     search = find_max_lr(
         open_dataset(data, data_dir, print, skip_bad=skip_bad),
         recipe,

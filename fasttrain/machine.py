@@ -4,6 +4,7 @@
 `describe(device)`: a speed means nothing without the machine it was measured on.
 """
 
+import ctypes
 import importlib
 import importlib.metadata
 import os
@@ -115,6 +116,31 @@ def set_fp32_precision(allow_tf32: bool) -> None:
     # `fp32_precision` settings differs from them, and its own inductor (2.13) still reads them.
     torch.set_float32_matmul_precision("high" if allow_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = allow_tf32
+
+
+def prepare(device: torch.device, compute_dtype: str) -> None:
+    """Set what holds for the whole process before it computes on this device.
+
+    compute_dtype: as in a recipe.
+    """
+    set_fp32_precision(allow_tf32=compute_dtype == "tf32")
+    torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN time its kernels once
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep the memory that this process frees; returns whether it does, False on other systems.
+
+    By itself it takes every large tensor from the kernel, which zeroes it page by page, and gives it back at
+    once: a quarter of a training step of 512 images (benchmarks/LOG.md).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library, or Windows
+        return False
+    m_trim_threshold, m_mmap_max = -1, -4  # their numbers in glibc's malloc.h
+    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, -1))
 
 
 def compiler_available(device: torch.device) -> str | None:
@@ -264,7 +290,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _source_revision() -> tuple[str | None, bool | None]:
-    """Commit of the checkout that this package lies in, and whether its tracked sources were changed since."""
+    """Commit of the checkout that this package lies in, and whether its sources were changed since."""
     checkout = Path(__file__).resolve().parents[1]
     if not (checkout / ".git").exists():  # Installed, perhaps within someone else's repository.
         return None, None

@@ -26,7 +26,7 @@ from fasttrain.machine import (
     measure_matmul_tflops,
     pick_compute_dtype,
     precision_name,
-    set_fp32_precision,
+    prepare,
 )
 from fasttrain.model import CustomResNet, training_flop_per_image
 from fasttrain.recipe import Recipe
@@ -35,12 +35,13 @@ from fasttrain.step import TrainStep, pick_compile_mode
 MATRIX = "convolutions and matrix products"
 REST = "everything else"
 GROUPS: dict[str, tuple[str, ...]] = {
+    "fused by the compiler": ("compiledfxgraph", "triton"),
     "optimizer": ("adam", "multi_tensor"),
     "normalisation": ("batch_norm", "bn_fw", "bn_bw"),
     "pooling": ("pool",),
     "copies and fills": ("copy", "memcpy", "memset", "fill", "zero_"),
     MATRIX: ("conv", "mm", "gemm", "xmma", "cutlass", "nvjet", "wgrad", "dgrad", "fprop"),
-    "element by element": ("clamp", "relu", "threshold", "add", "mul", "sub", "elementwise", "triton"),
+    "element by element": ("clamp", "relu", "threshold", "add", "mul", "sub", "elementwise"),
 }
 """Parts of the names of operators and kernels, by what they do; the first group that fits counts."""
 
@@ -97,7 +98,7 @@ def profile_training(
     on_gpu = device.type == "cuda"
     active = active or (20 if on_gpu else 3)
     dtype = pick_compute_dtype(recipe.compute_dtype, device)
-    set_fp32_precision(allow_tf32=recipe.compute_dtype == "tf32")
+    prepare(device, recipe.compute_dtype)
     kind = pick_loader(recipe.loader, device, print)
     mode = pick_compile_mode(recipe.compile, device, print)
     loader = build_loader(dataset, recipe, train=True, kind=kind, device=device)
@@ -180,9 +181,10 @@ def sentences(found: Profile) -> list[str]:
         ]
     if found.idle_share > 0.2:
         return [
-            f"One thread's work bounds this training: the cores are idle {found.idle_share:.0%} of the time.",
+            f"The cores work for this training only {1 - found.idle_share:.0%} of the time: other processes "
+            "have them, or its own work runs in one thread.",
             _without(found, found.idle_share),
-            "Try a larger --batch-size; the trace shows which operators leave cores idle.",
+            "Try it on an idle machine, then a larger --batch-size; the trace shows what leaves cores idle.",
         ]
     if matrix_share >= 0.5:
         first = f"Arithmetic bounds this training: {MATRIX} take {matrix_share:.0%} of all operators' time."

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import importlib
 import math
 import os
 import shlex
+import threading
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -29,7 +31,7 @@ from fasttrain.machine import (
     pick_compute_dtype,
     pick_device,
     precision_name,
-    set_fp32_precision,
+    prepare,
 )
 from fasttrain.metrics import WaitTimer, model_flops_utilization, peak_memory_gib, watch
 from fasttrain.model import CustomResNet, training_flop_per_image
@@ -96,10 +98,11 @@ def train(
     run_device = pick_device(device)
     dtype = pick_compute_dtype(recipe.compute_dtype, run_device)
     precision = precision_name(recipe.compute_dtype, dtype)
-    set_fp32_precision(allow_tf32=recipe.compute_dtype == "tf32")
-    torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN time its kernels once
+    prepare(run_device, recipe.compute_dtype)
 
     dataset = open_dataset(data, Path(data_dir) if data_dir else None, print, skip_bad=skip_bad)
+    # The first optimizer would import it, a second of work: let that pass while the images are prepared.
+    threading.Thread(target=importlib.import_module, args=("torch._dynamo",)).start()
     kind = pick_loader(recipe.loader, run_device, print)
     mode = pick_compile_mode(recipe.compile, run_device, print)
     train_loader = build_loader(dataset, recipe, train=True, kind=kind, device=run_device)
@@ -119,7 +122,7 @@ def train(
             f"{recipe.batch_size}, {run_device.type}, {precision}, {train_loader.name}, "
             f"{f'compiled ({mode})' if mode else 'eager'} -> {log.folder}"
         )
-        matmul_tflops = measure_matmul_tflops(run_device, dtype)
+        matmul_tflops = measure_matmul_tflops(run_device, dtype, seconds=0.1)  # a short look: users wait
         checkpoints = _checkpoints(log.folder, resume)
         max_lr = recipe.max_lr
         if max_lr == "auto":  # a checkpoint knows what was found

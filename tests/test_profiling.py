@@ -38,7 +38,7 @@ def test_the_sentences_name_the_bound_the_distance_and_a_remedy() -> None:
     assert "loader bounds" in loader and "2.0." in loader and "--loader-threads" in loader
     idle = said(idle_share=0.25)
     assert "GPU is idle 25%" in idle and "3.0." in idle and "reduce-overhead" in idle
-    assert "cores are idle" in said(idle_share=0.4, device="cpu")
+    assert "only 60% of the time" in said(idle_share=0.4, device="cpu")
     assert "Memory traffic" in said(group_shares={MATRIX: 0.3, "pooling": 0.6, REST: 0.1})
     assert "half precision" in said(precision="fp32")
     assert "--compile default" in said(compile="off") and "--compile" not in said(compile="off", device="cpu")
