@@ -19,14 +19,14 @@ import tyro  # noqa: E402  isort: skip
 T = TypeVar("T")
 
 
-DataName = Annotated[str, tyro.conf.arg(metavar="auto|cifar10|synthetic|folder:PATH")]
+DataName = Annotated[str, tyro.conf.arg(metavar="auto|cifar10|cifar100|synthetic|folder:PATH")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     data: DataName = "auto"
-    """auto: CIFAR-10 on disk, else downloaded, else a generated stand-in. cifar10 never falls back.
-    folder:PATH: your own images, a folder per class, in PATH/train and PATH/test or to be split."""
+    """auto: CIFAR-10 on disk, else downloaded, else a generated stand-in. cifar10 and cifar100 never
+    fall back. folder:PATH: your own images, a folder per class, in PATH/train and PATH/test or unsplit."""
     data_dir: Path | None = None
     """Folder of the data; by default $FASTTRAIN_DATA, else data/."""
     skip_bad: bool = False

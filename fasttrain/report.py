@@ -89,9 +89,10 @@ def _find_dataset(name: str, data: str, data_dir: Path | None, *, skip_bad: bool
     if name.startswith(FOLDER):
         raise UserError(f"the run's images are {name}: name their folder with --data folder:PATH")
     root = cifar.locate(data_dir)
-    for folder in (root, root / synthetic.NAME):
-        if cifar.exists(folder):
-            dataset = cifar.read(folder)
+    places = [(root, release) for release in cifar.RELEASES.values()]
+    for folder, release in (*places, (root / synthetic.NAME, cifar.CIFAR10)):
+        if cifar.exists(folder, release):
+            dataset = cifar.read(folder, release)
             if dataset.name == name:
                 return dataset
     raise UserError(f"{root} does not hold the run's images, {name}: name their folder with --data-dir")

@@ -343,7 +343,7 @@ def test_a_choice_that_is_none_is_refused_in_one_line(tmp_path: Path, capsys) ->
         for choice in ("cifar", "folder:"):
             assert main([verb, "--data", choice, "--device", "cpu"][: 3 if verb == "data" else 5]) == 2
             error = capsys.readouterr().err
-            assert f"--data {choice}: expected auto, cifar10, synthetic, or folder:PATH\n" in error
+            assert f"--data {choice}: expected auto, cifar10, cifar100, synthetic, or folder:PATH\n" in error
     with pytest.raises(UserError, match="--skip-bad: only"):
         open_dataset("synthetic", tmp_path, pytest.fail, skip_bad=True)
 

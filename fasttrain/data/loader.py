@@ -28,30 +28,33 @@ def open_dataset(
 ) -> Dataset:
     """The data set that `data` asks for, downloaded or generated where it is not there yet.
 
-    cifar10: the files in the data folder, else a download. auto: the same, and where the download fails, the
-    synthetic stand-in, announced. synthetic: the stand-in. folder:PATH: the images there, cached
-    as pixels in the data folder; with skip_bad those that cannot be decoded are left out.
+    cifar10, cifar100: the files in the data folder, else a download. auto: cifar10, and where the download
+    fails, the synthetic stand-in, announced. synthetic: the stand-in. folder:PATH: the images there, cached as
+    pixels in the data folder; with skip_bad those that cannot be decoded are left out.
     Raises UserError if there is no such data set, or if its files are not as they should be.
     """
     root = cifar.locate(data_dir)
     if data.startswith(FOLDER) and data != FOLDER:
         path = Path(data.removeprefix(FOLDER)).expanduser()
         return folder.read(path, root / "decoded", skip_bad=skip_bad, announce=announce)
-    if data not in ("auto", "cifar10", "synthetic"):
-        raise UserError(f"--data {data}: expected auto, cifar10, synthetic, or folder:PATH")
+    if data not in ("auto", *cifar.RELEASES, "synthetic"):
+        raise UserError(
+            f"--data {data}: expected auto, {', '.join(cifar.RELEASES)}, synthetic, or folder:PATH"
+        )
     if skip_bad:
         raise UserError("--skip-bad: only --data folder:PATH has files to leave out")
     stand_in = root / synthetic.NAME
     if data != "synthetic":
+        release = cifar.RELEASES.get(data, cifar.CIFAR10)
         try:
-            if not cifar.exists(root):
-                cifar.download(root)
-            dataset = cifar.read(root)
-            if data == "cifar10" and dataset.name == synthetic.NAME:
-                raise UserError(f"--data cifar10: {root} holds the stand-in; name another --data-dir")
+            if not cifar.exists(root, release):
+                cifar.download(root, release=release)
+            dataset = cifar.read(root, release)
+            if data != "auto" and dataset.name == synthetic.NAME:
+                raise UserError(f"--data {data}: {root} holds the stand-in; name another --data-dir")
             return dataset
         except cifar.DownloadError as error:
-            if data == "cifar10":
+            if data != "auto":
                 raise
             announce(
                 f"NOT CIFAR-10: {error}. Training on a generated stand-in instead; "
@@ -154,9 +157,9 @@ def show_dataset(dataset: Dataset) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{dataset.name} in {dataset.root}", markup=False)
-    if cifar.exists(dataset.root):
+    if dataset.release:
         files = Table("file", "records", "bytes", "checksum")
-        for state in cifar.checksum_state(dataset.root):
+        for state in cifar.checksum_state(dataset.root, dataset.release):
             checksum = "verified" if state.verified else "not the release"
             files.add_row(state.name, f"{state.records:,}", f"{state.bytes:,}", checksum)
         console.print(files)
