@@ -556,8 +556,10 @@ def test_cifar_100_is_fetched_and_its_fine_labels_read(
 
 
 def test_cifar_100_never_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTTRAIN_MIRRORS", "file:///no/such/file")
-    with pytest.raises(cifar.DownloadError, match=r"CIFAR-100 could not .* cifar-100-binary\.tar\.gz in"):
+    monkeypatch.delenv("FASTTRAIN_MIRRORS", raising=False)
+    nowhere = dataclasses.replace(cifar.CIFAR100, url="file:///no/such/file")
+    monkeypatch.setitem(cifar.RELEASES, "cifar100", nowhere)
+    with pytest.raises(cifar.DownloadError, match=r"CIFAR-100 could not be .*file:///no/such/file: "):
         open_dataset("cifar100", tmp_path, pytest.fail)
     (tmp_path / "cifar-100-binary").mkdir()
     for name in cifar.CIFAR100.files:

@@ -2,8 +2,8 @@
 
 A release (https://www.cs.toronto.edu/~kriz/cifar.html) is a folder, for CIFAR-10 `cifar-10-batches-bin` with
 five training files and one test file. A file is a row of records: a label (for CIFAR-100 two, coarse and
-fine, of which the fine one counts), then the red, green and blue planes of a 32x32 image, row-major. The Python
-releases hold the same pixels as pickles, which can run code when they are opened; these are inert.
+fine, of which the fine one counts), then the red, green and blue planes of a 32x32 image, row-major. The
+Python releases hold the same pixels as pickles, which can run code when they are opened; these are inert.
 
 A set is called "CIFAR-10" only if all its files have the release's SHA-256. Any other set in this layout (a
 generated stand-in, a re-encoded copy) names itself in a `dataset.json` beside its files, as in

@@ -29,8 +29,8 @@ def open_dataset(
     """The data set that `data` asks for, downloaded or generated where it is not there yet.
 
     cifar10, cifar100: the files in the data folder, else a download. auto: cifar10, and where the download
-    fails, the synthetic stand-in, announced. synthetic: the stand-in. folder:PATH: the images there, cached as
-    pixels in the data folder; with skip_bad those that cannot be decoded are left out.
+    fails, the synthetic stand-in, announced. synthetic: the stand-in. folder:PATH: the images there, cached
+    as pixels in the data folder; with skip_bad those that cannot be decoded are left out.
     Raises UserError if there is no such data set, or if its files are not as they should be.
     """
     root = cifar.locate(data_dir)
