@@ -10,7 +10,7 @@ import os  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Any, Literal, TypeVar  # noqa: E402
+from typing import Annotated, Any, Literal, TypeVar  # noqa: E402
 
 from fasttrain.errors import Interrupted, UserError  # noqa: E402
 from fasttrain.recipe import Recipe, load_recipe  # noqa: E402
@@ -20,12 +20,18 @@ import tyro  # noqa: E402  isort: skip
 T = TypeVar("T")
 
 
+DataName = Annotated[str, tyro.conf.arg(metavar="auto|cifar10|cifar100|synthetic|folder:PATH")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    data: Literal["auto", "cifar10", "synthetic"] = "auto"
-    """auto: CIFAR-10 on disk, else downloaded, else a generated stand-in. cifar10 never falls back."""
+    data: DataName = "auto"
+    """auto: CIFAR-10 on disk, else downloaded, else a generated stand-in. cifar10 and cifar100 never
+    fall back. folder:PATH: your own images, a folder per class, in PATH/train and PATH/test or unsplit."""
     data_dir: Path | None = None
     """Folder of the data; by default $FASTTRAIN_DATA, else data/."""
+    skip_bad: bool = False
+    """Leave out files of folder:PATH that cannot be decoded, and say how many; else they are refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +129,12 @@ class ReportOptions:
 
     run: tyro.conf.Positional[Path]
     """The run's folder, as runs/..."""
+    data: Annotated[str, tyro.conf.arg(metavar="auto|folder:PATH")] = "auto"
+    """auto: what --data-dir holds. folder:PATH: the images of a run on a folder."""
     data_dir: Path | None = None
     """Folder of the data; by default $FASTTRAIN_DATA, else data/. Nothing is downloaded."""
+    skip_bad: bool = False
+    """Leave out files of folder:PATH that cannot be decoded, as the run did."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
 
@@ -188,6 +198,7 @@ def train(args: Sequence[str]) -> int:
         options.settings,
         data=options.data,
         data_dir=options.data_dir,
+        skip_bad=options.skip_bad,
         out=options.out,
         device=options.device,
         resume=options.resume,
@@ -207,6 +218,7 @@ def find_lr(args: Sequence[str]) -> int:
         options.settings,
         data=options.data,
         data_dir=options.data_dir,
+        skip_bad=options.skip_bad,
         device=options.device,
         start_lr=options.start_lr,
         end_lr=options.end_lr,
@@ -236,7 +248,7 @@ def evaluate(args: Sequence[str]) -> int:
 
     evaluate_checkpoint(
         options.checkpoint,
-        lambda: open_dataset(options.data, options.data_dir, print),
+        lambda: open_dataset(options.data, options.data_dir, print, skip_bad=options.skip_bad),
         device=options.device,
         mistakes=options.mistakes,
     )
@@ -286,7 +298,14 @@ def report(args: Sequence[str]) -> int:
     options = _parse(ReportOptions, "report", args)
     from fasttrain.report import report
 
-    print(f"report -> {report(options.run, data_dir=options.data_dir, device=options.device)}")
+    path = report(
+        options.run,
+        data=options.data,
+        data_dir=options.data_dir,
+        skip_bad=options.skip_bad,
+        device=options.device,
+    )
+    print(f"report -> {path}")
     return 0
 
 
@@ -307,7 +326,7 @@ def profile(args: Sequence[str]) -> int:
 
     found, table = profile_training(
         options.settings,
-        open_dataset(options.data, options.data_dir, print),
+        open_dataset(options.data, options.data_dir, print, skip_bad=options.skip_bad),
         device=pick_device(options.device),
         out=options.out,
         wait=options.wait,
@@ -329,7 +348,7 @@ def data(args: Sequence[str]) -> int:
     options = _parse(Options, "data", args)
     from fasttrain.data.loader import open_dataset, show_dataset
 
-    show_dataset(open_dataset(options.data, options.data_dir, print))
+    show_dataset(open_dataset(options.data, options.data_dir, print, skip_bad=options.skip_bad))
     return 0
 
 

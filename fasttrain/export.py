@@ -188,7 +188,7 @@ def _without_normalize(model: CustomResNet) -> CustomResNet:
 def _images(dataset_name: str, data_dir: Path | None) -> tuple[Tensor, str]:
     """What to verify on, uint8, and its name: the run's test images, or the same random pixels every time."""
     try:
-        dataset = find_dataset(dataset_name, data_dir)
+        dataset = find_dataset(dataset_name, "auto", data_dir)
     except UserError as error:
         print(f"verified on random pixels: {error}")
         generator = torch.Generator().manual_seed(0)

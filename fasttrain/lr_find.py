@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fasttrain import plots
 from fasttrain.data.cifar import Dataset
-from fasttrain.data.loader import DataChoice, LoaderKind, build_loader, open_dataset, pick_loader
+from fasttrain.data.loader import LoaderKind, build_loader, open_dataset, pick_loader
 from fasttrain.errors import UserError
 from fasttrain.files import write_atomically
 from fasttrain.machine import fork_rng, pick_compute_dtype, pick_device, prepare
@@ -84,8 +84,9 @@ class LrSearch:
 def find_lr(
     recipe: Recipe,
     *,
-    data: DataChoice,
+    data: str,
     data_dir: Path | None,
+    skip_bad: bool,
     device: str,
     start_lr: float,
     end_lr: float,
@@ -103,7 +104,7 @@ def find_lr(
     run_device = pick_device(device)
     prepare(run_device, recipe.compute_dtype)
     search = find_max_lr(
-        open_dataset(data, data_dir, print),
+        open_dataset(data, data_dir, print, skip_bad=skip_bad),
         recipe,
         kind=pick_loader(recipe.loader, run_device, print),
         device=run_device,

@@ -16,7 +16,7 @@ from fasttrain import plots
 from fasttrain.checkpoint import load_checkpoint
 from fasttrain.data import cifar, synthetic
 from fasttrain.data.cifar import Dataset, Split
-from fasttrain.data.loader import build_loader, pick_loader
+from fasttrain.data.loader import FOLDER, build_loader, open_dataset, pick_loader
 from fasttrain.errors import UserError
 from fasttrain.evaluate import Evaluation, evaluate_state
 from fasttrain.machine import fork_rng, pick_device
@@ -51,28 +51,48 @@ R = TypeVar("R")
 # ----------------------------------------------------------------------------------------------- the command
 
 
-def report(folder: Path, *, data_dir: Path | None = None, device: str = "auto") -> Path:
+def report(
+    folder: Path,
+    *,
+    data: str = "auto",
+    data_dir: Path | None = None,
+    skip_bad: bool = False,
+    device: str = "auto",
+) -> Path:
     """Write a finished run's report.html anew; returns the file.
 
     The figures of the test images come from evaluating last.pt again. Nothing is downloaded or generated:
     without the run's images, or without last.pt, their sections are left out.
+    data: folder:PATH for a run on a folder, with skip_bad where bad files are in it; else auto.
     Raises UserError if there is no finished run, or if it cannot be written.
     """
+    if data != "auto" and not data.startswith(FOLDER):
+        raise UserError(f"--data {data}: expected auto or folder:PATH")
     run = load_run(folder)
     run_device = pick_device(device)
-    dataset = _given(run.result["dataset"], lambda name: find_dataset(name, data_dir))
+    dataset = _given(
+        run.result["dataset"], lambda name: find_dataset(name, data, data_dir, skip_bad=skip_bad)
+    )
     evaluation = _given(
         dataset, lambda images: evaluate_state(load_checkpoint(folder / "last.pt"), images, run_device)
     )
     return write_report(run, dataset, evaluation, device=run_device)
 
 
-def find_dataset(name: str, data_dir: Path | None) -> Dataset:
-    """The data set of this name in the data folder, or the stand-in that is kept inside it."""
+def find_dataset(name: str, data: str, data_dir: Path | None, *, skip_bad: bool = False) -> Dataset:
+    """The data set of this name: the folder of images, what the data folder holds, or the stand-in in it."""
+    if data.startswith(FOLDER):
+        dataset = open_dataset(data, data_dir, print, skip_bad=skip_bad)
+        if dataset.name == name:
+            return dataset
+        raise UserError(f"--data {data}: the run's images are {name}: name their folder")
+    if name.startswith(FOLDER):
+        raise UserError(f"the run's images are {name}: name their folder with --data folder:PATH")
     root = cifar.locate(data_dir)
-    for folder in (root, root / synthetic.NAME):
-        if cifar.exists(folder):
-            dataset = cifar.read(folder)
+    places = [(root, release) for release in cifar.RELEASES.values()]
+    for folder, release in (*places, (root / synthetic.NAME, cifar.CIFAR10)):
+        if cifar.exists(folder, release):
+            dataset = cifar.read(folder, release)
             if dataset.name == name:
                 return dataset
     raise UserError(f"{root} does not hold the run's images, {name}: name their folder with --data-dir")

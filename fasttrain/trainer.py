@@ -19,7 +19,7 @@ from torch import Tensor
 from fasttrain.checkpoint import LAST, PREVIOUS, CheckpointWriter, SaveInterval
 from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset
-from fasttrain.data.loader import DataChoice, build_loader, open_dataset, pick_loader
+from fasttrain.data.loader import build_loader, open_dataset, pick_loader
 from fasttrain.errors import DivergedError, UserError
 from fasttrain.evaluate import Evaluation, evaluate
 from fasttrain.files import hold_folder, remove_temporaries
@@ -61,8 +61,9 @@ MAX_ROLLBACKS = 3
 def train(
     recipe: Recipe,
     *,
-    data: DataChoice = "auto",
+    data: str = "auto",
     data_dir: Path | str | None = None,
+    skip_bad: bool = False,
     out: Path | str = "runs",
     device: str = "auto",
     resume: str | Path | None = None,
@@ -74,6 +75,7 @@ def train(
 ) -> Run:
     """Train one recipe and leave a run's folder; returns what is in it.
 
+    data, data_dir, skip_bad: the images, as data.loader.open_dataset takes them.
     resume: go on with an unfinished run of this recipe: its folder, a checkpoint in it, or auto for the
     newest under `out`.
     save_every: steps, as 500, or seconds, as 60s, between two checkpoints; every epoch ends with one.
@@ -98,7 +100,7 @@ def train(
     precision = precision_name(recipe.compute_dtype, dtype)
     prepare(run_device, recipe.compute_dtype)
 
-    dataset = open_dataset(data, Path(data_dir) if data_dir else None, print)
+    dataset = open_dataset(data, Path(data_dir) if data_dir else None, print, skip_bad=skip_bad)
     # The first optimizer would import it, a second of work: let that pass while the images are prepared.
     threading.Thread(target=importlib.import_module, args=("torch._dynamo",)).start()
     kind = pick_loader(recipe.loader, run_device, print)
@@ -151,6 +153,7 @@ def train(
             log.folder,
             data=(data, "auto"),
             data_dir=(data_dir, None),
+            skip_bad=(skip_bad, False),
             device=(device, "auto"),
             save_every=(save_every, SAVE_EVERY),
             on_nan=(on_nan, "stop"),

@@ -29,6 +29,7 @@ FLOORS = [
     },
     {
         "fasttrain.data.synthetic",
+        "fasttrain.data.folder",
         "fasttrain.data.dali",
         "fasttrain.data.tensor",
         "fasttrain.step",

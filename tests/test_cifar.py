@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import io
 import json
@@ -7,32 +8,40 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fasttrain.data import cifar
+from fasttrain.data.loader import open_dataset, show_dataset
 from fasttrain.errors import UserError
+from fasttrain.report import find_dataset
 
 RECORDS = 4
 
 
 def records(count: int, seed: int) -> bytes:
-    content = np.random.default_rng(seed).integers(0, 256, (count, cifar.RECORD_BYTES), np.uint8)
+    content = np.random.default_rng(seed).integers(0, 256, (count, cifar.CIFAR10.record_bytes), np.uint8)
     content[:, 0] %= 10
     return content.tobytes()
 
 
 def write_set(root: Path) -> Path:
-    folder = root / cifar.FOLDER
+    folder = root / cifar.CIFAR10.folder
     folder.mkdir(parents=True)
-    for seed, name in enumerate(cifar.FILES):
+    for seed, name in enumerate(cifar.CIFAR10.files):
         (folder / name).write_bytes(records(RECORDS + seed, seed))
     return folder
 
 
+def pretend(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Change what is known of the release of CIFAR-10 for this test."""
+    monkeypatch.setattr(cifar, "CIFAR10", dataclasses.replace(cifar.CIFAR10, **changes))
+
+
 def digests(folder: Path) -> dict[str, str]:
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in cifar.FILES}
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in cifar.CIFAR10.files}
 
 
 # Reading
@@ -41,7 +50,7 @@ def digests(folder: Path) -> dict[str, str]:
 def test_read_keeps_order_planes_and_labels(tmp_path: Path) -> None:
     folder = write_set(tmp_path)
     data = cifar.read(tmp_path)
-    raw = b"".join((folder / name).read_bytes() for name in cifar.TRAIN_FILES)
+    raw = b"".join((folder / name).read_bytes() for name in cifar.CIFAR10.train_files)
     assert data.train.images.shape == (len(raw) // 3073, 3, 32, 32) and data.train.images.dtype == np.uint8
     for index in (0, RECORDS, len(data.train.labels) - 1):
         record = raw[index * 3073 : (index + 1) * 3073]
@@ -50,7 +59,7 @@ def test_read_keeps_order_planes_and_labels(tmp_path: Path) -> None:
         assert data.train.images[index, 1, 2, 3] == record[1 + 1024 + 2 * 32 + 3]
         assert data.train.images[index].tobytes() == record[1:]
     assert len(data.test.labels) == RECORDS + 5
-    assert data.classes == cifar.CLASSES
+    assert data.classes == cifar.CIFAR10.classes
 
 
 def test_root_may_be_the_inner_folder(tmp_path: Path) -> None:
@@ -59,7 +68,7 @@ def test_root_may_be_the_inner_folder(tmp_path: Path) -> None:
     assert np.array_equal(cifar.read(folder).train.images, cifar.read(tmp_path).train.images)
 
 
-@pytest.mark.parametrize("name", cifar.FILES)
+@pytest.mark.parametrize("name", cifar.CIFAR10.files)
 def test_missing_file_is_named(tmp_path: Path, name: str) -> None:
     (write_set(tmp_path) / name).unlink()
     assert not cifar.exists(tmp_path)
@@ -76,13 +85,13 @@ def test_truncated_file_is_named_with_its_size(tmp_path: Path, size: int) -> Non
 
 
 def test_label_out_of_range_names_the_record(tmp_path: Path) -> None:
-    path = write_set(tmp_path) / cifar.TEST_FILE
+    path = write_set(tmp_path) / cifar.CIFAR10.test_file
     content = bytearray(path.read_bytes())
     content[2 * 3073] = 10
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"test_batch\.bin: record 2 has label 10, expected 0 to 9"):
         cifar.read(tmp_path)
-    (path.parent / cifar.CLASSES_FILE).write_text("\n".join("abcdefghijk") + "\n\n")
+    (path.parent / cifar.CIFAR10.classes_file).write_text("\n".join("abcdefghijk") + "\n\n")
     assert cifar.read(tmp_path).classes == tuple("abcdefghijk")
 
 
@@ -93,9 +102,8 @@ def pretend_release(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the small files in `folder` the release, for this test."""
     mean, std = cifar.channel_statistics(cifar.read(folder).train.images)
     (folder / cifar.STATISTICS_FILE).unlink()
-    monkeypatch.setattr(cifar, "RELEASE_SHA256", digests(folder))
-    monkeypatch.setattr(cifar, "PUBLISHED_MEAN", tuple(round(value, 4) for value in mean))
-    monkeypatch.setattr(cifar, "PUBLISHED_STD", tuple(round(value, 4) for value in std))
+    mean, std = (tuple(round(value, 4) for value in values) for values in (mean, std))
+    pretend(monkeypatch, sha256=digests(folder), mean=mean, std=std)
 
 
 def test_only_the_release_is_called_cifar_10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +123,7 @@ def test_only_the_release_is_called_cifar_10(tmp_path: Path, monkeypatch: pytest
 
 def test_a_release_with_other_statistics_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_release(write_set(tmp_path), monkeypatch)
-    monkeypatch.setattr(cifar, "PUBLISHED_STD", (0.2470, 0.2435, 0.2616))
+    pretend(monkeypatch, std=(0.2470, 0.2435, 0.2616))
     with pytest.raises(UserError, match="mean and std"):
         cifar.read(tmp_path)
 
@@ -256,8 +264,15 @@ def serve() -> Iterator[Serve]:
 
 def members() -> dict[str, bytes]:
     """The release's layout in small."""
-    files = {f"{cifar.FOLDER}/{name}": records(RECORDS, seed) for seed, name in enumerate(cifar.FILES)}
-    return {**files, f"{cifar.FOLDER}/{cifar.CLASSES_FILE}": "\n".join(cifar.CLASSES).encode() + b"\n\n"}
+    files = {
+        f"{cifar.CIFAR10.folder}/{name}": records(RECORDS, seed)
+        for seed, name in enumerate(cifar.CIFAR10.files)
+    }
+    return {
+        **files,
+        f"{cifar.CIFAR10.folder}/{cifar.CIFAR10.classes_file}": "\n".join(cifar.CIFAR10.classes).encode()
+        + b"\n\n",
+    }
 
 
 def pack(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> bytes:
@@ -269,9 +284,13 @@ def pack(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> bytes:
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     archive = buffer.getvalue()
-    monkeypatch.setattr(cifar, "BATCH_BYTES", RECORDS * cifar.RECORD_BYTES)
-    monkeypatch.setattr(cifar, "ARCHIVE_BYTES", len(archive))
-    monkeypatch.setattr(cifar, "ARCHIVE_MD5", hashlib.md5(archive).hexdigest())
+    pretend(
+        monkeypatch,
+        train_images=5 * RECORDS,
+        test_images=RECORDS,
+        archive_bytes=len(archive),
+        archive_md5=hashlib.md5(archive).hexdigest(),
+    )
     return archive
 
 
@@ -281,9 +300,11 @@ def archive(monkeypatch: pytest.MonkeyPatch) -> bytes:
 
 
 def assert_complete(root: Path) -> None:
-    folder = root / cifar.FOLDER
+    folder = root / cifar.CIFAR10.folder
     assert list(root.iterdir()) == [folder]  # neither the archive nor a temporary folder
-    assert {f"{cifar.FOLDER}/{path.name}": path.read_bytes() for path in folder.iterdir()} == members()
+    assert {
+        f"{cifar.CIFAR10.folder}/{path.name}": path.read_bytes() for path in folder.iterdir()
+    } == members()
 
 
 def part_of(root: Path) -> Path:
@@ -360,7 +381,7 @@ def test_an_endless_answer_cannot_fill_the_disk(
     tmp_path: Path, archive: bytes, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cifar, "CHUNK_BYTES", 1000)
-    cifar._transfer(serve(archive * 100).url, part_of(tmp_path))
+    cifar._transfer(serve(archive * 100).url, part_of(tmp_path), cifar.CIFAR10)
     assert part_of(tmp_path).stat().st_size <= len(archive) + 1000
 
 
@@ -385,7 +406,7 @@ def test_mirrors_of_the_environment(tmp_path: Path, archive: bytes, monkeypatch:
 def test_strange_members_stay_in_the_archive(
     tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = cifar.FOLDER
+    here = cifar.CIFAR10.folder
     evil = [
         "../evil",
         "/evil",
@@ -402,34 +423,38 @@ def test_strange_members_stay_in_the_archive(
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("data_batch_4.bin", bytes(100_000)), ("data_batch_4.bin", b""), (cifar.CLASSES_FILE, b"?" * 5000)],
+    [
+        ("data_batch_4.bin", bytes(100_000)),
+        ("data_batch_4.bin", b""),
+        (cifar.CIFAR10.classes_file, b"?" * 5000),
+    ],
 )
 def test_a_member_of_another_size_is_refused(
     tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes
 ) -> None:
-    files = {**members(), f"{cifar.FOLDER}/{name}": content}
+    files = {**members(), f"{cifar.CIFAR10.folder}/{name}": content}
     with pytest.raises(UserError, match=f"{name} has {len(content)} bytes"):
         cifar.download(tmp_path, [serve(pack(files, monkeypatch)).url])
-    assert not (tmp_path / cifar.FOLDER).exists()
+    assert not (tmp_path / cifar.CIFAR10.folder).exists()
 
 
 def test_a_link_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cifar, "BATCH_BYTES", 0)
+    pretend(monkeypatch, train_images=0)
     path = tmp_path / "links.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
-        link = tarfile.TarInfo(f"{cifar.FOLDER}/data_batch_1.bin")
+        link = tarfile.TarInfo(f"{cifar.CIFAR10.folder}/data_batch_1.bin")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
         tar.addfile(link)
     with pytest.raises(UserError, match="no plain file"):
-        cifar._unpack(path, tmp_path / cifar.FOLDER)
+        cifar._unpack(path, tmp_path / cifar.CIFAR10.folder, cifar.CIFAR10)
 
 
 def test_a_lacking_member_is_named(tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     files = members()
-    del files[f"{cifar.FOLDER}/test_batch.bin"]
+    del files[f"{cifar.CIFAR10.folder}/test_batch.bin"]
     with pytest.raises(UserError, match=r"lacks test_batch\.bin"):
         cifar.download(tmp_path, [serve(pack(files, monkeypatch)).url])
-    assert not (tmp_path / cifar.FOLDER).exists()
+    assert not (tmp_path / cifar.CIFAR10.folder).exists()
 
 
 def test_a_full_disk_leaves_nothing_visible(
@@ -472,3 +497,72 @@ def test_new_folder_refuses_a_folder_that_has_files(tmp_path: Path) -> None:
         (target / "theirs").write_text("theirs")
     assert [path.name for path in target.iterdir()] == ["theirs"]
     assert list(tmp_path.iterdir()) == [target]
+
+
+# CIFAR-100
+
+
+def records_100(count: int, seed: int) -> bytes:
+    content = np.random.default_rng(seed).integers(0, 256, (count, 3074), np.uint8)
+    content[:, 0] %= 20
+    content[:, 1] %= 100
+    return content.tobytes()
+
+
+def members_100() -> dict[str, bytes]:
+    names = "\n".join(f"fine {n}" for n in range(100)).encode() + b"\n"
+    files = {"train.bin": records_100(10, 1), "test.bin": records_100(4, 2), "fine_label_names.txt": names}
+    return {f"cifar-100-binary/{name}": content for name, content in files.items()}
+
+
+def test_cifar_100_is_fetched_and_its_fine_labels_read(
+    tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = members_100()
+    archive = pack({**files, "cifar-100-binary/coarse_label_names.txt": b"coarse"}, monkeypatch)
+    release = dataclasses.replace(
+        cifar.CIFAR100,
+        train_images=10,
+        test_images=4,
+        archive_bytes=len(archive),
+        archive_md5=hashlib.md5(archive).hexdigest(),
+    )
+    monkeypatch.setitem(cifar.RELEASES, "cifar100", release)
+    mirror = serve(archive, cuts=(9000,))
+    monkeypatch.setenv("FASTTRAIN_MIRRORS", mirror.url)
+    data = open_dataset("cifar100", tmp_path, pytest.fail)
+    assert mirror.asked == [None, "bytes=9000-"]
+    folder = tmp_path / "cifar-100-binary"
+    assert not (folder / "coarse_label_names.txt").exists()
+    raw = np.frombuffer(files["cifar-100-binary/train.bin"], np.uint8).reshape(10, 3074)
+    assert np.array_equal(data.train.labels, raw[:, 1]) and len(data.test.labels) == 4
+    assert np.array_equal(data.train.images.reshape(10, -1), raw[:, 2:])
+    assert data.name == "CIFAR-100 (unverified)" and data.classes[99] == "fine 99"
+    show_dataset(data)
+    assert "test.bin" in capsys.readouterr().out
+    verified = dataclasses.replace(
+        release,
+        sha256={name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in release.files},
+    )
+    assert cifar.read(tmp_path, verified).name == "CIFAR-100"
+    assert find_dataset("CIFAR-100 (unverified)", "auto", tmp_path, skip_bad=False).classes == data.classes
+    (folder / cifar.NAME_FILE).write_text('{"name": "cifar-100"}')
+    with pytest.raises(UserError, match="not that release"):
+        cifar.read(tmp_path, release)
+    (folder / cifar.NAME_FILE).unlink()
+    (folder / "fine_label_names.txt").unlink()
+    with pytest.raises(UserError, match=r"fine_label_names\.txt: no names of classes"):
+        cifar.read(tmp_path, release)
+
+
+def test_cifar_100_never_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTTRAIN_MIRRORS", raising=False)
+    nowhere = dataclasses.replace(cifar.CIFAR100, url="file:///no/such/file")
+    monkeypatch.setitem(cifar.RELEASES, "cifar100", nowhere)
+    with pytest.raises(cifar.DownloadError, match=r"CIFAR-100 could not be .*file:///no/such/file: "):
+        open_dataset("cifar100", tmp_path, pytest.fail)
+    (tmp_path / "cifar-100-binary").mkdir()
+    for name in cifar.CIFAR100.files:
+        (tmp_path / "cifar-100-binary" / name).write_bytes(bytes(3073))
+    with pytest.raises(UserError, match=r"train\.bin: 3073 bytes, .*3074 \(153700000 in the release"):
+        open_dataset("cifar100", tmp_path, pytest.fail)

@@ -283,7 +283,7 @@ def test_without_dali_the_torch_loader_takes_over_in_one_line(monkeypatch) -> No
 
 @pytest.fixture
 def no_network(monkeypatch) -> None:
-    def download(root: Path) -> None:
+    def download(root: Path, release: cifar.Release) -> None:
         raise cifar.DownloadError("no mirror answered")
 
     monkeypatch.setattr(cifar, "download", download)

@@ -183,10 +183,10 @@ def test_a_best_epoch_before_the_last_is_called_flattering(run: Path, tmp_path, 
 def test_names_from_files_are_escaped(run: Path, dataset_dir: Path, tmp_path) -> None:
     data, folder = tmp_path / "data", copied(run, tmp_path / "run", dataset=HOSTILE)
     shutil.copytree(dataset_dir, data)
-    inner = data / cifar.FOLDER
+    inner = data / cifar.CIFAR10.folder
     (inner / cifar.NAME_FILE).write_text(json.dumps({"name": HOSTILE}))
     classes = [HOSTILE, *cifar.read(dataset_dir).classes[1:]]
-    (inner / cifar.CLASSES_FILE).write_text("\n".join(classes) + "\n")
+    (inner / cifar.CIFAR10.classes_file).write_text("\n".join(classes) + "\n")
     recipe = json.loads((folder / "recipe.json").read_text())
     (folder / "recipe.json").write_text(json.dumps(recipe | {"name": HOSTILE}))
     torch.save(torch.load(run / "last.pt") | {"classes": classes}, folder / "last.pt")

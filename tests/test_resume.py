@@ -189,7 +189,9 @@ def test_flags_that_contradict_the_run_are_refused_by_name(
 def test_other_images_are_refused_and_nothing_changes(dataset_dir, tmp_path, monkeypatch) -> None:
     folder = stop_at(dataset_dir, tmp_path, 1, monkeypatch)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(trainer, "open_dataset", lambda *_: dataclasses.replace(original(*_), name="other"))
+    monkeypatch.setattr(
+        trainer, "open_dataset", lambda *_, **__: dataclasses.replace(original(*_), name="other")
+    )
     with pytest.raises(UserError, match="dataset is other and was synthetic"):
         train(dataset_dir, tmp_path, resume=folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -16,12 +16,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> cifar.Dataset:
 
 
 def content(root: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (root / cifar.FOLDER).iterdir()}
+    return {path.name: path.read_bytes() for path in (root / cifar.CIFAR10.folder).iterdir()}
 
 
 def test_it_is_read_like_the_release(data: cifar.Dataset) -> None:
     assert data.name == "synthetic"
-    assert len(data.classes) == 10 and not set(data.classes) & set(cifar.CLASSES)
+    assert len(data.classes) == 10 and not set(data.classes) & set(cifar.CIFAR10.classes)
     for split, count in ((data.train, 4000), (data.test, 1000)):
         assert split.images.shape == (count, 3, 32, 32)
         assert np.bincount(split.labels).tolist() == [count // 10] * 10
@@ -41,14 +41,14 @@ def test_a_seed_gives_the_same_bytes(tmp_path: Path) -> None:
         synthetic.generate(tmp_path / folder, train_count=23, test_count=7, seed=seed)
     assert content(tmp_path / "a") == content(tmp_path / "b")
     a, c = content(tmp_path / "a"), content(tmp_path / "c")
-    assert [name for name in cifar.FILES if a[name] == c[name]] == []
+    assert [name for name in cifar.CIFAR10.files if a[name] == c[name]] == []
     data = cifar.read(tmp_path / "a")
     assert (len(data.train.labels), len(data.test.labels)) == (23, 7)
 
 
 def test_a_finished_set_is_left_alone(tmp_path: Path) -> None:
     synthetic.generate(tmp_path, train_count=20, test_count=5)
-    path = tmp_path / cifar.FOLDER / cifar.TEST_FILE
+    path = tmp_path / cifar.CIFAR10.folder / cifar.CIFAR10.test_file
     before = path.stat()
     synthetic.generate(tmp_path, train_count=20, test_count=5)
     assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_ino == before.st_ino
@@ -60,7 +60,7 @@ def test_other_data_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="another data set"):
         synthetic.generate(tmp_path, train_count=20, test_count=5, seed=1)
     assert content(tmp_path) == before
-    (tmp_path / cifar.FOLDER / cifar.TEST_FILE).unlink()
+    (tmp_path / cifar.CIFAR10.folder / cifar.CIFAR10.test_file).unlink()
     with pytest.raises(UserError, match="another data set"):
         synthetic.generate(tmp_path, train_count=20, test_count=5)
 
@@ -83,7 +83,7 @@ def test_no_file_may_be_empty(tmp_path: Path, train_count: int, test_count: int)
 
 def test_the_name_file_tells_how_it_was_made(tmp_path: Path) -> None:
     synthetic.generate(tmp_path, train_count=20, test_count=5, seed=3)
-    identity = json.loads((tmp_path / cifar.FOLDER / cifar.NAME_FILE).read_text())
+    identity = json.loads((tmp_path / cifar.CIFAR10.folder / cifar.NAME_FILE).read_text())
     assert identity == {
         "name": "synthetic", "generator": synthetic.GENERATOR, "train_count": 20, "test_count": 5, "seed": 3
     }  # fmt: skip

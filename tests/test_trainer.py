@@ -103,7 +103,7 @@ def test_evaluate_gives_the_accuracy_that_the_run_ended_with(run: Path, dataset_
 
 def test_evaluate_refuses_another_data_set(run: Path, dataset_dir: Path, tmp_path, capsys) -> None:
     state = load_checkpoint(run / "last.pt")
-    torch.save(state | {"classes": list(cifar.CLASSES), "dataset": "CIFAR-10"}, tmp_path / "other.pt")
+    torch.save(state | {"classes": list(cifar.CIFAR10.classes), "dataset": "CIFAR-10"}, tmp_path / "other.pt")
     assert main(["evaluate", str(tmp_path / "other.pt"), "--data-dir", str(dataset_dir)]) == 2
     assert "was trained on CIFAR-10, not on synthetic" in capsys.readouterr().err
 

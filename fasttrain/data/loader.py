@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fasttrain.data import cifar, synthetic
+from fasttrain.data import cifar, folder, synthetic
 from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset, Split
 from fasttrain.data.sampler import Augmentation, Sampler
@@ -16,31 +16,45 @@ from fasttrain.errors import UserError
 from fasttrain.recipe import Recipe
 
 LoaderKind = Literal["dali", "tensor"]
-DataChoice = Literal["auto", "cifar10", "synthetic"]
+FOLDER = "folder:"
+"""What `--data` begins with where the images are a user's own."""
 
 EVAL_BATCH_SIZE = 1000
 """Divides CIFAR-10's 10,000 test images, so that every batch has one shape."""
 
 
-def open_dataset(data: DataChoice, data_dir: Path | None, announce: Callable[[str], object]) -> Dataset:
+def open_dataset(
+    data: str, data_dir: Path | None, announce: Callable[[str], object], *, skip_bad: bool = False
+) -> Dataset:
     """The data set that `data` asks for, downloaded or generated where it is not there yet.
 
-    cifar10: the files in the data folder, else a download. auto: the same, and where the download fails, the
-    synthetic stand-in, announced. synthetic: the stand-in.
+    cifar10, cifar100: the files in the data folder, else a download. auto: cifar10, and where the download
+    fails, the synthetic stand-in, announced. synthetic: the stand-in. folder:PATH: the images there, cached
+    as pixels in the data folder; with skip_bad those that cannot be decoded are left out.
     Raises UserError if there is no such data set, or if its files are not as they should be.
     """
     root = cifar.locate(data_dir)
+    if data.startswith(FOLDER) and data != FOLDER:
+        path = Path(data.removeprefix(FOLDER)).expanduser()
+        return folder.read(path, root / "decoded", skip_bad=skip_bad, announce=announce)
+    if data not in ("auto", *cifar.RELEASES, "synthetic"):
+        raise UserError(
+            f"--data {data}: expected auto, {', '.join(cifar.RELEASES)}, synthetic, or folder:PATH"
+        )
+    if skip_bad:
+        raise UserError("--skip-bad: only --data folder:PATH has files to leave out")
     stand_in = root / synthetic.NAME
     if data != "synthetic":
+        release = cifar.RELEASES.get(data, cifar.CIFAR10)
         try:
-            if not cifar.exists(root):
-                cifar.download(root)
-            dataset = cifar.read(root)
-            if data == "cifar10" and dataset.name == synthetic.NAME:
-                raise UserError(f"--data cifar10: {root} holds the stand-in; name another --data-dir")
+            if not cifar.exists(root, release):
+                cifar.download(root, release=release)
+            dataset = cifar.read(root, release)
+            if data != "auto" and dataset.name == synthetic.NAME:
+                raise UserError(f"--data {data}: {root} holds the stand-in; name another --data-dir")
             return dataset
         except cifar.DownloadError as error:
-            if data == "cifar10":
+            if data != "auto":
                 raise
             announce(
                 f"NOT CIFAR-10: {error}. Training on a generated stand-in instead; "
@@ -136,22 +150,25 @@ def padded(split: Split, padding: int) -> np.ndarray:
 
 
 def show_dataset(dataset: Dataset) -> None:
-    """Print what is on disk: files and checksum state, counts per class, mean and standard deviation."""
+    """Print what is on disk: a release's files and checksums, counts per class, mean, standard deviation."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{dataset.name} in {dataset.root}", markup=False)
-    files = Table("file", "records", "bytes", "checksum")
-    for state in cifar.checksum_state(dataset.root):
-        checksum = "verified" if state.verified else "not the release"
-        files.add_row(state.name, f"{state.records:,}", f"{state.bytes:,}", checksum)
+    if dataset.release:
+        files = Table("file", "records", "bytes", "checksum")
+        for state in cifar.checksum_state(dataset.root, dataset.release):
+            checksum = "verified" if state.verified else "not the release"
+            files.add_row(state.name, f"{state.records:,}", f"{state.bytes:,}", checksum)
+        console.print(files)
     classes = Table("class", "training images", "test images")
     for index, name in enumerate(dataset.classes):
         counts = [int((split.labels == index).sum()) for split in (dataset.train, dataset.test)]
-        classes.add_row(name, *(f"{count:,}" for count in counts))
+        classes.add_row(escape(name), *(f"{count:,}" for count in counts))
     statistics = Table("channel", "mean", "standard deviation", title="training images, 0 to 1")
     for channel, mean, std in zip(("red", "green", "blue"), dataset.mean, dataset.std, strict=True):
         statistics.add_row(channel, f"{mean:.4f}", f"{std:.4f}")
-    for table in (files, classes, statistics):
-        console.print(table)
+    console.print(classes)
+    console.print(statistics)

@@ -74,9 +74,9 @@ def generate(root: Path, train_count: int = 10_000, test_count: int = 2_000, see
     Raises ValueError for fewer than 5 training images or 1 test image, as no file may be empty; UserError if
     the folder holds anything else or cannot be written.
     """
-    if train_count < len(cifar.TRAIN_FILES) or test_count < 1:
+    if train_count < len(cifar.CIFAR10.train_files) or test_count < 1:
         raise ValueError(f"expected train_count >= 5 and test_count >= 1, got {train_count} and {test_count}")
-    target = root / cifar.FOLDER
+    target = root / cifar.CIFAR10.folder
     identity = {
         "name": NAME,
         "generator": GENERATOR,
@@ -89,9 +89,9 @@ def generate(root: Path, train_count: int = 10_000, test_count: int = 2_000, see
             return
         raise UserError(f"{target}: holds another data set; choose another --data-dir or move this one away")
 
-    counts = [len(part) for part in np.array_split(np.arange(train_count), len(cifar.TRAIN_FILES))]
+    counts = [len(part) for part in np.array_split(np.arange(train_count), len(cifar.CIFAR10.train_files))]
     with cifar.new_folder(target) as folder:
-        for index, (name, count) in enumerate(zip(cifar.FILES, [*counts, test_count], strict=True)):
+        for index, (name, count) in enumerate(zip(cifar.CIFAR10.files, [*counts, test_count], strict=True)):
             rng = np.random.default_rng([seed, index])
             labels = rng.permutation(np.arange(count) % len(PATTERNS)).astype(np.uint8)
             with (folder / name).open("wb") as file:
@@ -99,7 +99,7 @@ def generate(root: Path, train_count: int = 10_000, test_count: int = 2_000, see
                     chunk = labels[start : start + CHUNK]
                     images = _images(chunk, rng).reshape(len(chunk), -1)
                     file.write(np.concatenate([chunk[:, None], images], axis=1).tobytes())
-        (folder / cifar.CLASSES_FILE).write_text("\n".join(PATTERNS) + "\n", "utf-8")
+        (folder / cifar.CIFAR10.classes_file).write_text("\n".join(PATTERNS) + "\n", "utf-8")
         (folder / cifar.NAME_FILE).write_text(json.dumps(identity) + "\n", "utf-8")
 
 

@@ -1,0 +1,376 @@
+"""A user's own images: what is read, how it is split, and what is refused."""
+
+import json
+import os
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fasttrain.__main__ import main
+from fasttrain.data import folder
+from fasttrain.data.cifar import Dataset, channel_statistics
+from fasttrain.data.loader import open_dataset
+from fasttrain.errors import UserError
+
+
+def noise(seed: int, width: int = 32, height: int = 32) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def write_class(path: Path, count: int, suffix: str = "png", seed: int = 0) -> Path:
+    path.mkdir(parents=True)
+    for index in range(count):
+        noise(seed + index).save(path / f"{index:03}.{suffix}")
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two classes of ten images each, to be split."""
+    root = tmp_path / "pets"
+    write_class(root / "dog", 10)
+    write_class(root / "cat", 10, seed=100)
+    return root
+
+
+def read(root: Path, **settings) -> Dataset:
+    return folder.read(
+        root, root.parent / "cache", announce=settings.pop("announce", pytest.fail), **settings
+    )
+
+
+def refused(root: Path, text: str) -> str:
+    with pytest.raises(UserError, match=text) as refusal:
+        read(root)
+    message = str(refusal.value)
+    assert "\n" not in message and str(root) in message
+    return message
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+
+
+def holds(images: np.ndarray, image_CHW: np.ndarray) -> bool:
+    return bool((images == image_CHW).all((1, 2, 3)).any())
+
+
+def test_a_flat_folder_is_split_by_class_and_every_image_counts_once(root: Path) -> None:
+    data = read(root)
+    assert (data.name, data.classes, data.root) == ("folder:pets", ("cat", "dog"), root)
+    assert data.train.images.shape == (16, 3, 32, 32) and data.train.images.dtype == np.uint8
+    assert np.bincount(data.train.labels).tolist() == [8, 8]
+    assert np.bincount(data.test.labels).tolist() == [2, 2]
+    for label, first in ((0, 100), (1, 0)):
+        for seed in range(first, first + 10):
+            image_CHW = pixels(noise(seed))
+            in_train, in_test = (
+                holds(split.images[split.labels == label], image_CHW) for split in (data.train, data.test)
+            )
+            assert in_train != in_test
+    assert (data.mean, data.std) == channel_statistics(data.train.images)
+    assert 0 < data.train.labels[:8].sum() < 8  # mixed: the first images show more than one class
+
+
+def test_the_split_depends_on_names_alone(root: Path, tmp_path: Path) -> None:
+    data = read(root)
+    for label, name in enumerate(("cat", "dog")):
+        in_order = sorted(
+            (f"{name}/{i:03}.png" for i in range(10)), key=lambda key: sha256(key.encode()).digest()
+        )
+        mine = data.test.images[data.test.labels == label]
+        assert all(holds(mine, pixels(Image.open(root / path))) for path in in_order[:2])
+    elsewhere = tmp_path / "moved"
+    for name in ("cat", "dog"):
+        (elsewhere / name).mkdir(parents=True)
+        for path in sorted((root / name).iterdir(), reverse=True):
+            (elsewhere / name / path.name).write_bytes(path.read_bytes())
+    again = read(elsewhere)
+    assert np.array_equal(data.test.images, again.test.images)
+    assert np.array_equal(data.train.images, again.train.images)
+    (root / "cat" / "new.png").write_bytes((root / "cat" / "000.png").read_bytes())
+    kept = read(root).test.images
+    assert sum(holds(kept, image_CHW) for image_CHW in data.test.images) >= 3  # at most a border moves
+
+
+@pytest.mark.parametrize("tests", ["val", "test"])
+def test_train_and_test_folders_are_taken_as_they_are(tmp_path: Path, tests: str) -> None:
+    root = tmp_path / "pets"
+    write_class(root / "train" / "cat", 3)
+    write_class(root / "train" / "dog", 2, seed=10)
+    write_class(root / tests / "dog", 4, seed=20)
+    data = read(root)
+    assert data.classes == ("cat", "dog")
+    assert sorted(data.train.labels.tolist()) == [0, 0, 0, 1, 1] and data.test.labels.tolist() == [1] * 4
+    assert all(holds(data.test.images, pixels(noise(seed))) for seed in range(20, 24))
+
+
+def test_test_goes_before_val_and_train_may_be_a_class(tmp_path: Path) -> None:
+    root = tmp_path / "pets"
+    for part, seed in (("train", 0), ("val", 10), ("test", 20)):
+        for offset, name in enumerate(("cat", "dog")):
+            write_class(root / part / name, 1, seed=seed + offset)
+    assert holds(read(root).test.images, pixels(noise(20)))
+    root = tmp_path / "vehicles"
+    write_class(root / "train", 5)
+    write_class(root / "ship", 5, seed=10)
+    assert read(root).classes == ("ship", "train")
+
+
+def test_all_formats_and_modes_become_rgb(root: Path) -> None:
+    for suffix in ("bmp", "webp", "jpg", "JPEG"):
+        noise(200).save(root / "cat" / f"x.{suffix}", quality=95)
+    noise(201).save(root / "cat" / "no-suffix", format="PNG")
+    for mode in ("L", "RGBA", "P", "1", "LA"):
+        noise(202).convert(mode).save(root / "dog" / f"{mode}.png")
+    noise(203).convert("CMYK").save(root / "dog" / "cmyk.jpg")
+    (root / "dog" / ".DS_Store").write_bytes(b"not an image, and not ours")
+    data = read(root)
+    assert len(data.train.labels) + len(data.test.labels) == 31
+    images = np.concatenate([data.train.images, data.test.images])
+    assert holds(images, pixels(noise(200)))  # BMP keeps every pixel
+    assert holds(images, pixels(noise(202).convert("L")))
+
+
+def test_images_are_cropped_to_the_centre_and_shrunk_without_aliasing(tmp_path: Path) -> None:
+    wide = np.zeros((320, 960, 3), np.uint8)
+    wide[:, 320:640] = np.indices((320, 320)).sum(0)[..., None] % 2 * 255  # a checkerboard: mean grey
+    wide[:, 640:] = (255, 0, 0)
+    for suffix in ("png", "jpg"):
+        root = tmp_path / suffix
+        for name in ("a", "b"):
+            write_class(root / name, 1)
+            Image.fromarray(wide).save(root / name / f"wide.{suffix}")
+        data = read(root)
+        images = np.concatenate([data.train.images, data.test.images]).astype(int)
+        grey = [image for image in images if image.std() < 20]
+        assert len(grey) == 2 and abs(np.mean(grey) - 127.5) < 3
+        assert abs(grey[0][:, :, 2:-2] - 127.5).max() < 6  # no red, no black: the centre alone
+
+
+def test_a_large_jpeg_keeps_its_detail_though_it_is_decoded_smaller(root: Path) -> None:
+    large = noise(250, 64, 64).resize((192, 192), Image.Resampling.NEAREST)
+    large.save(root / "cat" / "large.jpg", quality=95)
+    data = read(root)
+    images = np.concatenate([data.train.images, data.test.images]).astype(int)
+    expected = pixels(large.resize((32, 32), Image.Resampling.BICUBIC))
+    assert min(abs(image - expected).mean() for image in images) < 4
+
+
+def test_a_photograph_is_turned_as_its_camera_was(root: Path) -> None:
+    image = noise(300)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side: turn clockwise
+    image.save(root / "cat" / "turned.png", exif=exif)
+    data = read(root)
+    images = np.concatenate([data.train.images, data.test.images])
+    assert holds(images, pixels(image.transpose(Image.Transpose.ROTATE_270)))
+
+
+def damage(root: Path) -> dict[str, str]:
+    """Put one of each kind of bad file into cat; returns what a refusal should say of each."""
+    cat = root / "cat"
+    noise(1, 200, 200).save(cat / "cut.jpg")
+    (cat / "cut.jpg").write_bytes((cat / "cut.jpg").read_bytes()[:5000])
+    (cat / "cut.png").write_bytes((cat / "000.png").read_bytes()[:1000])
+    (cat / "empty.jpg").touch()
+    (cat / "text.jpg").write_text("no image")
+    Image.new("1", (20_000, 10_000)).save(cat / "bomb.png")
+    Image.new("1", (10_000, 8_000)).save(cat / "big.png")
+    noise(1).convert("I;16").save(cat / "deep.png")
+    noise(1).save(cat / "other.gif")
+    (cat / "inner").mkdir()
+    (cat / "loop.png").symlink_to(cat / "loop.png")
+    (cat / "gone.png").symlink_to(cat / "nothing.png")
+    noise(1).save(root.parent / "outside.png")
+    (cat / "out.png").symlink_to(root.parent / "outside.png")
+    os.mkfifo(cat / "pipe.png")
+    return {
+        "cut.jpg": "truncated",
+        "cut.png": "truncated",
+        "empty.jpg": "empty",
+        "text.jpg": "no JPEG, PNG, BMP or WebP",
+        "bomb.png": "exceeds limit",
+        "big.png": "10000x8000 pixels, over the limit of 67,108,864",
+        "deep.png": "more than 8 bits",
+        "other.gif": "no JPEG, PNG, BMP or WebP",
+        "inner": "a folder inside a class",
+        "loop.png": "symbolic link",
+        "gone.png": "No such file",
+        "out.png": "leads out of the folder",
+        "pipe.png": "no plain file",
+    }
+
+
+def test_every_bad_file_is_named_with_what_is_wrong(root: Path, monkeypatch) -> None:
+    reasons = damage(root)
+    monkeypatch.setattr(folder, "NAMED", 100)
+    message = refused(root, f"13 of {20 + len(reasons)} files cannot be used: .*--skip-bad")
+    found = dict(
+        part.split("cat/")[1].rstrip(")").split(" (", 1) for part in message.split("used: ")[1].split("), ")
+    )
+    assert set(found) == set(reasons)
+    for name, reason in reasons.items():
+        assert reason in found[name]
+    assert not (root.parent / "cache").exists()
+
+
+def test_a_refusal_names_the_first_few(root: Path) -> None:
+    for index in range(9):
+        (root / "dog" / f"bad{index}.png").touch()
+    message = refused(root, r"9 of 29 files .*dog/bad0.png \(empty\), .*bad2.png \(empty\), \.\.\.;")
+    assert "bad3" not in message
+
+
+def test_bad_files_are_left_out_on_request_and_never_cached(root: Path) -> None:
+    whole = read(root)
+    [cache] = (root.parent / "cache").iterdir()
+    before = cache.read_bytes()
+    damage(root)
+    said: list[str] = []
+    for _ in range(2):
+        data = read(root, skip_bad=True, announce=said.append)
+        assert np.array_equal(data.train.images, whole.train.images)
+        assert np.array_equal(data.test.labels, whole.test.labels)
+    assert len(said) == 2 and all("left out 13 of 33 files: cat/" in line for line in said)
+    with pytest.raises(UserError, match="13 of 33"):
+        read(root)
+    assert before == cache.read_bytes()
+
+
+def test_a_link_within_the_folder_is_followed(root: Path) -> None:
+    noise(400).save(root / "cat" / "real.png")
+    (root / "dog" / "link.png").symlink_to(root / "cat" / "real.png")
+    data = read(root)
+    assert len(data.train.labels) + len(data.test.labels) == 22
+
+
+def test_folders_of_another_layout_are_refused(tmp_path: Path) -> None:
+    refused(tmp_path / "none", "no such folder; expected folder:PATH")
+    root = tmp_path / "one"
+    write_class(root / "cat", 3)
+    refused(root, "1 folders of classes .* with 2 to 256")
+    write_class(root / "dog", 1)
+    refused(root, "the class dog has 1 usable images; expected at least two")
+    (root / "dog" / "000.png").unlink()
+    refused(root, "the class dog has 0 usable images")
+    root = tmp_path / "train-alone"
+    write_class(root / "train" / "cat", 2)
+    write_class(root / "train" / "dog", 2)
+    refused(root, "neither test nor val")
+    (root / "val").mkdir()
+    refused(root, "no usable test images")
+    write_class(root / "val" / "mouse", 2)
+    refused(root, "mouse: a class without training images")
+    (root / "val" / "mouse").rename(root / "val" / "cat")
+    (root / "train" / "dog" / "000.png").unlink()
+    (root / "train" / "dog" / "001.png").unlink()
+    refused(root, "the class dog has 0 usable images; expected at least one to train on")
+    root = tmp_path / "many"
+    for index in range(257):
+        (root / str(index)).mkdir(parents=True)
+    refused(root, "257 folders of classes")
+
+
+def test_folders_that_are_links_must_stay_inside(root: Path) -> None:
+    write_class(root.parent / "mice", 2)
+    (root / "mouse").symlink_to(root.parent / "mice")
+    refused(root, "mouse: a link that leads out")
+    (root / "mouse").unlink()
+    (root / "mouse").symlink_to(root / "mouse")
+    refused(root, "mouse: cannot be read")
+
+
+def test_a_colour_that_never_changes_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "flat"
+    for name in ("a", "b"):
+        write_class(root / name, 0)
+        for index in range(3):
+            Image.new("RGB", (32, 32), (index * 50, 7, index)).save(root / name / f"{index}.png")
+    with pytest.raises(UserError, match="a colour channel is the same"):
+        read(root)
+
+
+def test_pixels_are_cached_until_a_file_changes(root: Path, monkeypatch) -> None:
+    first = read(root)
+    [cache] = (root.parent / "cache").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "_decode", lambda *_: pytest.fail("decoded again"))
+        again = read(root)
+        assert np.array_equal(first.train.images, again.train.images)
+        assert np.array_equal(first.test.labels, again.test.labels)
+        assert (first.mean, first.std) == (again.mean, again.std)
+        patch.chdir(root)
+        assert np.array_equal(folder.read(Path(), cache.parent).train.images, first.train.images)
+    before = os.stat(root / "cat" / "000.png")
+    noise(999).save(root / "cat" / "000.png")
+    os.utime(root / "cat" / "000.png", ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    changed = read(root)
+    assert holds(np.concatenate([changed.train.images, changed.test.images]), pixels(noise(999)))
+    (root / "dog" / "000.png").rename(root / "dog" / "renamed.png")
+    monkeypatch.setattr(folder, "_decode", lambda *_: (_ for _ in ()).throw(UserError("decoded")))
+    with pytest.raises(UserError, match="decoded"):
+        read(root)
+    assert list((root.parent / "cache").iterdir()) == [cache]
+
+
+@pytest.mark.parametrize("harm", [lambda content: content[:2000], lambda content: b"", None])
+def test_a_damaged_cache_is_made_anew(root: Path, harm) -> None:
+    first = read(root)
+    [cache] = (root.parent / "cache").iterdir()
+    content = bytearray(cache.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit of one pixel
+    cache.write_bytes(content if harm is None else harm(bytes(content)))
+    assert np.array_equal(read(root).train.images, first.train.images)
+    assert np.load(cache)["images"].shape == (20, 3, 32, 32)
+
+
+def test_nothing_is_cached_that_is_too_large_or_has_no_place(root: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "CACHE_BYTES_MAX", 1000)
+        read(root)
+        assert not (root.parent / "cache").exists()
+    (root.parent / "cache").touch()
+    assert len(read(root).train.labels) == 16
+
+
+def test_a_choice_that_is_none_is_refused_in_one_line(tmp_path: Path, capsys) -> None:
+    for verb in ("train", "find-lr", "data", "profile"):
+        for choice in ("cifar", "folder:"):
+            assert main([verb, "--data", choice, "--device", "cpu"][: 3 if verb == "data" else 5]) == 2
+            error = capsys.readouterr().err
+            assert f"--data {choice}: expected auto, cifar10, cifar100, synthetic, or folder:PATH\n" in error
+    with pytest.raises(UserError, match="--skip-bad: only"):
+        open_dataset("synthetic", tmp_path, pytest.fail, skip_bad=True)
+
+
+def test_the_commands_take_a_folder_from_data_to_report(root: Path, tmp_path: Path, capsys) -> None:
+    (root / "dog" / "bad.jpg").touch()
+    images = ["--data", f"folder:{root}", "--data-dir", str(tmp_path / "data")]
+    assert main(["data", *images]) == 2
+    images.append("--skip-bad")
+    assert main(["data", *images]) == 0
+    said = capsys.readouterr().out
+    assert "folder:pets in" in said and "left out 1 of 21" in said and "cat" in said
+    out = ["--out", str(tmp_path / "runs"), "--device", "cpu"]
+    assert main(["train", *images, *out, "--epochs", "1", "--batch-size", "17"]) == 2
+    assert "folder:pets has 16 training images" in capsys.readouterr().err
+    assert main(["train", *images, *out, "--epochs", "1", "--batch-size", "8"]) == 0
+    [run] = (tmp_path / "runs").iterdir()
+    assert json.loads((run / "result.json").read_text())["dataset"] == "folder:pets"
+    page = (run / "report.html").read_text()
+    assert main(["evaluate", str(run / "last.pt"), *images, "--device", "cpu"]) == 0
+    assert "folder:pets: test accuracy" in capsys.readouterr().out
+    assert main(["report", str(run), *images, "--device", "cpu"]) == 0
+    assert (run / "report.html").read_text().count("<img") == page.count("<img") > 10
+    assert main(["report", str(run), "--data-dir", str(tmp_path), "--device", "cpu"]) == 0
+    assert "name their folder with --data folder:PATH" in (run / "report.html").read_text()
+    assert main(["report", str(run), "--data", "synthetic"]) == 2
+    write_class(tmp_path / "other" / "cat", 2)
+    write_class(tmp_path / "other" / "cow", 2)
+    assert main(["evaluate", str(run / "last.pt"), "--data", f"folder:{tmp_path / 'other'}"]) == 2
+    assert "trained on folder:pets, not on folder:other" in capsys.readouterr().err
