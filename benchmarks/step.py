@@ -7,7 +7,7 @@ All variants take turns.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,31 @@ def timed_step(variant: Variant, batch_size: int, device: torch.device) -> Calla
     return timed
 
 
+def summarize(
+    samples: dict[str, list[float]], modes: Sequence[str], batch_sizes: Sequence[int], dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    """A row per mode and batch size. The matmul rate is the best of the run: a peak is a maximum."""
+    flop, peak = training_flop_per_image(CustomResNet()), max(samples["matmul"])
+    rows = []
+    for batch_size in batch_sizes:
+        for name in modes:
+            values = samples[f"{name}, {batch_size}"]
+            tflops = [flop * batch_size / step_ms / 1e9 for step_ms in values]
+            rows.append(
+                {
+                    "variant": f"{str(dtype).removeprefix('torch.')}, channels_last, {name}",
+                    "batch_size": batch_size,
+                    "step_ms": statistics.median(values),
+                    "spread": spread(values),
+                    "images_per_sec": 1000 * batch_size / statistics.median(values),
+                    "tflops": statistics.median(tflops),
+                    "mfu": statistics.median(tflops) / peak,
+                    "mfu_range": [min(tflops) / peak, max(tflops) / peak],
+                }
+            )
+    return rows
+
+
 def main(options: Options) -> None:
     device = pick_device(options.device)
     half = pick_compute_dtype("auto", device)
@@ -111,25 +136,7 @@ def main(options: Options) -> None:
     workloads["matmul"] = lambda: measure_matmul_tflops(device, half)
     samples = interleave(workloads, options.rounds)
 
-    flop = training_flop_per_image(CustomResNet())
-    rows: list[dict[str, Any]] = []
-    for batch_size in options.batch_sizes:
-        for name in modes:
-            values = samples[f"{name}, {batch_size}"]
-            tflops = [flop * batch_size / step_ms / 1e9 for step_ms in values]
-            shares = [rate / peak for rate, peak in zip(tflops, samples["matmul"], strict=True)]
-            rows.append(
-                {
-                    "variant": f"{str(half).removeprefix('torch.')}, channels_last, {name}",
-                    "batch_size": batch_size,
-                    "step_ms": statistics.median(values),
-                    "spread": spread(values),
-                    "images_per_sec": 1000 * batch_size / statistics.median(values),
-                    "tflops": statistics.median(tflops),
-                    "mfu": statistics.median(shares),
-                    "mfu_range": [min(shares), max(shares)],
-                }
-            )
+    rows = summarize(samples, list(modes), options.batch_sizes, half)
     path = save("step", device, {"rounds": options.rounds, "rows": rows, "samples": samples})
     show(
         f"one training step, median of {options.rounds}",

@@ -89,7 +89,7 @@ class EvaluateOptions(DataOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions:
-    """Classify images from anywhere with a checkpoint, each squeezed to 32x32."""
+    """Classify images from anywhere with a checkpoint, each scaled to 32x32."""
 
     checkpoint: tyro.conf.Positional[Path]
     """A run's last.pt or best.pt."""

@@ -7,7 +7,6 @@ import csv
 import json
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +14,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from fasttrain.checkpoint import load_checkpoint, model_from_state
+from fasttrain.data.image import FORMATS, decode
 from fasttrain.errors import UserError
 from fasttrain.machine import pick_device, prepare
 from fasttrain.model import CustomResNet
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 Format = Literal["table", "json", "csv"]
@@ -112,33 +110,11 @@ def _raise(error: OSError) -> None:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Decode an image for the network: (32, 32, 3) uint8, red, green, blue.
-
-    It is turned as its EXIF orientation says; transparency is dropped; an animation is its first picture.
-    The whole of it is squeezed to 32x32, whatever its shape, with Pillow's Lanczos filter: that widens with
-    the reduction, so every pixel counts and nothing aliases. 32x32 pixels stay exactly as they are.
-    Raises UserError for what is no whole JPEG, PNG, BMP or WebP, or has more pixels than Pillow's limit of
-    89 million: a small file can decode to more than the memory holds.
-    """
+    """An image as the network takes it, (32, 32, 3) uint8. Raises UserError for what is none."""
     try:
-        if not path.is_file():  # a pipe would wait for ever
-            raise FileNotFoundError("not a file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                upright = ImageOps.exif_transpose(image)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{path}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down first"
-        ) from error
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file fails anywhere in Pillow's decoders
-        reason = "no such format" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise UserError(f"{path}: cannot be decoded ({reason}); expected {', '.join(FORMATS)}") from error
-    if upright.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8, not scale them
-        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-    return np.asarray(upright.convert("RGB").resize((32, 32), Image.Resampling.LANCZOS))
+        return decode(path)
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be decoded ({error}); expected {', '.join(FORMATS)}") from error
 
 
 def _classify(

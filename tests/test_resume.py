@@ -27,7 +27,7 @@ STEPS_PER_EPOCH = 4
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch) -> None:
     monkeypatch.setattr(trainer, "CustomResNet", TinyNet)
-    monkeypatch.setattr(trainer, "measure_matmul_tflops", lambda *_: 1.0)
+    monkeypatch.setattr(trainer, "measure_matmul_tflops", lambda *_, **__: 1.0)
 
 
 def train(data: Path, out: Path, recipe: Recipe = RECIPE, **options: Any) -> Path:
@@ -70,7 +70,7 @@ def whole(dataset_dir: Path, tmp_path_factory) -> Path:
     """A run that nobody disturbed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "CustomResNet", TinyNet)
-        patch.setattr(trainer, "measure_matmul_tflops", lambda *_: 1.0)
+        patch.setattr(trainer, "measure_matmul_tflops", lambda *_, **__: 1.0)
         return train(dataset_dir, tmp_path_factory.mktemp("whole"))
 
 

@@ -15,7 +15,6 @@ import hashlib
 import os
 import stat
 import sys
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -26,16 +25,13 @@ from pathlib import Path
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fasttrain.data.cifar import IMAGE_SHAPE, Dataset, Split, channel_statistics
+from fasttrain.data.image import decode
 from fasttrain.errors import UserError
 from fasttrain.files import write_atomically
 from fasttrain.machine import cpu_cores
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
-PIXELS_MAX = 1 << 26
-"""Of one image, 67 million: a small file may claim enough pixels to fill the memory."""
 CLASSES_MAX = 256
 """Labels are bytes."""
 TEST_ONE_IN = 5
@@ -43,7 +39,7 @@ CHUNK = 64
 """Images that a thread decodes at a time."""
 CACHE_BYTES_MAX = 1 << 30
 DECODER = f"1, Pillow {PIL.__version__}"
-"""Part of a cache's key; raise the number when a change below changes the pixels."""
+"""Part of a cache's key; raise the number when data/image.py makes other pixels."""
 NAMED = 3
 """How many bad files a message names."""
 
@@ -72,8 +68,7 @@ def read(
 ) -> Dataset:
     """Decode the folder, or take its pixels from the cache.
 
-    Images are turned as their EXIF tag says, made RGB (alpha is dropped), cropped to their central square and
-    scaled to 32x32 by Pillow's antialiased bicubic filter. Without folders `train` and `test` (or `val`) the
+    How an image becomes 32x32 pixels: data/image.py. Without folders `train` and `test` (or `val`) the
     test images are, of every class, the fifth whose `<class>/<name>` have the lowest SHA-256, at least one.
     Both splits are in the order of those hashes. Names that begin with a dot are left alone.
     cache_dir: where <hash of the path>.npz is kept: pixels of up to 1 GiB, of a folder without bad files. It
@@ -240,20 +235,14 @@ def _decode(files: Sequence[_File], name: str) -> tuple[np.ndarray, dict[int, st
                 found.append((index, file.fault))
                 continue
             try:
-                images[index] = _decode_one(file.path)
-            except UnidentifiedImageError:
-                found.append((index, "no JPEG, PNG, BMP or WebP"))
-            except Exception as error:  # whatever a decoder makes of a damaged file
-                found.append((index, getattr(error, "strerror", None) or str(error) or type(error).__name__))
+                images[index] = decode(file.path).transpose(2, 0, 1)
+            except ValueError as error:
+                found.append((index, str(error)))
         return found
 
     bad: dict[int, str] = {}
     executor = ThreadPoolExecutor(cpu_cores())  # Pillow's decoders let go of the interpreter lock
-    with (
-        warnings.catch_warnings(),
-        Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress,
-    ):
-        warnings.simplefilter("ignore")  # about odd metadata, and sizes below our own limit
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(name, total=len(files))
         try:
             for found in executor.map(decode_some, range(0, len(files), CHUNK)):
@@ -262,20 +251,6 @@ def _decode(files: Sequence[_File], name: str) -> tuple[np.ndarray, dict[int, st
         finally:
             executor.shutdown(cancel_futures=True)  # Ctrl-C must not wait for the rest
     return images, bad
-
-
-def _decode_one(path: Path) -> np.ndarray:
-    """(3, 32, 32) uint8."""
-    _, height, width = IMAGE_SHAPE
-    with Image.open(path, formats=FORMATS) as image:
-        if image.width * image.height > PIXELS_MAX:
-            raise ValueError(f"{image.width}x{image.height} pixels, over the limit of {PIXELS_MAX:,}")
-        if image.mode[0] in "IF":
-            raise ValueError("more than 8 bits a channel")
-        image.draft(None, (2 * width, 2 * height))  # a JPEG four times too large is decoded smaller
-        rgb = ImageOps.exif_transpose(image).convert("RGB")
-        square = ImageOps.fit(rgb, (width, height), Image.Resampling.BICUBIC)
-    return np.asarray(square).transpose(2, 0, 1)
 
 
 # The cache
