@@ -1,6 +1,6 @@
 """How the cost grows: seconds and memory against images, batch size, epochs and the network's width.
 
-    python -m benchmarks.scaling [--rounds 3]
+    python -m benchmarks.scaling [--rounds 2]
 
 Each axis varies alone and gets an exponent, the slope of log(cost) over log(value): 1 means that twice as
 much costs twice as much. Random pixels stand for CIFAR-10.
@@ -33,7 +33,7 @@ from fasttrain.trainer import train
 class Options:
     """Measure how the cost grows. The defaults fit the device: thousands of images on a CPU, all on a GPU."""
 
-    rounds: int = 3
+    rounds: int = 2
     """Samples of each value, taken in turn."""
     images: tuple[int, ...] = ()
     """Images per epoch."""

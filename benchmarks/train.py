@@ -12,6 +12,7 @@ import time
 STARTED = time.perf_counter()
 
 from dataclasses import dataclass  # noqa: E402
+from itertools import accumulate  # noqa: E402
 from pathlib import Path  # noqa: E402
 from tempfile import TemporaryDirectory  # noqa: E402
 from typing import Any, Literal  # noqa: E402
@@ -20,6 +21,9 @@ from benchmarks.report import run, save, show  # noqa: E402
 from fasttrain.machine import pick_device  # noqa: E402
 from fasttrain.recipe import load_recipe  # noqa: E402
 from fasttrain.trainer import train  # noqa: E402
+
+GOALS = (0.90, 0.94)
+"""Test accuracies; n says how many of the runs reached one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,12 @@ class Options:
     """auto, cpu, cuda, ..."""
 
 
+def seconds_to(goal: float, result: dict[str, Any]) -> float | None:
+    """Training seconds up to the first epoch whose test accuracy reaches the goal; None if none does."""
+    seconds = accumulate(result["epoch_seconds"])
+    return next((s for s, a in zip(seconds, result["epoch_accuracy"], strict=True) if a >= goal), None)
+
+
 def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Median, range and n of each figure over the runs."""
     figures: dict[str, list[float]] = {
@@ -50,6 +60,12 @@ def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         "wall seconds, cold": [results[0]["wall_seconds"]],
         "wall seconds, later runs": [result["wall_seconds"] for result in results[1:]],
         "data wait share": [result["data_wait_share"] for result in results],
+        **{
+            f"train seconds to {goal:.0%}": [
+                seconds for result in results if (seconds := seconds_to(goal, result)) is not None
+            ]
+            for goal in GOALS
+        },
         "mfu": [result["mfu"] for result in results if result["mfu"] is not None],
     }
     return [
@@ -75,17 +91,16 @@ def main(options: Options) -> None:
     results: list[dict[str, Any]] = []
     for seed in range(options.seeds):
         with TemporaryDirectory() as out:
-            results.append(
-                train(
-                    dataclasses.replace(recipe, seed=seed),
-                    data=options.data,
-                    data_dir=options.data_dir,
-                    out=Path(out),
-                    device=options.device,
-                    started=STARTED if seed == 0 else None,
-                    report=False,
-                ).result
+            finished = train(
+                dataclasses.replace(recipe, seed=seed),
+                data=options.data,
+                data_dir=options.data_dir,
+                out=Path(out),
+                device=options.device,
+                started=STARTED if seed == 0 else None,
+                report=False,
             )
+            results.append(finished.result | {"epoch_accuracy": finished.column("test_accuracy")})
         rows = summarize(results)  # saved after every run: whatever ends this early leaves the runs so far
         path = save(f"train-{recipe.name}", device, {"rows": rows, "samples": results})
     show(

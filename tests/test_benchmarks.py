@@ -97,18 +97,21 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path: Path, monke
 
 def test_a_summary_keeps_every_seed_apart_from_its_mean() -> None:
     run = {"test_accuracy": 0.9, "epoch_seconds": [1.0, 3.0], "train_seconds": 4.0, "compile_seconds": 2.0}
-    run |= {"wall_seconds": 9.0, "data_wait_share": 0.01, "mfu": None}
+    run |= {"wall_seconds": 9.0, "data_wait_share": 0.01, "mfu": None, "epoch_accuracy": [0.91, 0.9]}
     again = run | {
         "test_accuracy": 0.8,
         "epoch_seconds": [1.0, 1.0],
         "compile_seconds": 0.1,
         "wall_seconds": 5.0,
+        "epoch_accuracy": [0.8, 0.92],
     }
     rows = {row["figure"]: row for row in train.summarize([run, again])}
     assert rows["test accuracy"]["mean"] == pytest.approx(0.85) and rows["test accuracy"]["n"] == 2
     assert rows["seconds per epoch"]["n"] == 4 and rows["seconds per epoch"]["max"] == 3
     assert rows["wall seconds, cold"]["mean"] == 9 and rows["wall seconds, later runs"]["mean"] == 5
     assert rows["compile seconds, cold"]["stdev"] is None and "mfu" not in rows
+    to_90 = rows["train seconds to 90%"]
+    assert (to_90["min"], to_90["max"], to_90["n"]) == (1, 2, 2) and "train seconds to 94%" not in rows
 
 
 @pytest.mark.parametrize("peer", peers.PEERS)
