@@ -80,7 +80,7 @@ def start(action: Callable[[], int], log: Path) -> int:
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
         # Both take seconds, and a run's weights depend on neither.
-        trainer.measure_matmul_tflops = lambda *_: 1.0
+        trainer.measure_matmul_tflops = lambda *_, **__: 1.0
         trainer._report = lambda *_: None
         command_line.STARTED = time.perf_counter()
         status = action()
@@ -359,7 +359,7 @@ def finished_run(work: Path) -> Path:
     """The folder of a finished run of TinyNet; its files are the ones that a reader of runs meets."""
     original = trainer.CustomResNet, trainer.measure_matmul_tflops
     trainer.CustomResNet = TinyNet  # type: ignore[assignment,misc]
-    trainer.measure_matmul_tflops = lambda *_: 1.0
+    trainer.measure_matmul_tflops = lambda *_, **__: 1.0
     try:
         recipe = Recipe(name="soak", epochs=2, batch_size=4, loader="tensor")
         trainer.train(recipe, data_dir=work / "images", out=work / "runs", device="cpu", report=False)
