@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,9 @@ def _raise(error: OSError) -> None:
 def read_image(path: Path) -> np.ndarray:
     """An image as the network takes it, (32, 32, 3) uint8. Raises UserError for what is none."""
     try:
-        return decode(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of odd metadata
+            return decode(path)
     except ValueError as error:
         raise UserError(f"{path}: cannot be decoded ({error}); expected {', '.join(FORMATS)}") from error
 

@@ -15,6 +15,7 @@ import hashlib
 import os
 import stat
 import sys
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -242,7 +243,11 @@ def _decode(files: Sequence[_File], name: str) -> tuple[np.ndarray, dict[int, st
 
     bad: dict[int, str] = {}
     executor = ThreadPoolExecutor(cpu_cores())  # Pillow's decoders let go of the interpreter lock
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+    with (
+        warnings.catch_warnings(),
+        Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress,
+    ):
+        warnings.simplefilter("ignore")  # Pillow's, of odd metadata
         task = progress.add_task(name, total=len(files))
         try:
             for found in executor.map(decode_some, range(0, len(files), CHUNK)):

@@ -1,6 +1,5 @@
 """One image file as the network takes it: training on a folder and predicting see the same pixels."""
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +18,13 @@ def decode(path: Path) -> np.ndarray:
     The image is turned as its EXIF tag says, made RGB (transparency is dropped; of an animation the first
     picture counts), cropped to its central square and scaled by Pillow's antialiased bicubic filter; one of
     32x32 pixels stays exactly as it is.
+    Pillow may warn of odd metadata: callers silence that, since threads share the filters of warnings.
     Raises ValueError, which says what is wrong, for anything but a whole JPEG, PNG, BMP or WebP.
     """
     try:
         if not path.is_file():  # a pipe would wait for ever
             raise ValueError("no plain file")
-        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
-            warnings.simplefilter("ignore")  # about odd metadata, and sizes below our own limit
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > PIXELS_MAX:
                 raise ValueError(f"{image.width}x{image.height} pixels, over the limit of {PIXELS_MAX:,}")
             image.draft(None, (2 * SIDE, 2 * SIDE))  # a JPEG four times too large is decoded smaller
