@@ -78,7 +78,7 @@ check: setup  ## lint and type-check
 	"$(BIN)/python" -m ruff format --check
 	"$(BIN)/python" -m mypy
 
-bench: setup bench-setup  ## compare with the hardware and with what else there is, in at most 10 minutes
+bench: setup bench-setup  ## compare with the hardware and with what else there is, in about 10 minutes
 	"$(BIN)/python" -m benchmarks.machine
 	"$(BIN)/python" -m benchmarks.step
 	"$(BIN)/python" -m benchmarks.loader
