@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.report import interleave, run, save, show, spread
-from benchmarks.step import Variant, build_step
+from benchmarks.step import Variant, build_step, random_batch
 from fasttrain.data.cifar import Dataset, Split
 from fasttrain.data.loader import LoaderKind, build_loader, pick_loader
 from fasttrain.machine import cpu_cores, pick_compute_dtype, pick_device, prepare
@@ -116,12 +116,6 @@ def theirs(
     return loaders, missing
 
 
-def blank_batch(batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    images = torch.zeros(batch_size, 3, 32, 32, dtype=torch.uint8, device=device)
-    labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    return images.to(memory_format=torch.channels_last), labels
-
-
 def endless(batches: Batches, model: CustomResNet | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Epoch after epoch; with a model, each batch as its first convolution takes it."""
     while True:
@@ -162,7 +156,7 @@ def alone(options: Options, batch_size: int, cores: int, with_peers: bool) -> di
         streams[f"{name}, bytes"] = endless(loader)
     missing: dict[str, str] = {}
     if with_peers:
-        streams[REUSED] = endless([blank_batch(batch_size, device)], model)
+        streams[REUSED] = endless([random_batch(batch_size, device, torch.channels_last)], model)
         others, missing = theirs(dataset, batch_size, device, workers=cores)
         streams |= {name: endless(loader) for name, loader in others.items()}
     workloads: dict[str, Callable[[], float]] = {
@@ -179,7 +173,7 @@ def in_a_step(options: Options, batch_size: int, cores: int) -> dict[str, Any]:
     dtype = pick_compute_dtype("auto", device)
     mode = "default" if device.type == "cuda" else None
     step = build_step(Variant(dtype=dtype, compile_mode=mode), device)
-    loaders: dict[str, Batches] = {REUSED: [blank_batch(batch_size, device)]}
+    loaders: dict[str, Batches] = {REUSED: [random_batch(batch_size, device, torch.channels_last)]}
     loaders |= ours(dataset, batch_size, device, threads=cores)
     if options.peers:
         loaders |= theirs(dataset, batch_size, device, workers=cores)[0]

@@ -91,7 +91,7 @@ def profile_training(
 
     wait, warmup, active: steps that run unwatched, that warm the profiler up, and that count; by default 20
     count on a GPU and 3 without one. Leaves trace.json, operators.txt and profile.json in the folder `out`.
-    Raises UserError if the images do not make that many steps, or if `out` cannot be written.
+    Raises UserError if a batch is larger than the training set, or if `out` cannot be written.
     """
     from torch.profiler import ProfilerActivity, profile, schedule
 
