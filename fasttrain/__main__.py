@@ -89,7 +89,7 @@ class EvaluateOptions(DataOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions:
-    """Classify images from anywhere with a checkpoint, each scaled to 32x32."""
+    """Classify images from anywhere with a checkpoint, each scaled to its resolution."""
 
     checkpoint: tyro.conf.Positional[Path]
     """A run's last.pt or best.pt."""
@@ -155,6 +155,8 @@ class SummaryOptions:
 
     device: str = "auto"
     """Where the matmul rate is measured: auto, cpu, cuda, cuda:1, ..."""
+    resolution: int = Recipe.resolution
+    """Pixels of an image's side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +237,8 @@ def summary(args: Sequence[str]) -> int:
     from fasttrain.metrics import epoch_floor
     from fasttrain.model import CustomResNet, summary
 
-    device, model = pick_device(options.device), CustomResNet()
+    device = pick_device(options.device)
+    model = CustomResNet(resolution=Recipe(resolution=options.resolution).resolution)
     print(summary(model))
     print(epoch_floor(model, device))
     return 0
@@ -248,7 +251,9 @@ def evaluate(args: Sequence[str]) -> int:
 
     evaluate_checkpoint(
         options.checkpoint,
-        lambda: open_dataset(options.data, options.data_dir, print, skip_bad=options.skip_bad),
+        lambda resolution: open_dataset(
+            options.data, options.data_dir, print, resolution=resolution, skip_bad=options.skip_bad
+        ),
         device=options.device,
         mistakes=options.mistakes,
     )
@@ -326,7 +331,13 @@ def profile(args: Sequence[str]) -> int:
 
     found, table = profile_training(
         options.settings,
-        open_dataset(options.data, options.data_dir, print, skip_bad=options.skip_bad),
+        open_dataset(
+            options.data,
+            options.data_dir,
+            print,
+            resolution=options.settings.resolution,
+            skip_bad=options.skip_bad,
+        ),
         device=pick_device(options.device),
         out=options.out,
         wait=options.wait,
@@ -345,10 +356,16 @@ def data(args: Sequence[str]) -> int:
     class Options(DataOptions):
         """Fetch the data set if need be, and show what is there: counts, classes, statistics, checksums."""
 
+        resolution: int = Recipe.resolution
+        """Pixels of a side that your own images are scaled to, as the training will."""
+
     options = _parse(Options, "data", args)
     from fasttrain.data.loader import open_dataset, show_dataset
 
-    show_dataset(open_dataset(options.data, options.data_dir, print, skip_bad=options.skip_bad))
+    resolution = Recipe(resolution=options.resolution).resolution  # checked
+    show_dataset(
+        open_dataset(options.data, options.data_dir, print, resolution=resolution, skip_bad=options.skip_bad)
+    )
     return 0
 
 

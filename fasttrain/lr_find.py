@@ -104,7 +104,7 @@ def find_lr(
     run_device = pick_device(device)
     prepare(run_device, recipe.compute_dtype)
     search = find_max_lr(
-        open_dataset(data, data_dir, print, skip_bad=skip_bad),
+        open_dataset(data, data_dir, print, resolution=recipe.resolution, skip_bad=skip_bad),
         recipe,
         kind=pick_loader(recipe.loader, run_device, print),
         device=run_device,
@@ -185,7 +185,8 @@ def _curve(
             return batch
 
     torch.manual_seed(recipe.seed)
-    model = CustomResNet(len(dataset.classes), recipe.dropout, mean=dataset.mean, std=dataset.std).to(device)
+    settings = recipe.network_settings()
+    model = CustomResNet(len(dataset.classes), mean=dataset.mean, std=dataset.std, **settings).to(device)
     loader = build_loader(dataset, recipe, train=True, kind=kind, device=device)
     finder = LRFinder(
         model,

@@ -151,6 +151,7 @@ class RunState:
     def _require_same_run(self, then: Any) -> None:
         if not isinstance(then, dict):
             raise UserError("it does not say what run it is of")
+        then = _recipe_flags(Recipe()) | then  # a recipe has its defaults where it says nothing
         differing = [
             f"{key} is {now} and was {then.get(key)}"
             for key, now in self.fingerprint.items()
@@ -292,7 +293,7 @@ def fingerprint(
     device: torch.device,
 ) -> dict[str, Any]:
     """What decides a run's weights, under the names by which a difference is reported."""
-    return {flag(key): value for key, value in recipe.to_dict().items()} | {
+    return _recipe_flags(recipe) | {
         "dataset": dataset.name,
         "the images' SHA-256": _content_hash(dataset),
         "loader": loader,
@@ -301,6 +302,10 @@ def fingerprint(
         "device": device.type,
         "world size": 1,
     }
+
+
+def _recipe_flags(recipe: Recipe) -> dict[str, Any]:
+    return {flag(key): value for key, value in recipe.to_dict().items()}
 
 
 def require_same_recipe(recipe: Recipe, folder: Path) -> None:

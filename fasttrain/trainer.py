@@ -100,7 +100,13 @@ def train(
     precision = precision_name(recipe.compute_dtype, dtype)
     prepare(run_device, recipe.compute_dtype)
 
-    dataset = open_dataset(data, Path(data_dir) if data_dir else None, print, skip_bad=skip_bad)
+    dataset = open_dataset(
+        data,
+        Path(data_dir) if data_dir else None,
+        print,
+        resolution=recipe.resolution,
+        skip_bad=skip_bad,
+    )
     # The first optimizer would import it, a second of work: let that pass while the images are prepared.
     threading.Thread(target=importlib.import_module, args=("torch._dynamo",)).start()
     kind = pick_loader(recipe.loader, run_device, print)
@@ -131,7 +137,9 @@ def train(
 
         torch.manual_seed(recipe.seed)
         step = TrainStep(
-            CustomResNet(len(dataset.classes), recipe.dropout, mean=dataset.mean, std=dataset.std),
+            CustomResNet(
+                len(dataset.classes), mean=dataset.mean, std=dataset.std, **recipe.network_settings()
+            ),
             recipe,
             max_lr=float(max_lr),
             total_steps=recipe.epochs * len(train_loader),
@@ -139,7 +147,7 @@ def train(
             compute_dtype=dtype,
             compile_mode=mode,
         )
-        compile_seconds = step.warm_up(*_blank_batch(recipe.batch_size, run_device))
+        compile_seconds = step.warm_up(*_blank_batch(recipe, run_device))
         identity = fingerprint(
             recipe, dataset, loader=kind, precision=precision, compile_mode=mode, device=run_device
         )
@@ -353,8 +361,9 @@ def _one_line_if_memory_is_full(recipe: Recipe) -> Iterator[None]:
         raise UserError(f"--batch-size {size}: the memory is full; try --batch-size {half}") from error
 
 
-def _blank_batch(batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _blank_batch(recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
     """A batch of the loaders' shape, dtype and strides, to compile on without taking one from them."""
-    images = torch.zeros(batch_size, 3, 32, 32, dtype=torch.uint8, device=device)
-    labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    shape = (recipe.batch_size, 3, recipe.resolution, recipe.resolution)
+    images = torch.zeros(shape, dtype=torch.uint8, device=device)
+    labels = torch.zeros(recipe.batch_size, dtype=torch.int64, device=device)
     return images.to(memory_format=torch.channels_last), labels

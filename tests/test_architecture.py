@@ -30,7 +30,7 @@ FLOORS = [
     },
     {
         "fasttrain.data.synthetic",
-        "fasttrain.data.folder",
+        "fasttrain.data.decoded",
         "fasttrain.data.dali",
         "fasttrain.data.tensor",
         "fasttrain.step",
@@ -39,6 +39,7 @@ FLOORS = [
         "fasttrain.metrics",
         "fasttrain.run",
     },
+    {"fasttrain.data.folder", "fasttrain.data.webdataset"},
     {"fasttrain.data.loader"},
     {"fasttrain.evaluate", "fasttrain.lr_find", "fasttrain.resume"},
     {"fasttrain.report", "fasttrain.predict"},

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fasttrain.data import cifar, folder, synthetic
+from fasttrain.data import cifar, folder, synthetic, webdataset
 from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset, Split
 from fasttrain.data.sampler import Augmentation, Sampler
@@ -16,33 +16,44 @@ from fasttrain.errors import UserError
 from fasttrain.recipe import Recipe
 
 LoaderKind = Literal["dali", "tensor"]
-FOLDER = "folder:"
-"""What `--data` begins with where the images are a user's own."""
+OWN_IMAGES = {"folder": folder.read, "webdataset": webdataset.read}
+"""What `--data` begins with, before a colon, where the images are a user's own; and who reads them."""
 
 EVAL_BATCH_SIZE = 1000
 """Divides CIFAR-10's 10,000 test images, so that every batch has one shape."""
 
 
 def open_dataset(
-    data: str, data_dir: Path | None, announce: Callable[[str], object], *, skip_bad: bool = False
+    data: str,
+    data_dir: Path | None,
+    announce: Callable[[str], object],
+    *,
+    resolution: int = Recipe.resolution,
+    skip_bad: bool = False,
 ) -> Dataset:
     """The data set that `data` asks for, downloaded or generated where it is not there yet.
 
     cifar10, cifar100: the files in the data folder, else a download. auto: cifar10, and where the download
-    fails, the synthetic stand-in, announced. synthetic: the stand-in. folder:PATH: the images there, cached
-    as pixels in the data folder; with skip_bad those that cannot be decoded are left out.
+    fails, the synthetic stand-in, announced. synthetic: the stand-in. folder:PATH, webdataset:PATTERN: the
+    images there, scaled to the resolution and cached as pixels in the data folder; with skip_bad those that
+    cannot be decoded are left out.
     Raises UserError if there is no such data set, or if its files are not as they should be.
     """
     root = cifar.locate(data_dir)
-    if data.startswith(FOLDER) and data != FOLDER:
-        path = Path(data.removeprefix(FOLDER)).expanduser()
-        return folder.read(path, root / "decoded", skip_bad=skip_bad, announce=announce)
+    kind, _, place = data.partition(":")
+    if kind in OWN_IMAGES and place:
+        path, cache = Path(place).expanduser(), root / "decoded"
+        return OWN_IMAGES[kind](path, cache, resolution=resolution, skip_bad=skip_bad, announce=announce)
     if data not in ("auto", *cifar.RELEASES, "synthetic"):
-        raise UserError(
-            f"--data {data}: expected auto, {', '.join(cifar.RELEASES)}, synthetic, or folder:PATH"
-        )
+        expected = ", ".join(("auto", *cifar.RELEASES, "synthetic"))
+        raise UserError(f"--data {data}: expected {expected}, folder:PATH, or webdataset:PATTERN")
     if skip_bad:
-        raise UserError("--skip-bad: only --data folder:PATH has files to leave out")
+        raise UserError("--skip-bad: only folder:PATH and webdataset:PATTERN have files to leave out")
+    if resolution != cifar.IMAGE_SHAPE[-1]:
+        raise UserError(
+            f"--resolution {resolution}: the images of --data {data} have {cifar.IMAGE_SHAPE[-1]} pixels a "
+            "side; only those of folder:PATH and webdataset:PATTERN are scaled"
+        )
     stand_in = root / synthetic.NAME
     if data != "synthetic":
         release = cifar.RELEASES.get(data, cifar.CIFAR10)
@@ -113,8 +124,10 @@ def build_loader(
             f"--batch-size {batch_size}: {dataset.name} has {len(split.labels)} training images, take fewer"
         )
     size = split.images.shape[-1]
-    if recipe.cutout > size:
-        raise UserError(f"--cutout {recipe.cutout}: the images are {size} pixels wide; take at most that")
+    if size != recipe.resolution:
+        raise UserError(
+            f"--resolution {recipe.resolution}: the images of {dataset.name} have {size} pixels a side"
+        )
     padding = recipe.crop_padding if train else 0
     settings: dict[str, Any] = {
         "images_NHWC": padded(split, padding),
