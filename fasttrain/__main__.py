@@ -20,18 +20,21 @@ import tyro  # noqa: E402  isort: skip
 T = TypeVar("T")
 
 
-DataName = Annotated[str, tyro.conf.arg(metavar="auto|cifar10|cifar100|synthetic|folder:PATH")]
+DataName = Annotated[
+    str, tyro.conf.arg(metavar="auto|cifar10|cifar100|synthetic|folder:PATH|webdataset:PATTERN")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     data: DataName = "auto"
     """auto: CIFAR-10 on disk, else downloaded, else a generated stand-in. cifar10 and cifar100 never
-    fall back. folder:PATH: your own images, a folder per class, in PATH/train and PATH/test or unsplit."""
+    fall back. folder:PATH: your own images, a folder per class, in PATH/train and PATH/test or unsplit.
+    webdataset:PATTERN: your own images in tar files, as pets-{train,val}-{000..009}.tar."""
     data_dir: Path | None = None
     """Folder of the data; by default $FASTTRAIN_DATA, else data/."""
     skip_bad: bool = False
-    """Leave out files of folder:PATH that cannot be decoded, and say how many; else they are refused."""
+    """Leave out files of your own that cannot be decoded, and say how many; else they are refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,12 +132,12 @@ class ReportOptions:
 
     run: tyro.conf.Positional[Path]
     """The run's folder, as runs/..."""
-    data: Annotated[str, tyro.conf.arg(metavar="auto|folder:PATH")] = "auto"
-    """auto: what --data-dir holds. folder:PATH: the images of a run on a folder."""
+    data: Annotated[str, tyro.conf.arg(metavar="auto|folder:PATH|webdataset:PATTERN")] = "auto"
+    """auto: what --data-dir holds. folder:PATH, webdataset:PATTERN: the images of a run on those."""
     data_dir: Path | None = None
     """Folder of the data; by default $FASTTRAIN_DATA, else data/. Nothing is downloaded."""
     skip_bad: bool = False
-    """Leave out files of folder:PATH that cannot be decoded, as the run did."""
+    """Leave out files of your own that cannot be decoded, as the run did."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
 

@@ -19,6 +19,7 @@ FLOORS = [
         "fasttrain.model",
         "fasttrain.plots",
         "fasttrain.data.sampler",
+        "fasttrain.data.padding",
         "fasttrain.data.image",
     },
     {

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.data.batches import Loader
+from fasttrain.data.padding import LazyWindows, windows
 from fasttrain.data.sampler import Augmentation, Sampler
 
 PREFETCH = 2
@@ -26,7 +27,8 @@ PREFETCH = 2
 class DaliLoader(Loader):
     """Batches of images and labels from a DALI pipeline.
 
-    images_NHWC: (N, P, P, 3) uint8, padded: P = augmentation.crop + augmentation.room. labels_N: (N,) uint8.
+    images_NHWC: (N, P, P, 3) uint8, padded: P = augmentation.crop + augmentation.room; or
+    windows of images too large for that. labels_N: (N,) integers.
     fill: the pixel, red, green and blue from 0 to 255, that a cutout leaves.
     Yields images_NCHW (batch, 3, crop, crop) uint8 in channels_last and labels_N int64, on `device`.
 
@@ -36,7 +38,7 @@ class DaliLoader(Loader):
 
     def __init__(
         self,
-        images_NHWC: np.ndarray,
+        images_NHWC: np.ndarray | LazyWindows,
         labels_N: np.ndarray,
         sampler: Sampler,
         augmentation: Augmentation,
@@ -48,10 +50,9 @@ class DaliLoader(Loader):
         super().__init__(sampler)
         self.name = f"dali-{dali_version()}-{'gpu' if device.type == 'cuda' else 'cpu'}"
         self.augmentation = augmentation
-        side = augmentation.crop
-        # (N, room + 1, room + 1, side, side, 3): a view of every window of every image. Copies nothing.
-        windows = np.lib.stride_tricks.sliding_window_view(images_NHWC, (side, side), axis=(1, 2))
-        self._windows = windows.transpose(0, 1, 2, 4, 5, 3)
+        self._windows = (
+            windows(images_NHWC, augmentation.crop) if isinstance(images_NHWC, np.ndarray) else images_NHWC
+        )
         self._labels_N = labels_N.astype(np.int64)
         self._fill, self._device, self._threads = fill, device, threads
         self._pipeline: Any = None

@@ -11,6 +11,7 @@ import torch
 from fasttrain.data import cifar, folder, synthetic, webdataset
 from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset, Split
+from fasttrain.data.padding import LazyWindows, pad
 from fasttrain.data.sampler import Augmentation, Sampler
 from fasttrain.errors import UserError
 from fasttrain.recipe import Recipe
@@ -19,6 +20,8 @@ LoaderKind = Literal["dali", "tensor"]
 OWN_IMAGES = {"folder": folder.read, "webdataset": webdataset.read}
 """What `--data` begins with, before a colon, where the images are a user's own; and who reads them."""
 
+PADDED_GIB_MAX = 4
+"""Images that take more with their border stay where they are, and are padded batch by batch."""
 EVAL_BATCH_SIZE = 1000
 """Divides CIFAR-10's 10,000 test images, so that every batch has one shape."""
 
@@ -115,7 +118,7 @@ def build_loader(
 ) -> Loader:
     """The loader for the training images (shuffled, augmented) or for the test images (as they are).
 
-    Raises UserError if the batch is larger than the training set.
+    Raises UserError if the batch is larger than the training set, or the images are not of the recipe's size.
     """
     split = dataset.train if train else dataset.test
     batch_size = recipe.batch_size if train else min(EVAL_BATCH_SIZE, len(split.labels))
@@ -130,7 +133,7 @@ def build_loader(
         )
     padding = recipe.crop_padding if train else 0
     settings: dict[str, Any] = {
-        "images_NHWC": padded(split, padding),
+        "images_NHWC": _padded(split, padding, kind),
         "labels_N": split.labels,
         "sampler": Sampler(len(split.labels), batch_size, train=train, seed=recipe.seed),
         "augmentation": Augmentation(
@@ -152,14 +155,15 @@ def build_loader(
     return TensorLoader(**settings)
 
 
-def padded(split: Split, padding: int) -> np.ndarray:
-    """The images, channels interleaved, in a reflected border: (N, H + 2 padding, W + 2 padding, 3) uint8.
-
-    Padded once, here, so that no crop ever leaves its image.
-    """
-    border = (padding, padding)
-    images_NHWC = split.images.transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(np.pad(images_NHWC, ((0, 0), border, border, (0, 0)), mode="reflect"))
+def _padded(split: Split, padding: int, kind: LoaderKind) -> np.ndarray | LazyWindows:
+    """The images as the loader takes them. Raises UserError if they are too large for it."""
+    side = split.images.shape[-1] + 2 * padding
+    gib = 3 * side * side * len(split.labels) / 2**30
+    if gib <= PADDED_GIB_MAX:
+        return pad(split.images, padding)
+    if kind == "dali":
+        return LazyWindows(split.images, padding)
+    raise UserError(f"--loader tensor: holds all images in memory, here {gib:,.1f} GiB; take --loader dali")
 
 
 def show_dataset(dataset: Dataset) -> None:
