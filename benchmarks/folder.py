@@ -115,6 +115,7 @@ def image_folder(root: Path, options: Options) -> Callable[[], float]:
         shuffle=True,
         num_workers=options.cores,
         persistent_workers=True,
+        multiprocessing_context="fork",  # torch's default on Linux
     )
 
     def epoch() -> Iterator[int]:

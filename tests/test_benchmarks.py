@@ -1,6 +1,7 @@
 """The README and the result files agree, and the benchmarks run."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,26 @@ def test_one_command_runs_every_benchmark(dataset_dir: Path, tmp_path: Path) -> 
         assert values["rows"] and values["machine"]["torch"], benchmark
     assert "conv" in (tmp_path / "profile.log").read_text() and (tmp_path / "profile" / "trace.json").exists()
     assert list(tmp_path.glob("runs/*-default/result.json"))
+
+
+def test_jpeg_files_are_timed_or_the_peers_absence_is_told(tmp_path: Path) -> None:
+    tiny = ["--rounds", "1", "--small", "100", "--photos", "100", "--seconds", "0.1", "--cores", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.folder", *tiny],
+        env=os.environ | {"FASTTRAIN_RESULTS": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    [path] = tmp_path.glob("folder-*.json")
+    values = json.loads(path.read_text())
+    found = {(row["images"], row["way"]) for row in values["rows"]}
+    assert len(found) + 2 * len(values["missing"]) == 6
+    assert all(row["images_per_sec"] > 0 for row in values["rows"])
+    for name in values["missing"]:
+        assert name in done.stdout
 
 
 def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path: Path, monkeypatch, capsys) -> None:
