@@ -1,7 +1,7 @@
 """The optimizer and the one-cycle schedule."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fasttrain.recipe import Recipe
 
@@ -46,8 +46,13 @@ def one_cycle(step: int, total_steps: int, max_lr: float, recipe: Recipe) -> tup
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, lr: float, beta1: float | None) -> None:
-    """Write the schedule's values into the optimizer; plain floats, which fused kernels take as arguments."""
+    """Write the schedule's values into the optimizer: in place where a recorded step reads its rate from there,
+    otherwise as plain floats, which fused kernels take as arguments. Never waits for the device.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
         if beta1 is not None:
             group["betas"] = (beta1, group["betas"][1])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 
+from fasttrain.compiling import CompileCache, compile_step, pick_compile_mode, records_step
 from fasttrain.data.cifar import Dataset
 from fasttrain.data.loader import build_loader, pick_loader
 from fasttrain.errors import UserError
@@ -23,6 +24,7 @@ from fasttrain.files import write_atomically, write_json
 from fasttrain.machine import (
     cpu_cores,
     describe,
+    hardware_name,
     measure_matmul_tflops,
     pick_compute_dtype,
     precision_name,
@@ -30,7 +32,7 @@ from fasttrain.machine import (
 )
 from fasttrain.model import CustomResNet, training_flop_per_image
 from fasttrain.recipe import Recipe
-from fasttrain.step import TrainStep, pick_compile_mode
+from fasttrain.step import TrainStep
 
 MATRIX = "convolutions and matrix products"
 REST = "everything else"
@@ -111,11 +113,11 @@ def profile_training(
         total_steps=max(wait + warmup + active, 2),
         device=device,
         compute_dtype=dtype,
-        compile_mode=mode,
+        cuda_graph=records_step(recipe, device, mode),
     )
     batches = chain.from_iterable(repeat(loader))
-    if mode:
-        step.warm_up(*next(batches))
+    cache = CompileCache(hardware_name(describe(device)), dtype, mode, recipe.batch_size)
+    compile_step(step, mode, cache, *next(batches))
 
     clock = _Clock(first_step=wait + warmup)
     with profile(
