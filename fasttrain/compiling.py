@@ -131,9 +131,9 @@ def compile_step(
     images_NCHW: Tensor,
     labels_N: Tensor,
 ) -> float:
-    """Compile a step with whatever the cache holds for it, keep the outcome, and record it; or only record it.
+    """Compile a step with whatever the cache holds for it, and record it where that is wanted.
 
-    Returns the seconds that it took.
+    mode: None records alone. Returns the seconds that it took.
     """
     if mode is None:
         return step.warm_up(images_NCHW, labels_N)

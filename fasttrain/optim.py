@@ -46,8 +46,10 @@ def one_cycle(step: int, total_steps: int, max_lr: float, recipe: Recipe) -> tup
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, lr: float, beta1: float | None) -> None:
-    """Write the schedule's values into the optimizer: in place where a recorded step reads its rate from there,
-    otherwise as plain floats, which fused kernels take as arguments. Never waits for the device.
+    """Write the schedule's values into the optimizer, without waiting for the device.
+
+    A rate that is a tensor is changed in place: a recorded step reads it there. Otherwise they are plain
+    floats, which fused kernels take as arguments.
     """
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):

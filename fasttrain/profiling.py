@@ -179,7 +179,8 @@ def sentences(found: Profile) -> list[str]:
         return [
             f"The host bounds this training: the GPU is idle {found.idle_share:.0%} of the time.",
             _without(found, found.idle_share),
-            "Try --compile reduce-overhead, which launches a whole step at once, or a larger --batch-size.",
+            "The trace shows what it waits for; without --no-cuda-graph a step is one launch. Then try a larger "
+            "--batch-size.",
         ]
     if found.idle_share > 0.2:
         return [
@@ -194,7 +195,7 @@ def sentences(found: Profile) -> list[str]:
         first = f"Memory traffic bounds this training: {MATRIX} take only {matrix_share:.0%} of all time."
     second = (
         f"At the measured matmul rate they need {found.matrix_ms:,.1f} ms of a step's {found.step_ms:,.1f}: "
-        f"no change to this step can gain more than {1 / found.mfu:.2f} times."
+        f"the step as a whole runs at {found.mfu:.0%} of that rate."
     )
     if found.precision in ("fp32", "tf32"):
         third = "Try --compute-dtype auto: half precision multiplies faster where the hardware has it."

@@ -211,7 +211,7 @@ def test_compiling_changes_neither_the_model_nor_the_result(device: torch.device
 
 @pytest.fixture
 def recordings(monkeypatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """A stand-in for CUDA graphs: it calls the work where the real one replays it. Lists what it recorded on."""
+    """A stand-in for CUDA graphs that calls the work where they replay it; lists what it recorded on."""
     made: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def record(work, images, labels):
