@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasttrain.average import WeightAverage
 from fasttrain.machine import compiler_available, fork_rng
 from fasttrain.model import CustomResNet
 from fasttrain.optim import build_optimizer, one_cycle, set_schedule
@@ -18,6 +19,7 @@ class TrainStep:
 
     compute_dtype: dtype of the matrix products; float32 means no autocast. fp16 gets a gradient scaler.
     compile_mode: torch.compile's mode, or None for eager.
+    average: of the weights, where the recipe asks for it.
     """
 
     def __init__(
@@ -36,6 +38,8 @@ class TrainStep:
         self.device, self.compute_dtype = device, compute_dtype
         self.step = 0
         self.optimizer = build_optimizer(model, recipe, lr=max_lr)
+        horizon = recipe.ema_epochs * total_steps / recipe.epochs
+        self.average = WeightAverage(self.model, horizon) if horizon else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
         self.loss_fn = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
         self._compiled = compile_mode is not None
@@ -52,6 +56,11 @@ class TrainStep:
         """The learning rate of the last step taken."""
         return self.optimizer.param_groups[0]["lr"]
 
+    @property
+    def shipped_model(self) -> CustomResNet:
+        """The network to evaluate and to ship: the averaged one, if there is one, else the trained one."""
+        return self.average.model if self.average else self.model  # type: ignore[return-value]  # a copy
+
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> None:
         """One optimizer step on one batch. Raises ValueError past the schedule's end."""
         if self.step >= self.total_steps:
@@ -62,6 +71,9 @@ class TrainStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.set_step(self.step)
+            self.average.update()
         hits = (logits_NK.argmax(1) == labels_N).sum()
         loss_sum = loss * len(labels_N)
         # Once the sum is NaN or infinite it never comes back: the finite steps count up to the first bad one.
@@ -111,8 +123,9 @@ class TrainStep:
         return time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step and the next metrics depend on, but for the model."""
+        """All that the next step and the next metrics depend on, but for the shipped model."""
         return {
+            **({"trained_model": self.model.state_dict()} if self.average else {}),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {"step": self.step, "total_steps": self.total_steps, "max_lr": self.max_lr},
             "scaler": self.scaler.state_dict(),
@@ -120,6 +133,8 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.average:
+            self.model.load_state_dict(state["trained_model"])
         self.step = state["scheduler"]["step"]
         self.total_steps = state["scheduler"]["total_steps"]
         self.max_lr = state["scheduler"]["max_lr"]

@@ -80,7 +80,8 @@ class DaliLoader(Loader):
         def gather(info: Any) -> list[np.ndarray]:
             step = first_step + info.iteration
             indices = self.sampler(step)
-            rows, columns, mirrored, holes = self.augmentation.draw(step, len(indices))
+            draws = self.augmentation.draw(step, self.sampler.epoch(step), indices)
+            rows, columns, mirrored, holes = draws
             batch = [self._windows[indices, rows, columns], self._labels_N[indices]]
             batch += [mirrored] * flip + [holes.astype(np.float32)] * bool(cutout)
             in_flight.append(batch)
