@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -141,20 +142,40 @@ def test_the_schedule_ends_where_it_was_said_to_end() -> None:
         step(*batch())
 
 
-def test_a_restored_step_goes_on_exactly() -> None:
+@pytest.mark.parametrize(
+    "fields", [{"cycle_momentum": True}, {"ema_epochs": 2.0, "bn_bias_lr_scale": 4.0, "init": "dirac"}]
+)
+def test_a_restored_step_goes_on_exactly(fields: dict) -> None:
     images, labels = batch()
-    first = build(cycle_momentum=True)
+    first = build(**fields)
     for _ in range(3):
         first(images, labels)
-    second = build(cycle_momentum=True)
-    second.model.load_state_dict(copy.deepcopy(first.model.state_dict()))
+    second = build(**fields)
+    second.shipped_model.load_state_dict(copy.deepcopy(first.shipped_model.state_dict()))
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for step in (first, second):
         step(images, labels)
-    for ours, expected in zip(
-        second.model.state_dict().values(), first.model.state_dict().values(), strict=True
-    ):
+    for models in ((second.model, first.model), (second.shipped_model, first.shipped_model)):
+        ours, expected = (model.state_dict().values() for model in models)
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def test_an_average_follows_the_training_and_does_not_change_it() -> None:
+    images, labels = batch()
+    plain, averaged = build(), build(ema_epochs=12.0)  # 10 of the 20 steps
+    trail = []
+    for _ in range(3):
+        for step in (plain, averaged):
+            step(images, labels)
+        trail.append(averaged.model.fc.weight.detach().clone())
+    assert plain.shipped_model is plain.model and averaged.shipped_model is not averaged.model
+    for ours, expected in zip(averaged.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(ours, expected)
+    shares = [math.exp(-age / 10) for age in (2, 1, 0)]
+    expected = sum(share * weights for share, weights in zip(shares, trail, strict=True)) / sum(shares)
+    torch.testing.assert_close(averaged.shipped_model.fc.weight, expected)
+    statistics = [step.shipped_model.prep[1].running_mean for step in (plain, averaged)]
+    assert not torch.equal(*statistics)
 
 
 def test_the_first_step_with_a_loss_that_is_no_number_is_named() -> None:
@@ -222,7 +243,7 @@ def test_compile_policy_is_eager_on_a_cpu_and_falls_back_in_one_line(monkeypatch
 @pytest.mark.parametrize("compile_mode", [None, "default"])
 def test_a_step_never_waits_for_the_gpu(compute_dtype: torch.dtype, compile_mode: str | None) -> None:
     device = torch.device("cuda")
-    step = build(compute_dtype, device, compile_mode)
+    step = build(compute_dtype, device, compile_mode, ema_epochs=1.0, bn_bias_lr_scale=4.0)
     images, labels = batch(device, count=64)
     step.warm_up(images, labels)
     step(images, labels)
