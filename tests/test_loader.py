@@ -238,9 +238,41 @@ def test_a_cutout_leaves_the_mean_of_each_channel(kind: str) -> None:
         assert len(changed) > 0.9 * 128 * 64 and (changed == value).all()
 
 
+@needs_dali
+def test_records_on_the_device_and_on_the_host_give_the_same_windows() -> None:
+    from fasttrain.data.dali import OnDevice, OnHost
+
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (50, 40, 40, 3), dtype=np.uint8), rng.integers(0, 10, 50, np.uint8)
+    indices, (rows, columns) = rng.permutation(50)[:20], rng.integers(9, size=(2, 20))
+    expected = OnHost(images, labels, 32, CPU).gather(indices, rows, columns)
+    for ours, theirs in zip(OnDevice(images, labels, 32, CPU).gather(indices, rows, columns), expected):
+        assert torch.equal(ours, torch.from_numpy(theirs)) and ours.is_contiguous()
+    window = images[indices[3], rows[3] : rows[3] + 32, columns[3] : columns[3] + 32]
+    assert (expected[0][3] == window).all() and expected[1][3] == labels[indices[3]]
+
+
+@needs_dali
+def test_a_run_of_the_pipeline_makes_several_batches_and_is_none_the_longer_for_it(monkeypatch) -> None:
+    from fasttrain.data import dali
+
+    whole = epoch(build("dali", random_dataset(), batch_size=100))
+    for run_images in (100, 250, 10_000):  # one batch, two, more than an epoch holds
+        monkeypatch.setattr(dali, "RUN_IMAGES", run_images)
+        batches = epoch(build("dali", random_dataset(), batch_size=100))
+        assert len(batches) == 6
+        assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(whole, batches))
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("resident_share", [0.0, 0.25])
 @pytest.mark.parametrize("train", [True, False])
-def test_dalis_gpu_pipeline_gives_what_its_cpu_backend_gives(train: bool) -> None:
+def test_dalis_gpu_pipeline_gives_what_its_cpu_backend_gives(
+    train: bool, resident_share: float, monkeypatch
+) -> None:
+    from fasttrain.data import dali
+
+    monkeypatch.setattr(dali, "RESIDENT_SHARE", resident_share)
     dataset, device = random_dataset(), torch.device("cuda", 0)
     pairs = zip(
         epoch(build("dali", dataset, train=train, device=device)),
