@@ -61,7 +61,7 @@ MAX_ROLLBACKS = 3
 def train(
     recipe: Recipe,
     *,
-    data: str = "auto",
+    data: str | Dataset = "auto",
     data_dir: Path | str | None = None,
     skip_bad: bool = False,
     out: Path | str = "runs",
@@ -75,7 +75,7 @@ def train(
 ) -> Run:
     """Train one recipe and leave a run's folder; returns what is in it.
 
-    data, data_dir, skip_bad: the images, as data.loader.open_dataset takes them.
+    data, data_dir, skip_bad: the images, as data.loader.open_dataset takes them; or data is a Dataset.
     resume: go on with an unfinished run of this recipe: its folder, a checkpoint in it, or auto for the
     newest under `out`.
     save_every: steps, as 500, or seconds, as 60s, between two checkpoints; every epoch ends with one.
@@ -100,7 +100,11 @@ def train(
     precision = precision_name(recipe.compute_dtype, dtype)
     prepare(run_device, recipe.compute_dtype)
 
-    dataset = open_dataset(data, Path(data_dir) if data_dir else None, print, skip_bad=skip_bad)
+    dataset = (
+        data
+        if isinstance(data, Dataset)
+        else open_dataset(data, Path(data_dir) if data_dir else None, print, skip_bad=skip_bad)
+    )
     # The first optimizer would import it, a second of work: let that pass while the images are prepared.
     threading.Thread(target=importlib.import_module, args=("torch._dynamo",)).start()
     kind = pick_loader(recipe.loader, run_device, print)
@@ -153,7 +157,7 @@ def train(
 
         command = _resume_command(
             log.folder,
-            data=(data, "auto"),
+            data=("auto" if isinstance(data, Dataset) else data, "auto"),
             data_dir=(data_dir, None),
             skip_bad=(skip_bad, False),
             device=(device, "auto"),
