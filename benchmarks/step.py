@@ -67,7 +67,7 @@ def build_step(variant: Variant, device: torch.device) -> TrainStep:
         step.compile(variant.compile_mode)
     model.to(memory_format=variant.layout)  # type: ignore[call-overload]  # torch's stubs lack it
     if not variant.fused:
-        kept = ("params", "weight_decay")
+        kept = ("params", "weight_decay", "lr_scale")
         groups = [{key: group[key] for key in kept} for group in step.optimizer.param_groups]
         step.optimizer = torch.optim.AdamW(groups, lr=step.max_lr)
     return step

@@ -107,7 +107,7 @@ def profile_training(
     matmul_tflops = measure_matmul_tflops(device, dtype)
     torch.manual_seed(recipe.seed)
     step = TrainStep(
-        CustomResNet(len(dataset.classes), recipe.dropout, mean=dataset.mean, std=dataset.std),
+        CustomResNet(len(dataset.classes), mean=dataset.mean, std=dataset.std, **recipe.network_settings()),
         recipe,
         max_lr=0.01 if recipe.max_lr == "auto" else recipe.max_lr,
         total_steps=max(wait + warmup + active, 2),

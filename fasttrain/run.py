@@ -21,6 +21,7 @@ RESULT_FIGURES = (
     *("train_seconds", "test_seconds", "compile_seconds", "wall_seconds"),
 )
 RESULT_UNKNOWNS = ("mfu", "matmul_tflops_measured", "peak_memory_gib", "peak_resident_gib")
+RESULT_OPTIONS = ("test_accuracy_flip",)  # where the recipe asked for it
 RESULT_NAMES = ("dataset", "device", "loader", "precision", "compile")
 
 
@@ -99,7 +100,8 @@ def load_run(folder: Path | str) -> Run:
             f"{folder}: holds no result.json: its run has not finished, and only finished ones count"
         )
     result = read_object(folder / "result.json")
-    _require(folder / "result.json", result, RESULT_FIGURES, nullable=RESULT_UNKNOWNS, names=RESULT_NAMES)
+    figures = [*RESULT_FIGURES, *(key for key in RESULT_OPTIONS if key in result)]
+    _require(folder / "result.json", result, figures, nullable=RESULT_UNKNOWNS, names=RESULT_NAMES)
     try:
         recipe = Recipe.from_dict(read_object(folder / "recipe.json"))
     except UserError as error:

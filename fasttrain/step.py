@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasttrain.average import WeightAverage
 from fasttrain.graph import record
 from fasttrain.machine import fork_rng
 from fasttrain.model import CustomResNet
@@ -20,6 +21,7 @@ class TrainStep:
 
     compute_dtype: dtype of the matrix products; float32 means no autocast. fp16 gets a gradient scaler.
     cuda_graph: record the step once and replay it from then on; on NVIDIA GPUs only.
+    average: of the weights, where the recipe asks for it.
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class TrainStep:
         self.device, self.compute_dtype = device, compute_dtype
         self.step = 0
         self.optimizer = build_optimizer(model, recipe, lr=max_lr)
+        horizon = recipe.ema_epochs * total_steps / recipe.epochs
+        self.average = WeightAverage(self.model, horizon) if horizon else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
         self.loss_fn = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
         self._records = cuda_graph
@@ -61,6 +65,11 @@ class TrainStep:
         """The learning rate of the last step taken."""
         return self._lr
 
+    @property
+    def shipped_model(self) -> CustomResNet:
+        """The network to evaluate and to ship: the averaged one, if there is one, else the trained one."""
+        return self.average.model if self.average else self.model  # type: ignore[return-value]  # a copy
+
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> None:
         """One optimizer step on one batch. Raises ValueError past the schedule's end."""
         if self.step >= self.total_steps:
@@ -69,6 +78,8 @@ class TrainStep:
             self.warm_up(images_NCHW, labels_N)
         self._lr, beta1 = one_cycle(self.step, self.total_steps, self.max_lr, self.recipe)
         set_schedule(self.optimizer, self._lr, beta1)
+        if self.average:
+            self.average.set_step(self.step)
         work = self._recording or self._work
         work(images_NCHW, labels_N)
         if not self._updates_in_work:
@@ -136,8 +147,9 @@ class TrainStep:
         return time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step and the next metrics depend on, but for the model."""
+        """All that the next step and the next metrics depend on, but for the shipped model."""
         return {
+            **({"trained_model": self.model.state_dict()} if self.average else {}),
             # Before the first step a warm-up has left zeros there, or nothing: the same to the optimizer.
             "optimizer": self.optimizer.state_dict() | ({} if self.step else {"state": {}}),
             "scheduler": {"step": self.step, "total_steps": self.total_steps, "max_lr": self.max_lr},
@@ -146,6 +158,8 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.average:
+            self.model.load_state_dict(state["trained_model"])
         self.step = state["scheduler"]["step"]
         self.total_steps = state["scheduler"]["total_steps"]
         self.max_lr = state["scheduler"]["max_lr"]
@@ -178,6 +192,8 @@ class TrainStep:
     def _update(self) -> None:
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average:
+            self.average.update()
 
     def _forward_backward(self, images_NCHW: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and mean loss, both detached, with the gradients left on the parameters."""
@@ -194,7 +210,9 @@ class TrainStep:
     def _untouched(self) -> Iterator[None]:
         """Put everything that a step changes back as it was, in the tensors where it was."""
         begins = not self.optimizer.state
-        kept = [*self.model.parameters(), *self.model.buffers(), self._sums, *self._optimizer_tensors()]
+        models = [self.model, self.average.model] if self.average else [self.model]
+        kept = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+        kept += [self._sums, *self._optimizer_tensors()]
         copies, scaler = [tensor.detach().clone() for tensor in kept], self.scaler.state_dict()
         with fork_rng(self.device):
             yield

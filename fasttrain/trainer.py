@@ -64,7 +64,7 @@ MAX_ROLLBACKS = 3
 def train(
     recipe: Recipe,
     *,
-    data: str = "auto",
+    data: str | Dataset = "auto",
     data_dir: Path | str | None = None,
     skip_bad: bool = False,
     out: Path | str = "runs",
@@ -78,7 +78,7 @@ def train(
 ) -> Run:
     """Train one recipe and leave a run's folder; returns what is in it.
 
-    data, data_dir, skip_bad: the images, as data.loader.open_dataset takes them.
+    data, data_dir, skip_bad: the images, as data.loader.open_dataset takes them; or data is a Dataset.
     resume: go on with an unfinished run of this recipe: its folder, a checkpoint in it, or auto for the
     newest under `out`.
     save_every: steps, as 500, or seconds, as 60s, between two checkpoints; every epoch ends with one.
@@ -103,7 +103,11 @@ def train(
     precision = precision_name(recipe.compute_dtype, dtype)
     prepare(run_device, recipe.compute_dtype)
 
-    dataset = open_dataset(data, Path(data_dir) if data_dir else None, print, skip_bad=skip_bad)
+    dataset = (
+        data
+        if isinstance(data, Dataset)
+        else open_dataset(data, Path(data_dir) if data_dir else None, print, skip_bad=skip_bad)
+    )
     # The first optimizer would import it, a second of work: let that pass while the images are prepared.
     threading.Thread(target=importlib.import_module, args=("torch._dynamo",)).start()
     kind = pick_loader(recipe.loader, run_device, print)
@@ -133,7 +137,9 @@ def train(
 
         torch.manual_seed(recipe.seed)
         step = TrainStep(
-            CustomResNet(len(dataset.classes), recipe.dropout, mean=dataset.mean, std=dataset.std),
+            CustomResNet(
+                len(dataset.classes), mean=dataset.mean, std=dataset.std, **recipe.network_settings()
+            ),
             recipe,
             max_lr=float(max_lr),
             total_steps=recipe.epochs * len(train_loader),
@@ -163,7 +169,7 @@ def train(
 
         command = _resume_command(
             log.folder,
-            data=(data, "auto"),
+            data=("auto" if isinstance(data, Dataset) else data, "auto"),
             data_dir=(data_dir, None),
             skip_bad=(skip_bad, False),
             device=(device, "auto"),
@@ -211,8 +217,8 @@ def train(
         log.say(
             f"{dataset.name}: test accuracy {result['test_accuracy']:.2%} after {recipe.epochs} epochs "
             f"(best {result['best_test_accuracy']:.2%} at epoch {result['best_epoch']}, chosen on the test "
-            f"images); {result['train_seconds']:.1f} s of training, {result['wall_seconds']:.1f} s in all "
-            f"-> {log.folder}"
+            f"images){_said_of_flip(result)}; {result['train_seconds']:.1f} s of training, "
+            f"{result['wall_seconds']:.1f} s in all -> {log.folder}"
         )
         finished = load_run(log.folder)
         if report:
@@ -226,8 +232,10 @@ def _figures(run: RunState, matmul_tflops: float) -> dict[str, Any]:
     rows, best = progress.epochs, progress.best_epoch
     train_seconds = sum(row["seconds"] for row in rows)
     images_per_sec = recipe.epochs * len(run.loader) * recipe.batch_size / train_seconds
+    flip = {"test_accuracy_flip": rows[-1]["test_accuracy_flip"]} if recipe.test_flip else {}
     return {
         "test_accuracy": rows[-1]["test_accuracy"],
+        **flip,
         "best_test_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
         "epoch_seconds": [row["seconds"] for row in rows],
@@ -245,6 +253,11 @@ def _figures(run: RunState, matmul_tflops: float) -> dict[str, Any]:
         ),
         "matmul_tflops_measured": matmul_tflops,
     }
+
+
+def _said_of_flip(result: dict[str, Any]) -> str:
+    flip = result.get("test_accuracy_flip")
+    return "" if flip is None else f"; {flip:.2%} with each image's mirror image taken into account"
 
 
 def _train_epoch(run: RunState, log: RunLog, saver: Saver) -> dict[str, float]:
@@ -300,10 +313,11 @@ def _announce_full_recipe(log: RunLog, loader: Loader, seconds_per_step: float) 
 
 def _test_epoch(step: TrainStep, loader: Loader) -> tuple[Evaluation, dict[str, float]]:
     start = time.perf_counter()
-    test = evaluate(step.model, loader, step.device, step.compute_dtype)
+    test = evaluate(step.shipped_model, loader, step.device, step.compute_dtype, flip=step.recipe.test_flip)
     return test, {
         "test_loss": test.loss,
         "test_accuracy": test.accuracy,
+        **({} if test.accuracy_flip is None else {"test_accuracy_flip": test.accuracy_flip}),
         "test_seconds": time.perf_counter() - start,
     }
 

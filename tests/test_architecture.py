@@ -17,6 +17,7 @@ FLOORS = [
         "fasttrain.interrupt",
         "fasttrain.recipe",
         "fasttrain.model",
+        "fasttrain.average",
         "fasttrain.plots",
         "fasttrain.graph",
         "fasttrain.data.sampler",

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -146,20 +147,40 @@ def test_the_schedule_ends_where_it_was_said_to_end() -> None:
         step(*batch())
 
 
-def test_a_restored_step_goes_on_exactly() -> None:
+@pytest.mark.parametrize(
+    "fields", [{"cycle_momentum": True}, {"ema_epochs": 2.0, "bn_bias_lr_scale": 4.0, "init": "dirac"}]
+)
+def test_a_restored_step_goes_on_exactly(fields: dict) -> None:
     images, labels = batch()
-    first = build(cycle_momentum=True)
+    first = build(**fields)
     for _ in range(3):
         first(images, labels)
-    second = build(cycle_momentum=True)
-    second.model.load_state_dict(copy.deepcopy(first.model.state_dict()))
+    second = build(**fields)
+    second.shipped_model.load_state_dict(copy.deepcopy(first.shipped_model.state_dict()))
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for step in (first, second):
         step(images, labels)
-    for ours, expected in zip(
-        second.model.state_dict().values(), first.model.state_dict().values(), strict=True
-    ):
+    for models in ((second.model, first.model), (second.shipped_model, first.shipped_model)):
+        ours, expected = (model.state_dict().values() for model in models)
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def test_an_average_follows_the_training_and_does_not_change_it() -> None:
+    images, labels = batch()
+    plain, averaged = build(), build(ema_epochs=12.0)  # 10 of the 20 steps
+    trail = []
+    for _ in range(3):
+        for step in (plain, averaged):
+            step(images, labels)
+        trail.append(averaged.model.fc.weight.detach().clone())
+    assert plain.shipped_model is plain.model and averaged.shipped_model is not averaged.model
+    for ours, expected in zip(averaged.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(ours, expected)
+    shares = [math.exp(-age / 10) for age in (2, 1, 0)]
+    expected = sum(share * weights for share, weights in zip(shares, trail, strict=True)) / sum(shares)
+    torch.testing.assert_close(averaged.shipped_model.fc.weight, expected)
+    statistics = [step.shipped_model.prep[1].running_mean for step in (plain, averaged)]
+    assert not torch.equal(*statistics)
 
 
 def test_the_first_step_with_a_loss_that_is_no_number_is_named() -> None:
@@ -240,7 +261,7 @@ def addresses(step: TrainStep) -> list[int]:
 @pytest.mark.parametrize("cycle_momentum", [False, True])
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.float16])
 def test_a_recorded_step_trains_as_an_eager_one(recordings, compute_dtype, cycle_momentum: bool) -> None:
-    fields = {"dropout": 0.1, "cycle_momentum": cycle_momentum, "width": 8}
+    fields = {"dropout": 0.1, "cycle_momentum": cycle_momentum, "ema_epochs": 1.0, "width": 8}
     eager, recorded = (build(compute_dtype, cuda_graph=graph, **fields) for graph in (False, True))
     images, labels = batch()
     losses = []
@@ -254,7 +275,7 @@ def test_a_recorded_step_trains_as_an_eager_one(recordings, compute_dtype, cycle
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert eager.lr == recorded.lr
     for ours, reference in zip(
-        recorded.model.state_dict().values(), eager.model.state_dict().values(), strict=True
+        recorded.shipped_model.state_dict().values(), eager.shipped_model.state_dict().values(), strict=True
     ):
         torch.testing.assert_close(ours.float(), reference.float(), rtol=1e-2, atol=1e-3)
 
@@ -271,11 +292,12 @@ def test_a_recorded_update_takes_its_rate_from_a_tensor_and_no_address_ever_chan
 
 
 def test_recording_leaves_no_trace(recordings) -> None:
-    step, (images, labels) = build(cuda_graph=True, width=8, dropout=0.5), batch()
-    before, rng = copy.deepcopy(step.model.state_dict()), torch.get_rng_state()
+    step, (images, labels) = build(cuda_graph=True, width=8, dropout=0.5, ema_epochs=1.0), batch()
+    before, rng = copy.deepcopy(step.shipped_model.state_dict()), torch.get_rng_state()
     assert step.warm_up(images, labels) > 0 and len(recordings) == 1
     assert step.state_dict()["optimizer"]["state"] == {} and step.step == 0
-    assert all(torch.equal(now, before[name]) for name, now in step.model.state_dict().items())
+    for model in (step.model, step.shipped_model):
+        assert all(torch.equal(now, before[name]) for name, now in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), rng)
     assert not any(tensor.any() for tensor in step._optimizer_tensors())
     step(images, labels)
@@ -362,7 +384,8 @@ def test_a_step_never_waits_for_the_gpu(
     compute_dtype: torch.dtype, compile_mode: str | None, cuda_graph: bool
 ) -> None:
     device = torch.device("cuda")
-    step = build(compute_dtype, device, compile_mode, cuda_graph)
+    fields = {"ema_epochs": 1.0, "bn_bias_lr_scale": 4.0}
+    step = build(compute_dtype, device, compile_mode, cuda_graph, **fields)
     images, labels = batch(device, count=64)
     step.warm_up(images, labels)
     step(images, labels)

@@ -101,6 +101,28 @@ def test_evaluate_gives_the_accuracy_that_the_run_ended_with(run: Path, dataset_
     assert f"test accuracy {accuracy:.2%}" in capsys.readouterr().out
 
 
+def test_flip_at_test_time_is_a_second_figure_everywhere(dataset_dir: Path, tmp_path, capsys) -> None:
+    out = tmp_path / "runs"
+    fast = ["--recipe", "fast", "--epochs", "1", "--batch-size", "16", "--loader", "tensor"]
+    data = ["--data-dir", str(dataset_dir), "--device", "cpu"]
+    assert main(["train", *fast, *data, "--out", str(out)]) == 0
+    [folder] = out.iterdir()
+    said = capsys.readouterr().out
+    result, [row] = json.loads((folder / "result.json").read_text()), rows(folder)
+    first, second = result["test_accuracy"], result["test_accuracy_flip"]
+    assert (row["test_accuracy"], row["test_accuracy_flip"]) == (first, second)
+    assert "with flip" in said and f"; {second:.2%} with each image's mirror image" in said
+    assert f"averaged it is {second:.2%}" in " ".join((folder / "report.html").read_text().split())
+    assert main(["evaluate", str(folder / "last.pt"), *data, "--flip"]) == 0
+    said = capsys.readouterr().out
+    assert said.index(f"test accuracy {first:.2%}") < said.index(f"mirror image: {second:.2%}")
+    assert main(["evaluate", str(folder / "last.pt"), *data]) == 0
+    assert "mirror" not in capsys.readouterr().out
+    (folder / "result.json").write_text(json.dumps(result | {"test_accuracy_flip": "high"}))
+    assert main(["report", str(folder)]) == 2
+    assert "test_accuracy_flip is 'high'" in capsys.readouterr().err
+
+
 def test_evaluate_refuses_another_data_set(run: Path, dataset_dir: Path, tmp_path, capsys) -> None:
     state = load_checkpoint(run / "last.pt")
     torch.save(state | {"classes": list(cifar.CIFAR10.classes), "dataset": "CIFAR-10"}, tmp_path / "other.pt")
