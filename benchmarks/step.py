@@ -43,6 +43,7 @@ class Variant:
     fused: bool = True
     compile_mode: str | None = None
     width: int = 64
+    cuda_graph: bool = False
     keep_memory: bool = True
     """On a CPU; it holds for the whole process."""
 
@@ -60,8 +61,10 @@ def build_step(variant: Variant, device: torch.device) -> TrainStep:
         total_steps=10**9,
         device=device,
         compute_dtype=variant.dtype,
-        compile_mode=variant.compile_mode,
+        cuda_graph=variant.cuda_graph and device.type == "cuda",
     )
+    if variant.compile_mode:
+        step.compile(variant.compile_mode)
     model.to(memory_format=variant.layout)  # type: ignore[call-overload]  # torch's stubs lack it
     if not variant.fused:
         kept = ("params", "weight_decay", "lr_scale")

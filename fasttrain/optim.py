@@ -1,7 +1,7 @@
 """The optimizer and the one-cycle schedule."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fasttrain.recipe import Recipe
 
@@ -56,11 +56,17 @@ def one_cycle(step: int, total_steps: int, max_lr: float, recipe: Recipe) -> tup
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, lr: float, beta1: float | None) -> None:
-    """Write the schedule's values into the optimizer; plain floats, which fused kernels take as arguments.
+    """Write the schedule's values into the optimizer, without waiting for the device.
 
     lr: of the groups whose lr_scale is 1; the others take their multiple of it.
+    A rate that is a tensor is changed in place: a recorded step reads it there. Otherwise they are plain
+    floats, which fused kernels take as arguments.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        rate = lr * group["lr_scale"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
         if beta1 is not None:
             group["betas"] = (beta1, group["betas"][1])

@@ -19,6 +19,9 @@ T = TypeVar("T")
 RECIPE_FILE, RESULT_FILE = "recipe.json", "result.json"
 """The first and the last file that a run writes: it is unfinished while it has but the first."""
 
+MACHINE_FILE = "machine.json"
+"""What the run was begun on, and whether it is compiled."""
+
 EPOCH_COLUMNS = (
     ("epoch", "epoch", "{:>5}"),
     ("train_loss", "train loss", "{:>10.4f}"),

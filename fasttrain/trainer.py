@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.checkpoint import LAST, PREVIOUS, CheckpointWriter, SaveInterval
+from fasttrain.compiling import CompileCache, compile_step, payoff, pick_compile_mode, records_step
 from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset
 from fasttrain.data.loader import build_loader, open_dataset, pick_loader
@@ -27,6 +28,7 @@ from fasttrain.interrupt import catch_signals
 from fasttrain.lr_find import find_max_lr
 from fasttrain.machine import (
     describe,
+    hardware_name,
     measure_matmul_tflops,
     pick_compute_dtype,
     pick_device,
@@ -38,8 +40,9 @@ from fasttrain.model import CustomResNet, training_flop_per_image
 from fasttrain.recipe import PRESETS, Recipe, flag
 from fasttrain.report import first_images, write_report
 from fasttrain.resume import RunState, Saver, fingerprint, require_same_recipe, resume_from
-from fasttrain.run import Run, load_run
+from fasttrain.run import Run, load_run, read_object
 from fasttrain.runlog import (
+    MACHINE_FILE,
     RECIPE_FILE,
     RESULT_FILE,
     RunLog,
@@ -47,7 +50,7 @@ from fasttrain.runlog import (
     new_folder,
     require_tensorboard,
 )
-from fasttrain.step import TrainStep, pick_compile_mode
+from fasttrain.step import TrainStep
 
 FIRST_STEPS = 5
 """Steps after which the laptop recipe says how long the full one would take."""
@@ -117,14 +120,13 @@ def train(
         remove_temporaries(log.folder)
         machine = describe(run_device)
         if unfinished is None:
-            log.write("machine.json", machine)
+            log.write(MACHINE_FILE, machine)
             log.write(RECIPE_FILE, recipe.to_dict())
         if tensorboard:
             log.open_tensorboard(first_images(dataset, recipe, run_device)[0])
         log.say(
             f"{recipe.name}: {dataset.name}, {recipe.epochs} epochs of {len(train_loader)} steps of "
-            f"{recipe.batch_size}, {run_device.type}, {precision}, {train_loader.name}, "
-            f"{f'compiled ({mode})' if mode else 'eager'} -> {log.folder}"
+            f"{recipe.batch_size}, {run_device.type}, {precision}, {train_loader.name} -> {log.folder}"
         )
         matmul_tflops = measure_matmul_tflops(run_device, dtype, seconds=0.1)  # a short look: users wait
         checkpoints = _checkpoints(log.folder, resume)
@@ -143,9 +145,18 @@ def train(
             total_steps=recipe.epochs * len(train_loader),
             device=run_device,
             compute_dtype=dtype,
-            compile_mode=mode,
+            cuda_graph=records_step(recipe, run_device, mode),
         )
-        compile_seconds = step.warm_up(*_blank_batch(recipe.batch_size, run_device))
+        example = _example_batch(recipe.batch_size, run_device)
+        cache = CompileCache(hardware_name(machine), dtype, mode, recipe.batch_size)
+        if checkpoints:
+            mode = read_object(log.folder / MACHINE_FILE).get("compile", mode)
+        elif mode and recipe.compile == "auto":
+            gain = payoff(step, cache, matmul_tflops, *example)
+            log.say(str(gain))
+            mode = mode if gain else None
+        if not checkpoints:
+            log.write(MACHINE_FILE, machine | {"compile": mode})
         identity = fingerprint(
             recipe, dataset, loader=kind, precision=precision, compile_mode=mode, device=run_device
         )
@@ -153,6 +164,7 @@ def train(
         if checkpoints:
             resume_from(checkpoints, run, log.say)
         log.rewind(run.progress.epochs)
+        compile_seconds = compile_step(step, mode, cache, *example)
         run.add_up(started, compile_seconds=compile_seconds, matmul_tflops=matmul_tflops)
 
         command = _resume_command(
@@ -367,8 +379,13 @@ def _one_line_if_memory_is_full(recipe: Recipe) -> Iterator[None]:
         raise UserError(f"--batch-size {size}: the memory is full; try --batch-size {half}") from error
 
 
-def _blank_batch(batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A batch of the loaders' shape, dtype and strides, to compile on without taking one from them."""
-    images = torch.zeros(batch_size, 3, 32, 32, dtype=torch.uint8, device=device)
-    labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    return images.to(memory_format=torch.channels_last), labels
+def _example_batch(batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A batch of the loaders' shape, dtype and strides, to compile and time on without taking one from them.
+
+    Noise, not zeros: on zeros a GPU draws less power and computes faster.
+    """
+    noise = torch.Generator(device).manual_seed(0)
+    images_NHWC = torch.randint(
+        256, (batch_size, 32, 32, 3), generator=noise, dtype=torch.uint8, device=device
+    )
+    return images_NHWC.permute(0, 3, 1, 2), torch.zeros(batch_size, dtype=torch.int64, device=device)

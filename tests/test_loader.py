@@ -246,7 +246,9 @@ def test_records_on_the_device_and_on_the_host_give_the_same_windows() -> None:
     images, labels = rng.integers(0, 256, (50, 40, 40, 3), dtype=np.uint8), rng.integers(0, 10, 50, np.uint8)
     indices, (rows, columns) = rng.permutation(50)[:20], rng.integers(9, size=(2, 20))
     expected = OnHost(images, labels, 32, CPU).gather(indices, rows, columns)
-    for ours, theirs in zip(OnDevice(images, labels, 32, CPU).gather(indices, rows, columns), expected):
+    for ours, theirs in zip(
+        OnDevice(images, labels, 32, CPU).gather(indices, rows, columns), expected, strict=True
+    ):
         assert torch.equal(ours, torch.from_numpy(theirs)) and ours.is_contiguous()
     window = images[indices[3], rows[3] : rows[3] + 32, columns[3] : columns[3] + 32]
     assert (expected[0][3] == window).all() and expected[1][3] == labels[indices[3]]
@@ -261,7 +263,9 @@ def test_a_run_of_the_pipeline_makes_several_batches_and_is_none_the_longer_for_
         monkeypatch.setattr(dali, "RUN_IMAGES", run_images)
         batches = epoch(build("dali", random_dataset(), batch_size=100))
         assert len(batches) == 6
-        assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(whole, batches))
+        assert all(
+            torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(whole, batches, strict=False)
+        )
 
 
 @pytest.mark.gpu
