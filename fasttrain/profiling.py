@@ -179,7 +179,7 @@ def sentences(found: Profile) -> list[str]:
         return [
             f"The host bounds this training: the GPU is idle {found.idle_share:.0%} of the time.",
             _without(found, found.idle_share),
-            "The trace shows what it waits for; without --no-cuda-graph a step is one launch. Then try a larger "
+            "The trace shows what it waits for: a step is one launch unless --no-cuda-graph. Or try a larger "
             "--batch-size.",
         ]
     if found.idle_share > 0.2:

@@ -33,7 +33,7 @@ def said(**changes: object) -> str:
 
 
 def test_the_sentences_name_the_bound_the_distance_and_a_remedy() -> None:
-    assert "Arithmetic" in said() and "2.00 times" in said() and "normalisation" in said()
+    assert "Arithmetic" in said() and "at 50% of that rate" in said() and "normalisation" in said()
     loader = said(wait_share=0.5)
     assert "loader bounds" in loader and "2.0." in loader and "--loader-threads" in loader
     idle = said(idle_share=0.25)
