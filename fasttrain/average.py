@@ -12,6 +12,7 @@ class WeightAverage:
 
     horizon: steps after which a step's share has fallen to 1/e. Counting it in epochs, as recipes do, means
     the same for any batch size and any length of the schedule.
+    tensors: the averages themselves, at fixed addresses.
     The shares of all steps so far sum to one, as in Adam's moments: the first weights, which nothing has
     trained, have none, so that an average over a few epochs needs no warm-up.
     Source: Polyak and Juditsky 1992; the correction is that of arXiv:1412.6980, section 3.
@@ -20,7 +21,7 @@ class WeightAverage:
     def __init__(self, model: nn.Module, horizon: float) -> None:
         self.model = copy.deepcopy(model)
         self._decay = math.exp(-1 / horizon)
-        self._averages, self._values = _floating(self.model), _floating(model)
+        self.tensors, self._values = _floating(self.model), _floating(model)
         # A tensor at a fixed address: a captured update finds each step's share in it.
         self._share = torch.ones((), device=self._values[0].device)
 
@@ -33,9 +34,9 @@ class WeightAverage:
         """Take the trained network's weights in, with the share that set_step chose. Never waits."""
         # torch.optim.swa_utils asks the device whether this is the first update, and _foreach_lerp_ takes its
         # weight from the host: both would wait.
-        differences = torch._foreach_sub(self._values, self._averages)
+        differences = torch._foreach_sub(self._values, self.tensors)
         torch._foreach_mul_(differences, self._share)
-        torch._foreach_add_(self._averages, differences)
+        torch._foreach_add_(self.tensors, differences)
 
 
 def _floating(model: nn.Module) -> list[Tensor]:

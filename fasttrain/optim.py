@@ -58,14 +58,15 @@ def one_cycle(step: int, total_steps: int, max_lr: float, recipe: Recipe) -> tup
 def set_schedule(optimizer: torch.optim.Optimizer, lr: float, beta1: float | None) -> None:
     """Write the schedule's values into the optimizer, without waiting for the device.
 
-    lr: of the groups whose lr_scale is 1; the others take their multiple of it. A rate that is a tensor is
-    changed in place: a recorded step reads it there. Plain floats become arguments of fused kernels.
+    lr: of the groups whose lr_scale is 1; the others take their multiple of it.
+    A rate that is a tensor is changed in place: a recorded step reads it there. Otherwise they are plain
+    floats, which fused kernels take as arguments.
     """
     for group in optimizer.param_groups:
-        group_lr = lr * group["lr_scale"]
+        rate = lr * group["lr_scale"]
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(group_lr)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = group_lr
+            group["lr"] = rate
         if beta1 is not None:
             group["betas"] = (beta1, group["betas"][1])

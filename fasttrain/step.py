@@ -210,9 +210,8 @@ class TrainStep:
     def _untouched(self) -> Iterator[None]:
         """Put everything that a step changes back as it was, in the tensors where it was."""
         begins = not self.optimizer.state
-        models = [self.model, self.average.model] if self.average else [self.model]
-        kept = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
-        kept += [self._sums, *self._optimizer_tensors()]
+        kept = [*self.model.parameters(), *self.model.buffers(), self._sums, *self._optimizer_tensors()]
+        kept += self.average.tensors if self.average else []
         copies, scaler = [tensor.detach().clone() for tensor in kept], self.scaler.state_dict()
         with fork_rng(self.device):
             yield

@@ -58,7 +58,7 @@ class Lopsided(nn.Module):
 
 def test_flip_is_a_second_figure_from_the_mean_logits_of_both_ways_round() -> None:
     rows = torch.tensor(
-        [[2.0, 0, 0], [0, 1, 3], [4, 0, 9], [0, 0, 0.5]]
+        [[3.0, 1, 0], [0, 1, 3], [4, 0, 9], [0, 0, 0.5]]
     )  # first two: as is; last two: mirrored
     images, labels = rows[:, None, None, :], torch.tensor([0, 1, 0, 0])
     loader = [(images[:3], labels[:3]), (images[3:], labels[3:])]

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,21 @@ def test_ablations_pair_the_seeds_and_change_one_field(base, dataset_dir, tmp_pa
     assert recipes.points(changed["ema_epochs=0.5"]["difference"], "+") in ema
     assert "2 epochs, width 64" in table and "held out" in table
     assert tables.final_table(tmp_path / "results") == "Not measured yet."
+
+
+def test_a_difference_is_that_of_the_pairs_that_both_have() -> None:
+    def runs(**accuracies: float) -> dict[int, Any]:
+        return {
+            int(seed[1:]): SimpleNamespace(result={"test_accuracy": accuracy, "test_accuracy_flip": 0.95})
+            for seed, accuracy in accuracies.items()
+        }
+
+    base, other = runs(s0=0.5, s1=0.7, s2=0.9), runs(s0=0.6, s1=0.9)
+    first, changed, flip = recipes.ablation_rows({"tiny": base, "tiny-cutout=4": other})
+    assert first["change"] is None and first["accuracy"]["mean"] == pytest.approx(0.7)
+    assert changed["change"] == "cutout=4" and changed["difference"]["n"] == 2
+    assert changed["difference"]["mean"] == pytest.approx(0.15)  # of +0.1 and +0.2
+    assert flip["change"] == "test_flip" and flip["difference"]["mean"] == pytest.approx(0.25)
 
 
 def test_it_goes_on_where_it_stopped(base, dataset_dir, tmp_path, tiny, monkeypatch, capsys) -> None:

@@ -117,6 +117,7 @@ def test_an_averaged_run_ends_with_the_same_bits_and_ships_the_average(
     dataset = cifar.read(dataset_dir)
     loader = build_loader(dataset, recipe, train=False, kind="tensor", device=torch.device("cpu"))
     measured = evaluate(model, loader, torch.device("cpu"), torch.float32, flip=True)
+    assert measured.loss == pytest.approx(row["test_loss"], rel=1e-6)
     assert (measured.accuracy, measured.accuracy_flip) == (row["test_accuracy"], row["test_accuracy_flip"])
 
 
@@ -129,6 +130,7 @@ def test_a_run_begun_before_a_field_was_added_goes_on(whole, dataset_dir, tmp_pa
         del recipe[name], state["recipe"][name], state["fingerprint"][flag(name)]
     (folder / "recipe.json").write_text(json.dumps(recipe))
     save_checkpoint(folder / "last.pt", state)
+    (folder / "previous.pt").unlink()
     train(dataset_dir, tmp_path, resume="auto")
     assert same(outcome(folder), outcome(whole))
 
