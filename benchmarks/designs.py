@@ -90,7 +90,8 @@ def all_in_one_operator(dataset: Dataset, recipe: Recipe, device: torch.device, 
         draws = augmentation.draw(info.iteration, sampler.epoch(info.iteration), indices)
         places = [(draws.columns / room).astype(np.float32), (draws.rows / room).astype(np.float32)]
         batch = [images_NHWC[indices], labels_N[indices], *places, draws.mirrored.astype(np.int32)]
-        return [*batch, draws.holes.astype(np.float32)]
+        corners = draws.holes + np.stack((draws.rows, draws.columns), 1)
+        return [*batch, corners.astype(np.float32)]
 
     @pipeline_def(
         batch_size=recipe.batch_size,
@@ -99,11 +100,16 @@ def all_in_one_operator(dataset: Dataset, recipe: Recipe, device: torch.device, 
         prefetch_queue_depth=dali.PREFETCH,
     )
     def pipeline() -> Any:
-        images, labels, x, y, mirrored, holes = fn.external_source(
+        images, labels, x, y, mirrored, corners = fn.external_source(
             source=source, num_outputs=6, batch=True, batch_info=True, layout=["HWC", "", "", "", "", ""]
         )
         if on_gpu:
             images, labels = images.gpu(), labels.gpu()
+        fill = [float(round(255 * value)) for value in dataset.mean]
+        # Before the cast: erase has no float16 kernel on a GPU.
+        images = fn.erase(
+            images, anchor=corners, shape=[float(recipe.cutout)] * 2, axis_names="HW", fill_value=fill
+        )
         images = fn.crop_mirror_normalize(
             images,
             crop=(side, side),
@@ -115,7 +121,7 @@ def all_in_one_operator(dataset: Dataset, recipe: Recipe, device: torch.device, 
             dtype=types.FLOAT16,
             output_layout="HWC",
         )
-        return fn.erase(images, anchor=holes, shape=[float(recipe.cutout)] * 2, axis_names="HW"), labels
+        return images, labels
 
     built = pipeline()
     stream = torch.cuda.current_stream(device) if on_gpu else None
