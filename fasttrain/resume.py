@@ -114,7 +114,7 @@ class RunState:
         """What a checkpoint holds; the tensors are the live ones."""
         recipe, dataset = self.step.recipe, self.dataset
         return {
-            "model": self.step.model.state_dict(),
+            "model": self.step.shipped_model.state_dict(),
             "epoch": self.epoch,
             **self.step.state_dict(),
             "loader": self.loader.state_dict(),
@@ -141,7 +141,7 @@ class RunState:
             _restore_rng(state["rng"], self.step.device)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-        self.step.model.load_state_dict(state["model"])
+        self.step.shipped_model.load_state_dict(state["model"])
         self.step.load_state_dict(state)
         self.loader.load_state_dict(state["loader"])
         self.progress = Progress(**state["progress"])
@@ -168,6 +168,7 @@ class RunState:
         example["optimizer"] = {"state": self._optimizer_example() if step else {}, "param_groups": []}
         for key in (
             "model",
+            *(("trained_model",) if self.step.average else ()),
             "epoch",
             "optimizer",
             "scaler",
@@ -181,7 +182,7 @@ class RunState:
         progress, metrics, recipe = state["progress"], state["metrics"], self.step.recipe
         rows, first = progress["epochs"], state["epoch"] * len(self.loader)
         for row in rows:
-            figures = [row.get(key) for key in EPOCH_FIGURES] if isinstance(row, dict) else [None]
+            figures = [row.get(key) for key in {*EPOCH_FIGURES, *row}] if isinstance(row, dict) else [None]
             if any(type(figure) not in (int, float) for figure in figures):
                 raise UserError("progress.epochs holds a row that is no row of figures")
         _, hits, finite_steps = metrics["sums"].tolist()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.checkpoint import LAST, PREVIOUS, CheckpointWriter, SaveInterval
+from fasttrain.compiling import CompileCache, compile_step, payoff, pick_compile_mode, records_step
 from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset
 from fasttrain.data.loader import build_loader, open_dataset, pick_loader
@@ -27,6 +28,7 @@ from fasttrain.interrupt import catch_signals
 from fasttrain.lr_find import find_max_lr
 from fasttrain.machine import (
     describe,
+    hardware_name,
     measure_matmul_tflops,
     pick_compute_dtype,
     pick_device,
@@ -38,8 +40,9 @@ from fasttrain.model import CustomResNet, training_flop_per_image
 from fasttrain.recipe import PRESETS, Recipe, flag
 from fasttrain.report import first_images, write_report
 from fasttrain.resume import RunState, Saver, fingerprint, require_same_recipe, resume_from
-from fasttrain.run import Run, load_run
+from fasttrain.run import Run, load_run, read_object
 from fasttrain.runlog import (
+    MACHINE_FILE,
     RECIPE_FILE,
     RESULT_FILE,
     RunLog,
@@ -47,7 +50,7 @@ from fasttrain.runlog import (
     new_folder,
     require_tensorboard,
 )
-from fasttrain.step import TrainStep, pick_compile_mode
+from fasttrain.step import TrainStep
 
 FIRST_STEPS = 5
 """Steps after which the laptop recipe says how long the full one would take."""
@@ -61,7 +64,7 @@ MAX_ROLLBACKS = 3
 def train(
     recipe: Recipe,
     *,
-    data: str = "auto",
+    data: str | Dataset = "auto",
     data_dir: Path | str | None = None,
     skip_bad: bool = False,
     out: Path | str = "runs",
@@ -75,7 +78,7 @@ def train(
 ) -> Run:
     """Train one recipe and leave a run's folder; returns what is in it.
 
-    data, data_dir, skip_bad: the images, as data.loader.open_dataset takes them.
+    data, data_dir, skip_bad: the images, as data.loader.open_dataset takes them; or data is a Dataset.
     resume: go on with an unfinished run of this recipe: its folder, a checkpoint in it, or auto for the
     newest under `out`.
     save_every: steps, as 500, or seconds, as 60s, between two checkpoints; every epoch ends with one.
@@ -100,12 +103,16 @@ def train(
     precision = precision_name(recipe.compute_dtype, dtype)
     prepare(run_device, recipe.compute_dtype)
 
-    dataset = open_dataset(
-        data,
-        Path(data_dir) if data_dir else None,
-        print,
-        resolution=recipe.resolution,
-        skip_bad=skip_bad,
+    dataset = (
+        data
+        if isinstance(data, Dataset)
+        else open_dataset(
+            data,
+            Path(data_dir) if data_dir else None,
+            print,
+            resolution=recipe.resolution,
+            skip_bad=skip_bad,
+        )
     )
     # The first optimizer would import it, a second of work: let that pass while the images are prepared.
     threading.Thread(target=importlib.import_module, args=("torch._dynamo",)).start()
@@ -119,14 +126,13 @@ def train(
         remove_temporaries(log.folder)
         machine = describe(run_device)
         if unfinished is None:
-            log.write("machine.json", machine)
+            log.write(MACHINE_FILE, machine)
             log.write(RECIPE_FILE, recipe.to_dict())
         if tensorboard:
             log.open_tensorboard(first_images(dataset, recipe, run_device)[0])
         log.say(
             f"{recipe.name}: {dataset.name}, {recipe.epochs} epochs of {len(train_loader)} steps of "
-            f"{recipe.batch_size}, {run_device.type}, {precision}, {train_loader.name}, "
-            f"{f'compiled ({mode})' if mode else 'eager'} -> {log.folder}"
+            f"{recipe.batch_size}, {run_device.type}, {precision}, {train_loader.name} -> {log.folder}"
         )
         matmul_tflops = measure_matmul_tflops(run_device, dtype, seconds=0.1)  # a short look: users wait
         checkpoints = _checkpoints(log.folder, resume)
@@ -145,9 +151,18 @@ def train(
             total_steps=recipe.epochs * len(train_loader),
             device=run_device,
             compute_dtype=dtype,
-            compile_mode=mode,
+            cuda_graph=records_step(recipe, run_device, mode),
         )
-        compile_seconds = step.warm_up(*_blank_batch(recipe, run_device))
+        example = _example_batch(recipe, run_device)
+        cache = CompileCache(hardware_name(machine), dtype, mode, recipe.batch_size, recipe.resolution)
+        if checkpoints:
+            mode = read_object(log.folder / MACHINE_FILE).get("compile", mode)
+        elif mode and recipe.compile == "auto":
+            gain = payoff(step, cache, matmul_tflops, *example)
+            log.say(str(gain))
+            mode = mode if gain else None
+        if not checkpoints:
+            log.write(MACHINE_FILE, machine | {"compile": mode})
         identity = fingerprint(
             recipe, dataset, loader=kind, precision=precision, compile_mode=mode, device=run_device
         )
@@ -155,11 +170,14 @@ def train(
         if checkpoints:
             resume_from(checkpoints, run, log.say)
         log.rewind(run.progress.epochs)
+        compile_seconds = compile_step(step, mode, cache, *example)
+        if mode:
+            log.say(f"compiled ({mode}) in {compile_seconds:.1f} s")
         run.add_up(started, compile_seconds=compile_seconds, matmul_tflops=matmul_tflops)
 
         command = _resume_command(
             log.folder,
-            data=(data, "auto"),
+            data=("auto" if isinstance(data, Dataset) else data, "auto"),
             data_dir=(data_dir, None),
             skip_bad=(skip_bad, False),
             device=(device, "auto"),
@@ -207,8 +225,8 @@ def train(
         log.say(
             f"{dataset.name}: test accuracy {result['test_accuracy']:.2%} after {recipe.epochs} epochs "
             f"(best {result['best_test_accuracy']:.2%} at epoch {result['best_epoch']}, chosen on the test "
-            f"images); {result['train_seconds']:.1f} s of training, {result['wall_seconds']:.1f} s in all "
-            f"-> {log.folder}"
+            f"images){_said_of_flip(result)}; {result['train_seconds']:.1f} s of training, "
+            f"{result['wall_seconds']:.1f} s in all -> {log.folder}"
         )
         finished = load_run(log.folder)
         if report:
@@ -222,8 +240,10 @@ def _figures(run: RunState, matmul_tflops: float) -> dict[str, Any]:
     rows, best = progress.epochs, progress.best_epoch
     train_seconds = sum(row["seconds"] for row in rows)
     images_per_sec = recipe.epochs * len(run.loader) * recipe.batch_size / train_seconds
+    flip = {"test_accuracy_flip": rows[-1]["test_accuracy_flip"]} if recipe.test_flip else {}
     return {
         "test_accuracy": rows[-1]["test_accuracy"],
+        **flip,
         "best_test_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
         "epoch_seconds": [row["seconds"] for row in rows],
@@ -241,6 +261,11 @@ def _figures(run: RunState, matmul_tflops: float) -> dict[str, Any]:
         ),
         "matmul_tflops_measured": matmul_tflops,
     }
+
+
+def _said_of_flip(result: dict[str, Any]) -> str:
+    flip = result.get("test_accuracy_flip")
+    return "" if flip is None else f"; {flip:.2%} with each image's mirror image taken into account"
 
 
 def _train_epoch(run: RunState, log: RunLog, saver: Saver) -> dict[str, float]:
@@ -296,10 +321,11 @@ def _announce_full_recipe(log: RunLog, loader: Loader, seconds_per_step: float) 
 
 def _test_epoch(step: TrainStep, loader: Loader) -> tuple[Evaluation, dict[str, float]]:
     start = time.perf_counter()
-    test = evaluate(step.model, loader, step.device, step.compute_dtype)
+    test = evaluate(step.shipped_model, loader, step.device, step.compute_dtype, flip=step.recipe.test_flip)
     return test, {
         "test_loss": test.loss,
         "test_accuracy": test.accuracy,
+        **({} if test.accuracy_flip is None else {"test_accuracy_flip": test.accuracy_flip}),
         "test_seconds": time.perf_counter() - start,
     }
 
@@ -361,9 +387,13 @@ def _one_line_if_memory_is_full(recipe: Recipe) -> Iterator[None]:
         raise UserError(f"--batch-size {size}: the memory is full; try --batch-size {half}") from error
 
 
-def _blank_batch(recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A batch of the loaders' shape, dtype and strides, to compile on without taking one from them."""
-    shape = (recipe.batch_size, 3, recipe.resolution, recipe.resolution)
-    images = torch.zeros(shape, dtype=torch.uint8, device=device)
-    labels = torch.zeros(recipe.batch_size, dtype=torch.int64, device=device)
-    return images.to(memory_format=torch.channels_last), labels
+def _example_batch(recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A batch of the loaders' shape, dtype and strides, to compile and time on without taking one from them.
+
+    Noise, not zeros: on zeros a GPU draws less power and computes faster.
+    """
+    noise = torch.Generator(device).manual_seed(0)
+    shape = (recipe.batch_size, recipe.resolution, recipe.resolution, 3)
+    images_NHWC = torch.randint(256, shape, generator=noise, dtype=torch.uint8, device=device)
+    labels_N = torch.zeros(recipe.batch_size, dtype=torch.int64, device=device)
+    return images_NHWC.permute(0, 3, 1, 2), labels_N

@@ -1,16 +1,19 @@
 """The DALI pipeline: one definition for the GPU and for DALI's CPU backend.
 
-Images lie decoded in memory, already padded. Of each, the window that its crop asks for is copied out; DALI
-mirrors half of them, cuts out a square, and hands the batch to torch without a copy.
+Images lie decoded and padded in memory: a GPU's own where they fit, the host's otherwise. Of each, the window
+that its crop asks for is copied out; DALI mirrors half of them, cuts out a square, and hands the result to
+torch without a copy.
 
-DALI's operators get their random choices as a condition or as one tensor, never as a scalar of each image:
-DALI 2.4 checks the whole batch anew whenever it reads such a scalar, which costs more than the work
-(benchmarks/LOG.md).
+Two things that DALI 2.4 charges for shape this file (benchmarks/LOG.md). Random choices come as a condition
+or as one tensor, never as a scalar of each image: it checks the whole batch anew whenever it reads one. And
+every run of a pipeline has its price, whatever it carries: one run makes several small batches, cut apart
+afterwards.
 Axis suffixes: N images, C channels, H rows, W columns.
 """
 
 from collections import deque
-from typing import Any
+from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,10 +21,16 @@ from torch import Tensor
 
 from fasttrain.data.batches import Loader
 from fasttrain.data.padding import LazyWindows, windows
-from fasttrain.data.sampler import Augmentation, Sampler
+from fasttrain.data.sampler import Augmentation, Draws, Sampler
 
 PREFETCH = 2
-"""Batches that DALI prepares ahead of the consumer."""
+"""Runs that DALI prepares ahead of the consumer."""
+
+RUN_IMAGES = 2048
+"""Images in one run of the training pipeline, or one batch where that is larger."""
+
+RESIDENT_SHARE = 0.25
+"""Of the GPU's memory that is free, how much the images may take; larger sets stay in the host's memory."""
 
 
 class DaliLoader(Loader):
@@ -50,67 +59,83 @@ class DaliLoader(Loader):
         super().__init__(sampler)
         self.name = f"dali-{dali_version()}-{'gpu' if device.type == 'cuda' else 'cpu'}"
         self.augmentation = augmentation
-        self._windows = (
-            windows(images_NHWC, augmentation.crop) if isinstance(images_NHWC, np.ndarray) else images_NHWC
-        )
-        self._labels_N = labels_N.astype(np.int64)
         self._fill, self._device, self._threads = fill, device, threads
-        self._pipeline: Any = None
+        self._records: Records
+        if isinstance(images_NHWC, np.ndarray) and fits_on(device, images_NHWC.nbytes):
+            self._records = OnDevice(images_NHWC, labels_N, augmentation.crop, device)
+        else:
+            self._records = OnHost(images_NHWC, labels_N, augmentation.crop)
+        # An evaluation's last batch is smaller: each of its batches is a run of its own.
+        self._batches_per_run = max(1, RUN_IMAGES // sampler.batch_size) if sampler.train else 1
+        self._forget()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._pipeline = None  # what it has prepared is for other steps
+        self._forget()  # what is prepared is for other steps
+
+    def _forget(self) -> None:
+        self._pipeline: Any = None
+        self._ready: deque[tuple[Tensor, Tensor]] = deque()
 
     def _next(self) -> tuple[Tensor, Tensor]:
-        if self._pipeline is None:
-            self._pipeline = self._build(first_step=self._step)
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        images, labels = self._pipeline.run(stream)  # ready on torch's stream, no host sync
-        images_NHWC = torch.from_dlpack(images.as_tensor())
-        return images_NHWC.permute(0, 3, 1, 2), torch.from_dlpack(labels.as_tensor())
+        if not self._ready:
+            if self._pipeline is None:
+                self._pipeline = self._build(first_step=self._step)
+            stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+            outputs = self._pipeline.run(stream)  # ready on torch's stream, no host sync
+            images_NHWC, labels_N = (torch.from_dlpack(output.as_tensor()) for output in outputs)
+            images_NCHW, size = images_NHWC.permute(0, 3, 1, 2), self.sampler.batch_size
+            self._ready.extend(zip(images_NCHW.split(size), labels_N.split(size), strict=True))
+        return self._ready.popleft()
 
     def _build(self, first_step: int) -> Any:
         from nvidia.dali import fn, pipeline_def, types
 
         flip, cutout = self.augmentation.flip, self.augmentation.cutout
         on_gpu = self._device.type == "cuda"
-        # DALI reads a batch after the callback has returned, without a copy: keep as many alive as can be
-        # in flight, plus the one being read.
-        in_flight: deque[list[np.ndarray]] = deque(maxlen=PREFETCH + 2)
+        # DALI reads the host's arrays after a callback has returned, without a copy: keep as many alive as
+        # can be in flight, plus the one being read.
+        in_flight: deque[Any] = deque(maxlen=2 * (PREFETCH + 2))
 
-        def gather(info: Any) -> list[np.ndarray]:
-            step = first_step + info.iteration
-            indices = self.sampler(step)
-            rows, columns, mirrored, holes = self.augmentation.draw(step, len(indices))
-            batch = [self._windows[indices, rows, columns], self._labels_N[indices]]
-            batch += [mirrored] * flip + [holes.astype(np.float32)] * bool(cutout)
+        @lru_cache(maxsize=PREFETCH + 2)  # both callbacks ask
+        def choices(run: int) -> tuple[np.ndarray, Draws]:
+            first = first_step + run * self._batches_per_run
+            steps = range(first, first + self._batches_per_run)
+            indices = [self.sampler(step) for step in steps]
+            draws = [
+                self.augmentation.draw(step, self.sampler.epoch(step), chosen)
+                for step, chosen in zip(steps, indices, strict=True)
+            ]
+            return np.concatenate(indices), Draws(*map(np.concatenate, zip(*draws, strict=True)))
+
+        def records(info: Any) -> list[Any]:
+            indices, draws = choices(info.iteration)
+            batch = self._records.gather(indices, draws.rows, draws.columns)
             in_flight.append(batch)
             return batch
 
-        inputs = [(types.UINT8, 3, "HWC"), (types.INT64, 0, "")]
-        inputs += [(types.BOOL, 0, "")] * flip + [(types.FLOAT, 1, "")] * bool(cutout)
-        dtypes, ndims, layouts = (list(column) for column in zip(*inputs, strict=True))
+        def chances(info: Any) -> list[np.ndarray]:
+            _, draws = choices(info.iteration)
+            batch = [draws.mirrored] * flip + [draws.holes.astype(np.float32)] * bool(cutout)
+            in_flight.append(batch)
+            return batch
+
+        draw_columns = [(types.BOOL, 0, "")] * flip + [(types.FLOAT, 1, "")] * bool(cutout)
+        of_records = _source([(types.UINT8, 3, "HWC"), (types.INT64, 0, "")]) | self._records.settings
+        of_chances = _source(draw_columns) | {"device": "cpu", "no_copy": True}
 
         @pipeline_def(
-            batch_size=self.sampler.batch_size,
+            batch_size=self.sampler.batch_size * self._batches_per_run,
             num_threads=self._threads,
             device_id=(self._device.index or 0) if on_gpu else None,
             prefetch_queue_depth=PREFETCH,
             enable_conditionals=True,
         )
         def pipeline() -> Any:
-            images, labels, *draws = fn.external_source(
-                source=gather,
-                num_outputs=len(inputs),
-                batch=True,
-                batch_info=True,
-                no_copy=True,
-                dtype=dtypes,
-                ndim=ndims,
-                layout=layouts,
-            )
-            if on_gpu:
+            images, labels = fn.external_source(source=records, **of_records)
+            if on_gpu and of_records["device"] == "cpu":
                 images, labels = images.gpu(), labels.gpu()
+            draws = fn.external_source(source=chances, **of_chances) if draw_columns else []
             if flip:
                 mirrored = draws[0]
                 if mirrored:  # of each image: DALI splits the batch
@@ -126,6 +151,68 @@ class DaliLoader(Loader):
             return images, labels
 
         return pipeline()
+
+
+def _source(columns: list[tuple[Any, int, str]]) -> dict[str, Any]:
+    """Settings of a DALI source whose callback gives whole batches; columns: dtype, dimensions, layout."""
+    dtypes, ndims, layouts = zip(*columns, strict=True) if columns else ((), (), ())
+    settings = {"num_outputs": len(columns), "batch": True, "batch_info": True}
+    return settings | {"dtype": list(dtypes), "ndim": list(ndims), "layout": list(layouts)}
+
+
+class Records(Protocol):
+    """All images and labels, and a way to copy windows out of them.
+
+    settings: of the DALI source that is fed with what gather returns.
+    """
+
+    settings: dict[str, Any]
+
+    def gather(self, indices: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> list[Any]:
+        """The images' windows (N, side, side, 3) that begin at these rows and columns, and labels_N."""
+
+
+class OnHost:
+    """Records in the host's memory, or mapped from a file."""
+
+    def __init__(self, images_NHWC: np.ndarray | LazyWindows, labels_N: np.ndarray, side: int) -> None:
+        self.settings = {"device": "cpu", "no_copy": True}
+        self._windows = images_NHWC if isinstance(images_NHWC, LazyWindows) else windows(images_NHWC, side)
+        self._labels_N = labels_N.astype(np.int64)
+
+    def gather(self, indices: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> list[Any]:
+        return [self._windows[indices, rows, columns], self._labels_N[indices]]
+
+
+class OnDevice:
+    """Records in the GPU's memory: of a batch, only its indices and offsets cross the bus."""
+
+    def __init__(
+        self, images_NHWC: np.ndarray, labels_N: np.ndarray, side: int, device: torch.device
+    ) -> None:
+        # DALI copies what it is given, within the GPU and in the order of torch's current stream, before the
+        # memory can be used again. Without that copy it would wait for all that this stream is given later.
+        self.settings = {"device": "gpu", "no_copy": False}
+        self._device = device
+        images = torch.from_numpy(images_NHWC).to(device)
+        # As padding.windows: (N, room + 1, room + 1, side, side, 3).
+        self._windows = images.unfold(1, side, 1).unfold(2, side, 1).permute(0, 1, 2, 4, 5, 3)
+        self._labels_N = torch.from_numpy(labels_N).to(device, torch.int64)
+
+    def gather(self, indices: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> list[Any]:
+        places = torch.from_numpy(np.stack((indices, rows, columns)))
+        if self._device.type == "cuda":
+            places = places.pin_memory()  # or the copy would make the host wait
+        places = places.to(self._device, non_blocking=True)
+        return [self._windows[tuple(places)].contiguous(), self._labels_N[places[0]]]
+
+
+def fits_on(device: torch.device, num_bytes: int) -> bool:
+    """Whether the records of this size are kept in the device's own memory."""
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return num_bytes <= RESIDENT_SHARE * free
 
 
 def dali_version() -> str:

@@ -12,7 +12,7 @@ from fasttrain.data import cifar, folder, synthetic, webdataset
 from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset, Split
 from fasttrain.data.padding import LazyWindows, pad
-from fasttrain.data.sampler import Augmentation, Sampler
+from fasttrain.data.sampler import Augmentation, Sampler, first_flips
 from fasttrain.errors import UserError
 from fasttrain.recipe import Recipe
 
@@ -131,7 +131,8 @@ def build_loader(
         raise UserError(
             f"--resolution {recipe.resolution}: the images of {dataset.name} have {size} pixels a side"
         )
-    padding = recipe.crop_padding if train else 0
+    padding, flip = (recipe.crop_padding, recipe.flip) if train else (0, False)
+    alternates = flip and recipe.flip_order == "alternating"
     settings: dict[str, Any] = {
         "images_NHWC": _padded(split, padding, kind),
         "labels_N": split.labels,
@@ -139,9 +140,10 @@ def build_loader(
         "augmentation": Augmentation(
             crop=size,
             room=2 * padding,
-            flip=train and recipe.flip,
+            flip=flip,
             cutout=recipe.cutout if train else 0,
             seed=recipe.seed,
+            first_flips=first_flips(len(split.labels), recipe.seed) if alternates else None,
         ),
         "fill": tuple(round(255 * value) for value in dataset.mean),
         "device": device,
