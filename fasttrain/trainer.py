@@ -103,13 +103,12 @@ def train(
     precision = precision_name(recipe.compute_dtype, dtype)
     prepare(run_device, recipe.compute_dtype)
 
+    _import_meanwhile("nvidia.dali", "torch._dynamo")
     dataset = (
         data
         if isinstance(data, Dataset)
         else open_dataset(data, Path(data_dir) if data_dir else None, print, skip_bad=skip_bad)
     )
-    # The first optimizer would import it, a second of work: let that pass while the images are prepared.
-    threading.Thread(target=importlib.import_module, args=("torch._dynamo",)).start()
     kind = pick_loader(recipe.loader, run_device, print)
     mode = pick_compile_mode(recipe.compile, run_device, print)
     train_loader = build_loader(dataset, recipe, train=True, kind=kind, device=run_device)
@@ -365,6 +364,20 @@ def _resume_command(folder: Path, **options: tuple[object, object]) -> str:
 def _waiting(loader: Loader, step: int, seconds: float) -> str:
     stacks = f"; to see every thread's stack: kill -USR1 {os.getpid()}" if os.name == "posix" else ""
     return f"no batch from {loader.name} for {seconds:.0f} s, after step {step}; still waiting{stacks}"
+
+
+def _import_meanwhile(*modules: str) -> None:
+    """Import what will be needed on a thread, while the images are read and padded.
+
+    The data path begins with DALI, and the first optimizer imports torch._dynamo: half a second each, or more.
+    """
+
+    def work() -> None:
+        for module in modules:
+            with contextlib.suppress(ImportError, OSError):  # whoever needs it says what is missing
+                importlib.import_module(module)
+
+    threading.Thread(target=work, name="imports").start()
 
 
 @contextlib.contextmanager
