@@ -165,6 +165,8 @@ def train(
             resume_from(checkpoints, run, log.say)
         log.rewind(run.progress.epochs)
         compile_seconds = compile_step(step, mode, cache, *example)
+        if mode:
+            log.say(f"compiled ({mode}) in {compile_seconds:.1f} s")
         run.add_up(started, compile_seconds=compile_seconds, matmul_tflops=matmul_tflops)
 
         command = _resume_command(

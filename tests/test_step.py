@@ -333,6 +333,27 @@ def test_a_restored_step_is_recorded_anew_and_goes_on_bit_exactly(recordings) ->
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float16])
+def test_a_restored_step_goes_on_where_the_recorded_one_stood_on_a_gpu(compute_dtype: torch.dtype) -> None:
+    device = torch.device("cuda")
+    images, labels = batch(device, count=64)
+    step, other = (build(compute_dtype, device, cuda_graph=True, ema_epochs=1.0) for _ in range(2))
+    for _ in range(3):
+        step(images, labels)
+    other(images, labels)  # has a recording of its own, which the restored state must not go on with
+    weights, state = copy.deepcopy((step.shipped_model.state_dict(), step.state_dict()))
+    other.shipped_model.load_state_dict(weights)
+    other.load_state_dict(state)
+    step.take_metrics()
+    other.take_metrics()
+    for _ in range(3):
+        step(images, labels)
+        other(images, labels)
+    assert other.step == step.step == 6 and other.lr == step.lr
+    assert other.take_metrics()[0] == pytest.approx(step.take_metrics()[0], rel=0.02)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("compile_mode", [None, "default"])
 @pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float16])
 def test_a_replayed_step_has_the_losses_of_an_eager_one_over_fifty_steps(compute_dtype, compile_mode) -> None:

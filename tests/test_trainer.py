@@ -1,5 +1,6 @@
 """The command line from end to end, on a data set of 64 images."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fasttrain import metrics
+from fasttrain import metrics, trainer
 from fasttrain.__main__ import main
 from fasttrain.checkpoint import load_checkpoint
+from fasttrain.compiling import Payoff
 from fasttrain.data import cifar
 from fasttrain.machine import cpu_cores
 from fasttrain.model import CustomResNet
@@ -136,6 +138,48 @@ def test_two_runs_of_one_seed_are_equal_bit_for_bit(run: Path, dataset_dir: Path
     [again] = tmp_path.iterdir()
     ours, theirs = (load_checkpoint(folder / "last.pt")["model"] for folder in (again, run))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("pays", [False, True])
+def test_auto_compiles_where_it_can_pay_and_a_resumed_run_keeps_what_was_decided(
+    pays: bool, dataset_dir: Path, tmp_path, monkeypatch, capsys
+) -> None:
+    gain = Payoff(steps=4, step_seconds=1.0, floor_seconds=0.5, compile_seconds=1.0 if pays else 60.0)
+    compile_, calls = torch.compile, []
+    monkeypatch.setattr(trainer, "pick_compile_mode", lambda *_: "default")
+    monkeypatch.setattr(trainer, "payoff", lambda *_: calls.append("asked") or gain)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compile_(model, backend="aot_eager"))
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: None)
+    settings = {"data_dir": dataset_dir, "out": tmp_path, "device": "cpu", "report": False}
+    recipe = Recipe(epochs=1, batch_size=16)
+    result = train(recipe, **settings).result
+    assert result["compile"] == ("default" if pays else "off")
+    assert (result["compile_seconds"] > 0) is pays
+    out = capsys.readouterr().out
+    assert "2.0 s to gain in 4 steps" in out and ("compiled (default)" in out) is pays
+
+    [folder] = tmp_path.iterdir()
+    (folder / "result.json").unlink()  # as if it had been killed behind its last checkpoint
+    gain = dataclasses.replace(gain, compile_seconds=60.0 if pays else 1.0)  # what it would decide now
+    assert train(recipe, resume=folder, **settings).result["compile"] == result["compile"]
+    assert calls == ["asked"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["default", "assignment", "fast"])
+def test_a_gpu_run_trains_records_its_step_and_can_be_evaluated(
+    recipe: str, dataset_dir: Path, tmp_path, capsys
+) -> None:
+    small = ["--epochs", "3", "--batch-size", "16", "--max-lr", "0.005", "--device", "cuda"]
+    folders = ["--data-dir", str(dataset_dir), "--out", str(tmp_path)]
+    assert main(["train", "--recipe", recipe, *small, *folders]) == 0
+    out = capsys.readouterr().out
+    [folder] = tmp_path.iterdir()
+    result = json.loads((folder / "result.json").read_text())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert result["loader"].endswith("-gpu") and result["device"] == "cuda" and result["compile"] == "off"
+    assert "at most" in out and rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert main(["evaluate", str(folder / "last.pt"), "--data-dir", str(dataset_dir)]) == 0
 
 
 def test_the_laptop_recipe_says_what_the_full_one_would_take(dataset_dir: Path, tmp_path, capsys) -> None:
