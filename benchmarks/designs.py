@@ -22,7 +22,8 @@ from benchmarks.report import interleave, run, save, show, spread
 from benchmarks.step import Variant, build_step, random_batch
 from fasttrain.data import dali
 from fasttrain.data.cifar import Dataset
-from fasttrain.data.loader import build_loader, padded
+from fasttrain.data.loader import build_loader
+from fasttrain.data.padding import pad
 from fasttrain.data.sampler import Augmentation, Sampler
 from fasttrain.machine import cpu_cores, pick_compute_dtype, pick_device, prepare
 from fasttrain.recipe import Recipe
@@ -77,7 +78,7 @@ def all_in_one_operator(dataset: Dataset, recipe: Recipe, device: torch.device, 
     from nvidia.dali import fn, pipeline_def, types
 
     on_gpu = device.type == "cuda"
-    images_NHWC = padded(dataset.train, recipe.crop_padding)
+    images_NHWC = pad(dataset.train.images, recipe.crop_padding)
     labels_N = dataset.train.labels.astype(np.int64)
     sampler = Sampler(len(labels_N), recipe.batch_size, train=True, seed=recipe.seed)
     room, side = 2 * recipe.crop_padding, dataset.train.images.shape[-1]

@@ -20,18 +20,21 @@ import tyro  # noqa: E402  isort: skip
 T = TypeVar("T")
 
 
-DataName = Annotated[str, tyro.conf.arg(metavar="auto|cifar10|cifar100|synthetic|folder:PATH")]
+DataName = Annotated[
+    str, tyro.conf.arg(metavar="auto|cifar10|cifar100|synthetic|folder:PATH|webdataset:PATTERN")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     data: DataName = "auto"
     """auto: CIFAR-10 on disk, else downloaded, else a generated stand-in. cifar10 and cifar100 never
-    fall back. folder:PATH: your own images, a folder per class, in PATH/train and PATH/test or unsplit."""
+    fall back. folder:PATH: your own images, a folder per class, in PATH/train and PATH/test or unsplit.
+    webdataset:PATTERN: your own images in tar files, as pets-{train,val}-{000..009}.tar."""
     data_dir: Path | None = None
     """Folder of the data; by default $FASTTRAIN_DATA, else data/."""
     skip_bad: bool = False
-    """Leave out files of folder:PATH that cannot be decoded, and say how many; else they are refused."""
+    """Leave out files of your own that cannot be decoded, and say how many; else they are refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +94,7 @@ class EvaluateOptions(DataOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions:
-    """Classify images from anywhere with a checkpoint, each scaled to 32x32."""
+    """Classify images from anywhere with a checkpoint, each scaled to its resolution."""
 
     checkpoint: tyro.conf.Positional[Path]
     """A run's last.pt or best.pt."""
@@ -131,12 +134,12 @@ class ReportOptions:
 
     run: tyro.conf.Positional[Path]
     """The run's folder, as runs/..."""
-    data: Annotated[str, tyro.conf.arg(metavar="auto|folder:PATH")] = "auto"
-    """auto: what --data-dir holds. folder:PATH: the images of a run on a folder."""
+    data: Annotated[str, tyro.conf.arg(metavar="auto|folder:PATH|webdataset:PATTERN")] = "auto"
+    """auto: what --data-dir holds. folder:PATH, webdataset:PATTERN: the images of a run on those."""
     data_dir: Path | None = None
     """Folder of the data; by default $FASTTRAIN_DATA, else data/. Nothing is downloaded."""
     skip_bad: bool = False
-    """Leave out files of folder:PATH that cannot be decoded, as the run did."""
+    """Leave out files of your own that cannot be decoded, as the run did."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
 
@@ -157,6 +160,8 @@ class SummaryOptions:
 
     device: str = "auto"
     """Where the matmul rate is measured: auto, cpu, cuda, cuda:1, ..."""
+    resolution: int = Recipe.resolution
+    """Pixels of an image's side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +242,8 @@ def summary(args: Sequence[str]) -> int:
     from fasttrain.metrics import epoch_floor
     from fasttrain.model import CustomResNet, summary
 
-    device, model = pick_device(options.device), CustomResNet()
+    device = pick_device(options.device)
+    model = CustomResNet(resolution=Recipe(resolution=options.resolution).resolution)
     print(summary(model))
     print(epoch_floor(model, device))
     return 0
@@ -250,7 +256,9 @@ def evaluate(args: Sequence[str]) -> int:
 
     evaluate_checkpoint(
         options.checkpoint,
-        lambda: open_dataset(options.data, options.data_dir, print, skip_bad=options.skip_bad),
+        lambda resolution: open_dataset(
+            options.data, options.data_dir, print, resolution=resolution, skip_bad=options.skip_bad
+        ),
         device=options.device,
         mistakes=options.mistakes,
         flip=options.flip,
@@ -329,7 +337,13 @@ def profile(args: Sequence[str]) -> int:
 
     found, table = profile_training(
         options.settings,
-        open_dataset(options.data, options.data_dir, print, skip_bad=options.skip_bad),
+        open_dataset(
+            options.data,
+            options.data_dir,
+            print,
+            resolution=options.settings.resolution,
+            skip_bad=options.skip_bad,
+        ),
         device=pick_device(options.device),
         out=options.out,
         wait=options.wait,
@@ -348,10 +362,16 @@ def data(args: Sequence[str]) -> int:
     class Options(DataOptions):
         """Fetch the data set if need be, and show what is there: counts, classes, statistics, checksums."""
 
+        resolution: int = Recipe.resolution
+        """Pixels of a side that your own images are scaled to, as the training will."""
+
     options = _parse(Options, "data", args)
     from fasttrain.data.loader import open_dataset, show_dataset
 
-    show_dataset(open_dataset(options.data, options.data_dir, print, skip_bad=options.skip_bad))
+    resolution = Recipe(resolution=options.resolution).resolution  # checked
+    show_dataset(
+        open_dataset(options.data, options.data_dir, print, resolution=resolution, skip_bad=options.skip_bad)
+    )
     return 0
 
 

@@ -17,6 +17,7 @@ from fasttrain.errors import UserError
 from fasttrain.files import link_atomically, write_atomically
 from fasttrain.machine import fork_rng
 from fasttrain.model import CustomResNet
+from fasttrain.recipe import Recipe
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 
@@ -69,12 +70,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def model_from_state(state: dict[str, Any], device: torch.device) -> CustomResNet:
-    """The network of a loaded checkpoint, with its own mean and standard deviation, in evaluation mode.
+    """The network of a loaded checkpoint: its own resolution, mean and standard deviation; evaluation mode.
 
     Raises UserError if the weights do not fit the network.
     """
     with fork_rng(device):  # a new network draws its weights from the global generator
-        model = CustomResNet(len(state["classes"]))
+        model = CustomResNet(len(state["classes"]), resolution=Recipe.from_dict(state["recipe"]).resolution)
     try:
         model.load_state_dict(state["model"])
     except (RuntimeError, TypeError) as error:

@@ -153,7 +153,7 @@ def evaluate_state(
 
 def evaluate_checkpoint(
     path: Path,
-    open_dataset: Callable[[], Dataset],
+    open_dataset: Callable[[int], Dataset],
     *,
     device: str = "auto",
     mistakes: int = 5,
@@ -161,14 +161,16 @@ def evaluate_checkpoint(
 ) -> Evaluation:
     """Measure a checkpoint on every test image and print accuracy, classes and the most confident mistakes.
 
+    open_dataset: called with the checkpoint's resolution.
     flip: print a second accuracy, with every image's mirror image taken into account.
     Raises UserError if the checkpoint cannot be read, or if its classes are not the data set's.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     state = load_checkpoint(path)
-    dataset = open_dataset()
+    dataset = open_dataset(Recipe.from_dict(state["recipe"]).resolution)
     run_device = pick_device(device)
     try:
         result = evaluate_state(state, dataset, run_device, flip=flip)
@@ -186,11 +188,11 @@ def evaluate_checkpoint(
     table = Table("class", "images", "recall", "precision", "most often taken for")
     for name, figures in zip(dataset.classes, result.per_class(len(dataset.classes)), strict=True):
         table.add_row(
-            name,
+            escape(name),
             f"{figures.images:,}",
             "-" if figures.recall is None else f"{figures.recall:.2%}",
             "-" if figures.precision is None else f"{figures.precision:.2%}",
-            "-" if figures.taken_for is None else dataset.classes[figures.taken_for],
+            "-" if figures.taken_for is None else escape(dataset.classes[figures.taken_for]),
         )
     console.print(table)
     for index in result.misclassified()[:mistakes].tolist():

@@ -59,8 +59,8 @@ def export(
     with warnings.catch_warnings():  # torch's exporters warn about their own insides
         warnings.simplefilter("ignore")
         content = encode(model if input == "pixels" else _without_normalize(model))
-        forward = load(content)
-    images_NCHW, images_name = _images(state["dataset"], data_dir)
+        forward = load(content, model.resolution)
+    images_NCHW, images_name = _images(state["dataset"], data_dir, model.resolution)
     difference, limit, agreement = _compare(model, forward, images_NCHW, input)
     print(
         f"held against {checkpoint} on {len(images_NCHW):,} images ({images_name}): logits differ by at most "
@@ -74,7 +74,7 @@ def export(
         "fasttrain": __version__,
         "format": format,
         "sha256": hashlib.sha256(content).hexdigest(),
-        "input": _input_contract(input),
+        "input": _input_contract(input, model.resolution),
         "output": "logits, float32, (N, classes); softmax makes them probabilities",
         "classes": state["classes"],
         "mean": (model.mean / 255).tolist(),
@@ -105,18 +105,19 @@ def _encode_safetensors(model: CustomResNet) -> bytes:
     return save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
 
 
-def _load_safetensors(content: bytes) -> Forward:
+def _load_safetensors(content: bytes, resolution: int) -> Forward:
     from safetensors.torch import load
 
     weights = load(content)
-    return model_from_state({"classes": range(len(weights["fc.bias"])), "model": weights}, CPU)
+    classes, recipe = range(len(weights["fc.bias"])), {"resolution": resolution}
+    return model_from_state({"classes": classes, "model": weights, "recipe": recipe}, CPU)
 
 
 def _trace(model: CustomResNet) -> Any:
     """The network's graph for any number of images, without the exporting machine's paths in it."""
     model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as in model.py
     dtype = torch.float32 if isinstance(model, _NormalizedInput) else torch.uint8
-    example_NCHW = torch.zeros(2, 3, 32, 32, dtype=dtype)
+    example_NCHW = torch.zeros(2, 3, model.resolution, model.resolution, dtype=dtype)
     program = torch.export.export(model, (example_NCHW,), dynamic_shapes=({0: torch.export.Dim("N", min=1)},))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
@@ -129,7 +130,7 @@ def _encode_torch_export(model: CustomResNet) -> bytes:
     return buffer.getvalue()
 
 
-def _load_torch_export(content: bytes) -> Forward:
+def _load_torch_export(content: bytes, _: int) -> Forward:
     return torch.export.load(io.BytesIO(content)).module()
 
 
@@ -146,7 +147,7 @@ def _encode_onnx(model: CustomResNet) -> bytes:
     return program.model_proto.SerializeToString()
 
 
-def _load_onnx(content: bytes) -> Forward:
+def _load_onnx(content: bytes, _: int) -> Forward:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -154,11 +155,11 @@ def _load_onnx(content: bytes) -> Forward:
 
 
 class FormatKind(NamedTuple):
-    """How a format is written to bytes, and read back as something to call."""
+    """How a format is written to bytes, and read back, with the images' resolution, as something to call."""
 
     suffix: str
     encode: Callable[[CustomResNet], bytes]
-    load: Callable[[bytes], Forward]
+    load: Callable[[bytes, int], Forward]
 
 
 FORMATS: dict[Format, FormatKind] = {
@@ -177,7 +178,7 @@ class _NormalizedInput(CustomResNet):
 
 def _without_normalize(model: CustomResNet) -> CustomResNet:
     with fork_rng(CPU):  # a new network draws its weights from the global generator
-        bare = _NormalizedInput(model.fc.out_features)
+        bare = _NormalizedInput(model.fc.out_features, resolution=model.resolution)
     bare.load_state_dict(model.state_dict())
     return bare.eval()
 
@@ -185,14 +186,14 @@ def _without_normalize(model: CustomResNet) -> CustomResNet:
 # ------------------------------------------------------------------------------------------ the verification
 
 
-def _images(dataset_name: str, data_dir: Path | None) -> tuple[Tensor, str]:
+def _images(dataset_name: str, data_dir: Path | None, resolution: int) -> tuple[Tensor, str]:
     """What to verify on, uint8, and its name: the run's test images, or the same random pixels every time."""
     try:
         dataset = find_dataset(dataset_name, "auto", data_dir)
     except UserError as error:
         print(f"verified on random pixels: {error}")
         generator = torch.Generator().manual_seed(0)
-        shape = (RANDOM_IMAGES, 3, 32, 32)
+        shape = (RANDOM_IMAGES, 3, resolution, resolution)
         return torch.randint(256, shape, dtype=torch.uint8, generator=generator), "random pixels"
     return torch.from_numpy(dataset.test.images), f"test images of {dataset.name}"
 
@@ -220,11 +221,11 @@ def _compare(
 # -------------------------------------------------------------------------------------- what is said about it
 
 
-def _input_contract(input: Input) -> dict[str, Any]:
+def _input_contract(input: Input, resolution: int) -> dict[str, Any]:
     pixels = "red, green, blue from 0 to 255"
     return {
         "dtype": "uint8" if input == "pixels" else "float32",
-        "shape": ["N", 3, 32, 32],
+        "shape": ["N", 3, resolution, resolution],
         "values": pixels if input == "pixels" else f"({pixels}, divided by 255, minus mean) / std",
         "normalized_by": "the network" if input == "pixels" else "the caller",
     }

@@ -104,7 +104,7 @@ def find_lr(
     run_device = pick_device(device)
     prepare(run_device, recipe.compute_dtype)
     search = find_max_lr(
-        open_dataset(data, data_dir, print, skip_bad=skip_bad),
+        open_dataset(data, data_dir, print, resolution=recipe.resolution, skip_bad=skip_bad),
         recipe,
         kind=pick_loader(recipe.loader, run_device, print),
         device=run_device,

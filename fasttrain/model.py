@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 EPOCH_IMAGES = 50_000
 """CIFAR-10's training images, for the cost of an epoch."""
+POOLED_STEM_FROM = 128
+"""Resolution from which the first block pools as well, or an image would cost four times as much."""
 
 
 def _block(
@@ -29,12 +31,14 @@ def _block(
 
 
 class CustomResNet(nn.Module):
-    """A nine-layer residual network for 32x32 images: 6,573,130 parameters with ten classes.
+    """A nine-layer residual network, made for 32x32 images: 6,573,130 parameters with ten classes.
 
-    Takes images_NCHW (N, 3, 32, 32), pixels from 0 to 255 as uint8 or any floating point, and returns
-    logits_NK (N, num_classes). It normalises by itself, so that a checkpoint knows its own preprocessing,
-    loaders move a byte a channel, and a compiler can fuse it with what follows.
+    Takes images_NCHW (N, 3, resolution, resolution), pixels from 0 to 255 as uint8 or any floating point, and
+    returns logits_NK (N, num_classes). It normalises by itself, so that a checkpoint knows its own
+    preprocessing, loaders move a byte a channel, and a compiler can fuse it with what follows.
     width: channels of the first convolution; the others have two, four and eight times as many.
+    resolution: pixels of a side, at least 16. The last pooling spans what is left of the image, an eighth of
+    its side; from 128 on the first block pools too, and a sixteenth is left. The parameters stay the same.
     mean, std: of each channel of the training images, for pixels from 0 to 1.
     init: dirac lets the first filters of every convolution pass its input on, as many as it has channels.
     bn_momentum: share of a batch in BatchNorm's running statistics. logit_scale: factor of the last layer's
@@ -53,6 +57,7 @@ class CustomResNet(nn.Module):
         dropout: float = 0.0,
         *,
         width: int = 64,
+        resolution: int = 32,
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.25, 0.25, 0.25),
         init: Literal["default", "dirac"] = "default",
@@ -60,6 +65,7 @@ class CustomResNet(nn.Module):
         logit_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        self.resolution = resolution
         self.register_buffer("mean", 255 * torch.tensor(mean))
         self.register_buffer("inverse_std", 1 / (255 * torch.tensor(std)))
         self.register_buffer("logit_scale", torch.tensor(float(logit_scale)))
@@ -68,13 +74,14 @@ class CustomResNet(nn.Module):
             return _block(in_channels, out_channels, pool=pool, dropout=dropout, bn_momentum=bn_momentum)
 
         x1, x2, x4, x8 = width, 2 * width, 4 * width, 8 * width
-        self.prep = nn.Sequential(*block(3, x1, pool=False))
+        pooled_stem = resolution >= POOLED_STEM_FROM
+        self.prep = nn.Sequential(*block(3, x1, pool=pooled_stem))
         self.layer1 = nn.Sequential(*block(x1, x2, pool=True))
         self.res1 = nn.Sequential(*block(x2, x2, pool=False), *block(x2, x2, pool=False))
         self.layer2 = nn.Sequential(*block(x2, x4, pool=True))
         self.layer3 = nn.Sequential(*block(x4, x8, pool=True))
         self.res2 = nn.Sequential(*block(x8, x8, pool=False), *block(x8, x8, pool=False))
-        self.pool = nn.MaxPool2d(4)
+        self.pool = nn.MaxPool2d(resolution // (16 if pooled_stem else 8))
         self.fc = nn.Linear(x8, num_classes)
         if init == "dirac":
             self._init_dirac()
@@ -105,6 +112,10 @@ class CustomResNet(nn.Module):
         return self.fc(self.pool(x).flatten(1)) * self.logit_scale
 
 
+def _one_image(model: CustomResNet) -> tuple[int, int, int, int]:
+    return 1, 3, model.resolution, model.resolution
+
+
 def block_shapes(model: CustomResNet) -> list[tuple[str, tuple[int, ...]]]:
     """The shape after every block at one image, under the names that the assignment prints.
 
@@ -130,7 +141,7 @@ def block_shapes(model: CustomResNet) -> list[tuple[str, tuple[int, ...]]]:
     after(probe.pool, "Max Pooling")
     before(probe.fc, "Reshape before FC")
     after(probe.fc, "After FC")
-    probe(torch.empty(1, 3, 32, 32, device="meta"))
+    probe(torch.empty(_one_image(model), device="meta"))
     return shapes
 
 
@@ -152,7 +163,7 @@ def multiply_adds(model: CustomResNet) -> int:
     for module in probe.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(count)
-    probe(torch.empty(1, 3, 32, 32, device="meta"))
+    probe(torch.empty(_one_image(model), device="meta"))
     return total
 
 
@@ -168,7 +179,7 @@ def summary(model: CustomResNet) -> str:
     with torch.random.fork_rng():  # torchinfo draws its input from the global generator
         table = torchinfo.summary(
             copy.deepcopy(model).cpu(),
-            input_size=(1, 3, 32, 32),
+            input_size=_one_image(model),
             col_names=("input_size", "kernel_size", "output_size", "num_params", "trainable"),
             col_width=16,
             verbose=0,

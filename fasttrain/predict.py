@@ -64,7 +64,7 @@ def predict(
         read: list[tuple[Path, np.ndarray]] = []
         for path in files[start : start + batch_size]:
             try:
-                read.append((path, read_image(path)))
+                read.append((path, read_image(path, model.resolution)))
             except UserError as error:
                 if skip is None:
                     raise
@@ -110,12 +110,12 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def read_image(path: Path) -> np.ndarray:
-    """An image as the network takes it, (32, 32, 3) uint8. Raises UserError for what is none."""
+def read_image(path: Path, side: int) -> np.ndarray:
+    """An image as the network takes it, (side, side, 3) uint8. Raises UserError for what is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of odd metadata
-            return decode(path)
+            return decode(path, side)
     except ValueError as error:
         raise UserError(f"{path}: cannot be decoded ({error}); expected {', '.join(FORMATS)}") from error
 

@@ -116,7 +116,7 @@ def profile_training(
         cuda_graph=records_step(recipe, device, mode),
     )
     batches = chain.from_iterable(repeat(loader))
-    cache = CompileCache(hardware_name(describe(device)), dtype, mode, recipe.batch_size)
+    cache = CompileCache(hardware_name(describe(device)), dtype, mode, recipe.batch_size, recipe.resolution)
     compile_step(step, mode, cache, *next(batches))
 
     clock = _Clock(first_step=wait + warmup)

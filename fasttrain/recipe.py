@@ -57,6 +57,8 @@ class Recipe:
     cycle_momentum: bool = False
     """Let Adam's beta1 run from 0.95 down to 0.85 and back while the learning rate rises and falls."""
 
+    resolution: int = 32
+    """Pixels of a side that your own images are scaled to; CIFAR's have 32."""
     crop_padding: int = 4
     """Reflect-pad by this many pixels, then crop at a random offset; 0 switches it off."""
     flip: bool = True
@@ -97,8 +99,17 @@ class Recipe:
             ("pct_start", 0 < self.pct_start < 1, "between 0 and 1"),
             ("div_factor", 1 <= self.div_factor < float("inf"), "1 or more"),
             ("final_div_factor", 1 <= self.final_div_factor < float("inf"), "1 or more"),
-            ("crop_padding", 0 <= self.crop_padding <= 16, "from 0 to 16 pixels"),
-            ("cutout", 0 <= self.cutout <= 32, "from 0 to 32 pixels"),
+            ("resolution", self.resolution in range(16, 257, 8), "a multiple of 8 from 16 to 256 pixels"),
+            (
+                "crop_padding",
+                0 <= self.crop_padding <= self.resolution // 2,
+                f"from 0 to {self.resolution // 2} pixels, half of --resolution",
+            ),
+            (
+                "cutout",
+                0 <= self.cutout <= self.resolution,
+                f"from 0 to {self.resolution} pixels, all of --resolution",
+            ),
             ("loader_threads", self.loader_threads >= 1, "at least 1"),
         ]
         for field, holds, expected in rules:
@@ -110,7 +121,8 @@ class Recipe:
 
     def network_settings(self) -> dict[str, Any]:
         """The fields that CustomResNet takes, under its own names."""
-        return {name: getattr(self, name) for name in ("dropout", "init", "bn_momentum", "logit_scale")}
+        names = ("dropout", "init", "bn_momentum", "logit_scale", "resolution")
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":

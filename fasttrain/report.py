@@ -16,7 +16,7 @@ from fasttrain import plots
 from fasttrain.checkpoint import load_checkpoint
 from fasttrain.data import cifar, synthetic
 from fasttrain.data.cifar import Dataset, Split
-from fasttrain.data.loader import FOLDER, build_loader, open_dataset, pick_loader
+from fasttrain.data.loader import OWN_IMAGES, build_loader, open_dataset, pick_loader
 from fasttrain.errors import UserError
 from fasttrain.evaluate import Evaluation, evaluate_state
 from fasttrain.machine import fork_rng, pick_device
@@ -63,15 +63,17 @@ def report(
 
     The figures of the test images come from evaluating last.pt again. Nothing is downloaded or generated:
     without the run's images, or without last.pt, their sections are left out.
-    data: folder:PATH for a run on a folder, with skip_bad where bad files are in it; else auto.
+    data: folder:PATH or webdataset:PATTERN for a run on those, with skip_bad where bad files are in it; else
+    auto.
     Raises UserError if there is no finished run, or if it cannot be written.
     """
-    if data != "auto" and not data.startswith(FOLDER):
-        raise UserError(f"--data {data}: expected auto or folder:PATH")
+    if data != "auto" and not _own_images(data):
+        raise UserError(f"--data {data}: expected auto, folder:PATH or webdataset:PATTERN")
     run = load_run(folder)
     run_device = pick_device(device)
     dataset = _given(
-        run.result["dataset"], lambda name: find_dataset(name, data, data_dir, skip_bad=skip_bad)
+        run.result["dataset"],
+        lambda name: find_dataset(name, data, data_dir, resolution=run.recipe.resolution, skip_bad=skip_bad),
     )
     evaluation = _given(
         dataset, lambda images: evaluate_state(load_checkpoint(folder / "last.pt"), images, run_device)
@@ -79,15 +81,23 @@ def report(
     return write_report(run, dataset, evaluation, device=run_device)
 
 
-def find_dataset(name: str, data: str, data_dir: Path | None, *, skip_bad: bool = False) -> Dataset:
+def find_dataset(
+    name: str,
+    data: str,
+    data_dir: Path | None,
+    *,
+    resolution: int = Recipe.resolution,
+    skip_bad: bool = False,
+) -> Dataset:
     """The data set of this name: the folder of images, what the data folder holds, or the stand-in in it."""
-    if data.startswith(FOLDER):
-        dataset = open_dataset(data, data_dir, print, skip_bad=skip_bad)
+    if _own_images(data):
+        dataset = open_dataset(data, data_dir, print, resolution=resolution, skip_bad=skip_bad)
         if dataset.name == name:
             return dataset
-        raise UserError(f"--data {data}: the run's images are {name}: name their folder")
-    if name.startswith(FOLDER):
-        raise UserError(f"the run's images are {name}: name their folder with --data folder:PATH")
+        raise UserError(f"--data {data}: the run's images are {name}")
+    if _own_images(name):
+        kind = name.partition(":")[0]
+        raise UserError(f"the run's images are {name}: name them with --data {kind}:...")
     root = cifar.locate(data_dir)
     places = [(root, release) for release in cifar.RELEASES.values()]
     for folder, release in (*places, (root / synthetic.NAME, cifar.CIFAR10)):
@@ -96,6 +106,10 @@ def find_dataset(name: str, data: str, data_dir: Path | None, *, skip_bad: bool 
             if dataset.name == name:
                 return dataset
     raise UserError(f"{root} does not hold the run's images, {name}: name their folder with --data-dir")
+
+
+def _own_images(data: str) -> bool:
+    return data.partition(":")[0] in OWN_IMAGES
 
 
 def _given(value: T | Missing, make: Callable[[T], R | Missing]) -> R | Missing:

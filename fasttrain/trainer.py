@@ -107,7 +107,13 @@ def train(
     dataset = (
         data
         if isinstance(data, Dataset)
-        else open_dataset(data, Path(data_dir) if data_dir else None, print, skip_bad=skip_bad)
+        else open_dataset(
+            data,
+            Path(data_dir) if data_dir else None,
+            print,
+            resolution=recipe.resolution,
+            skip_bad=skip_bad,
+        )
     )
     kind = pick_loader(recipe.loader, run_device, print)
     mode = pick_compile_mode(recipe.compile, run_device, print)
@@ -146,8 +152,8 @@ def train(
             compute_dtype=dtype,
             cuda_graph=records_step(recipe, run_device, mode),
         )
-        example = _example_batch(recipe.batch_size, run_device)
-        cache = CompileCache(hardware_name(machine), dtype, mode, recipe.batch_size)
+        example = _example_batch(recipe, run_device)
+        cache = CompileCache(hardware_name(machine), dtype, mode, recipe.batch_size, recipe.resolution)
         if checkpoints:
             mode = read_object(log.folder / MACHINE_FILE).get("compile", mode)
         elif mode and recipe.compile == "auto":
@@ -394,13 +400,13 @@ def _one_line_if_memory_is_full(recipe: Recipe) -> Iterator[None]:
         raise UserError(f"--batch-size {size}: the memory is full; try --batch-size {half}") from error
 
 
-def _example_batch(batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _example_batch(recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
     """A batch of the loaders' shape, dtype and strides, to compile and time on without taking one from them.
 
     Noise, not zeros: on zeros a GPU draws less power and computes faster.
     """
     noise = torch.Generator(device).manual_seed(0)
-    images_NHWC = torch.randint(
-        256, (batch_size, 32, 32, 3), generator=noise, dtype=torch.uint8, device=device
-    )
-    return images_NHWC.permute(0, 3, 1, 2), torch.zeros(batch_size, dtype=torch.int64, device=device)
+    shape = (recipe.batch_size, recipe.resolution, recipe.resolution, 3)
+    images_NHWC = torch.randint(256, shape, generator=noise, dtype=torch.uint8, device=device)
+    labels_N = torch.zeros(recipe.batch_size, dtype=torch.int64, device=device)
+    return images_NHWC.permute(0, 3, 1, 2), labels_N

@@ -21,6 +21,7 @@ FLOORS = [
         "fasttrain.plots",
         "fasttrain.graph",
         "fasttrain.data.sampler",
+        "fasttrain.data.padding",
         "fasttrain.data.image",
     },
     {
@@ -32,7 +33,7 @@ FLOORS = [
     },
     {
         "fasttrain.data.synthetic",
-        "fasttrain.data.folder",
+        "fasttrain.data.decoded",
         "fasttrain.data.dali",
         "fasttrain.data.tensor",
         "fasttrain.step",
@@ -41,6 +42,7 @@ FLOORS = [
         "fasttrain.metrics",
         "fasttrain.run",
     },
+    {"fasttrain.data.folder", "fasttrain.data.webdataset"},
     {"fasttrain.data.loader", "fasttrain.compiling"},
     {"fasttrain.evaluate", "fasttrain.lr_find", "fasttrain.resume"},
     {"fasttrain.report", "fasttrain.predict"},

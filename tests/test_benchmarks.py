@@ -1,6 +1,7 @@
 """The README and the result files agree, and the benchmarks run."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,26 @@ def test_what_does_not_fit_into_the_minutes_is_left_out_and_named(tmp_path, monk
         gpu_report.main(gpu_report.Options(out=tmp_path, minutes=5.5 / 60))
     out = capsys.readouterr().out
     assert "done" in out and "left out" in out and not (tmp_path / "two.log").exists()
+
+
+def test_jpeg_files_are_timed_or_the_peers_absence_is_told(tmp_path: Path) -> None:
+    tiny = ["--rounds", "1", "--small", "100", "--photos", "100", "--seconds", "0.1", "--cores", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.folder", *tiny],
+        env=os.environ | {"FASTTRAIN_RESULTS": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    [path] = tmp_path.glob("folder-*.json")
+    values = json.loads(path.read_text())
+    found = {(row["images"], row["way"]) for row in values["rows"]}
+    assert len(found) + 2 * len(values["missing"]) == 6
+    assert all(row["images_per_sec"] > 0 for row in values["rows"])
+    for name in values["missing"]:
+        assert name in done.stdout
 
 
 def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path: Path, monkeypatch, capsys) -> None:

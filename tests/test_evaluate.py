@@ -1,8 +1,13 @@
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
-from fasttrain.evaluate import ClassFigures, Evaluation, evaluate
+from fasttrain.checkpoint import REQUIRED, save_checkpoint
+from fasttrain.evaluate import ClassFigures, Evaluation, evaluate, evaluate_checkpoint
+from fasttrain.model import CustomResNet
+from fasttrain.recipe import Recipe
 
 CPU = torch.device("cpu")
 LABELS = torch.tensor([0, 1, 2, 1, 0])
@@ -47,6 +52,20 @@ def test_misclassified_starts_with_the_most_confident_mistake() -> None:
     assert result().misclassified().tolist() == [2, 3]
     confidence = result().confidences_N
     assert confidence[2] == pytest.approx(LOGITS[2].softmax(0).max().item())
+
+
+def test_names_of_classes_are_printed_as_they_are(tmp_path, dataset, capsys) -> None:
+    classes = ("[red]", "[/b]", *dataset.classes[2:])
+    named = dataclasses.replace(dataset, classes=classes)
+    state = dict.fromkeys(REQUIRED, 1) | {
+        "model": CustomResNet(10).state_dict(),
+        "classes": list(classes),
+        "recipe": Recipe().to_dict(),
+    }
+    save_checkpoint(tmp_path / "last.pt", state)
+    evaluate_checkpoint(tmp_path / "last.pt", lambda _: named, device="cpu", mistakes=40)
+    table = capsys.readouterr().out.split("test image")[0]
+    assert "[red]" in table and "[/b]" in table
 
 
 class Lopsided(nn.Module):

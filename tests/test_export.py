@@ -72,7 +72,7 @@ def test_an_export_loads_and_computes_what_the_checkpoint_does(
         images_NCHW = (pixels_NCHW / 255 - mean) / std
     with torch.inference_mode():
         torch.testing.assert_close(
-            FORMATS[format].load(content)(images_NCHW), model(pixels_NCHW), rtol=1e-3, atol=1e-4
+            FORMATS[format].load(content, 32)(images_NCHW), model(pixels_NCHW), rtol=1e-3, atol=1e-4
         )
     assert facts["input"]["dtype"] == ("uint8" if input == "pixels" else "float32")
     assert facts["sha256"] == hashlib.sha256(content).hexdigest()
@@ -86,7 +86,7 @@ def test_an_export_loads_and_computes_what_the_checkpoint_does(
 def off_by(difference: float) -> FormatKind:
     """safetensors, except that what is loaded computes something else."""
     suffix, encode, load = FORMATS["safetensors"]
-    return FormatKind(suffix, encode, lambda content: lambda images: load(content)(images) + difference)
+    return FormatKind(suffix, encode, lambda *args: lambda images: load(*args)(images) + difference)
 
 
 @pytest.mark.parametrize("difference", [0.01, float("nan")])

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fasttrain.__main__ import main
-from fasttrain.data import folder
+from fasttrain.data import decoded, folder
 from fasttrain.data.cifar import Dataset, channel_statistics
 from fasttrain.data.loader import open_dataset
 from fasttrain.errors import UserError
@@ -39,9 +39,8 @@ def root(tmp_path: Path) -> Path:
 
 
 def read(root: Path, **settings) -> Dataset:
-    return folder.read(
-        root, root.parent / "cache", announce=settings.pop("announce", pytest.fail), **settings
-    )
+    defaults = {"resolution": 32, "announce": pytest.fail}
+    return folder.read(root, root.parent / "cache", **defaults | settings)
 
 
 def refused(root: Path, text: str) -> str:
@@ -176,7 +175,7 @@ def test_training_and_predicting_see_the_same_pixels(root: Path) -> None:
     data = read(root)
     images = np.concatenate([data.train.images, data.test.images])
     for path in sorted((root / "cat").iterdir()):
-        assert holds(images, read_image(path).transpose(2, 0, 1))
+        assert holds(images, read_image(path, 32).transpose(2, 0, 1))
 
 
 def damage(root: Path) -> dict[str, str]:
@@ -214,7 +213,7 @@ def damage(root: Path) -> dict[str, str]:
 
 def test_every_bad_file_is_named_with_what_is_wrong(root: Path, monkeypatch) -> None:
     reasons = damage(root)
-    monkeypatch.setattr(folder, "NAMED", 100)
+    monkeypatch.setattr(decoded, "NAMED", 100)
     message = refused(root, f"12 of {20 + len(reasons)} files cannot be used: .*--skip-bad")
     found = dict(
         part.split("cat/")[1].rstrip(")").split(" (", 1) for part in message.split("used: ")[1].split("), ")
@@ -222,7 +221,7 @@ def test_every_bad_file_is_named_with_what_is_wrong(root: Path, monkeypatch) -> 
     assert set(found) == set(reasons)
     for name, reason in reasons.items():
         assert reason in found[name]
-    assert not (root.parent / "cache").exists()
+    assert not list((root.parent / "cache").iterdir())
 
 
 def test_a_refusal_names_the_first_few(root: Path) -> None:
@@ -259,7 +258,7 @@ def test_folders_of_another_layout_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "none", "no such folder; expected folder:PATH")
     root = tmp_path / "one"
     write_class(root / "cat", 3)
-    refused(root, "1 folders of classes .* with 2 to 256")
+    refused(root, "1 folders of classes .* with 2 to 1000")
     write_class(root / "dog", 1)
     refused(root, "the class dog has 1 usable images; expected at least two")
     (root / "dog" / "000.png").unlink()
@@ -277,9 +276,9 @@ def test_folders_of_another_layout_are_refused(tmp_path: Path) -> None:
     (root / "train" / "dog" / "001.png").unlink()
     refused(root, "the class dog has 0 usable images; expected at least one to train on")
     root = tmp_path / "many"
-    for index in range(257):
+    for index in range(1001):
         (root / str(index)).mkdir(parents=True)
-    refused(root, "257 folders of classes")
+    refused(root, "1001 folders of classes")
 
 
 def test_folders_that_are_links_must_stay_inside(root: Path) -> None:
@@ -305,51 +304,69 @@ def test_pixels_are_cached_until_a_file_changes(root: Path, monkeypatch) -> None
     first = read(root)
     [cache] = (root.parent / "cache").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "_decode", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(decoded, "_decode", lambda *_: pytest.fail("decoded again"))
         again = read(root)
         assert np.array_equal(first.train.images, again.train.images)
         assert np.array_equal(first.test.labels, again.test.labels)
         assert (first.mean, first.std) == (again.mean, again.std)
         patch.chdir(root)
-        assert np.array_equal(folder.read(Path(), cache.parent).train.images, first.train.images)
+        assert np.array_equal(
+            folder.read(Path(), cache.parent, resolution=32).train.images, first.train.images
+        )
     before = os.stat(root / "cat" / "000.png")
     noise(999).save(root / "cat" / "000.png")
     os.utime(root / "cat" / "000.png", ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     changed = read(root)
     assert holds(np.concatenate([changed.train.images, changed.test.images]), pixels(noise(999)))
     (root / "dog" / "000.png").rename(root / "dog" / "renamed.png")
-    monkeypatch.setattr(folder, "_decode", lambda *_: (_ for _ in ()).throw(UserError("decoded")))
+    monkeypatch.setattr(decoded, "_decode", lambda *_: (_ for _ in ()).throw(UserError("decoded")))
     with pytest.raises(UserError, match="decoded"):
         read(root)
     assert list((root.parent / "cache").iterdir()) == [cache]
 
 
-@pytest.mark.parametrize("harm", [lambda content: content[:2000], lambda content: b"", None])
-def test_a_damaged_cache_is_made_anew(root: Path, harm) -> None:
+@pytest.mark.parametrize(
+    ("harm", "place"),
+    [
+        (lambda content: content[:2000], 0),
+        (lambda content: b"", 0),
+        (None, 20 * 3072 // 2),  # one bit of one pixel
+        (None, 20 * 3072 + 40),  # of the mean
+        (None, -1),  # of the checksum
+    ],
+)
+def test_a_damaged_cache_is_made_anew(root: Path, harm, place: int) -> None:
     first = read(root)
     [cache] = (root.parent / "cache").iterdir()
-    content = bytearray(cache.read_bytes())
-    content[len(content) // 2] ^= 1  # one bit of one pixel
-    cache.write_bytes(content if harm is None else harm(bytes(content)))
-    assert np.array_equal(read(root).train.images, first.train.images)
-    assert np.load(cache)["images"].shape == (20, 3, 32, 32)
+    expected, whole = first.train.images.copy(), cache.read_bytes()
+    del first  # it maps the file
+    content = bytearray(whole)
+    content[place] ^= 1
+    cache.write_bytes(content if harm is None else harm(whole))
+    assert np.array_equal(read(root).train.images, expected)
+    assert cache.read_bytes() == whole
 
 
 def test_nothing_is_cached_that_is_too_large_or_has_no_place(root: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "CACHE_BYTES_MAX", 1000)
-        read(root)
+        patch.setenv("FASTTRAIN_CACHE_GIB", "0.00001")
+        assert read(root).train.images.flags.writeable  # in memory, not mapped
         assert not (root.parent / "cache").exists()
+        patch.setattr(os, "sysconf", lambda _: 200)  # 40,000 bytes of memory
+        refused(root, r"decoded images, 0.0 GiB, would fill the memory; FASTTRAIN_CACHE_GIB=1 keeps them")
+        patch.setenv("FASTTRAIN_CACHE_GIB", "much")
+        with pytest.raises(UserError, match="FASTTRAIN_CACHE_GIB=much: expected how many GiB"):
+            read(root)
     (root.parent / "cache").touch()
     assert len(read(root).train.labels) == 16
 
 
 def test_a_choice_that_is_none_is_refused_in_one_line(tmp_path: Path, capsys) -> None:
     for verb in ("train", "find-lr", "data", "profile"):
-        for choice in ("cifar", "folder:"):
+        for choice in ("cifar", "folder:", "webdataset"):
             assert main([verb, "--data", choice, "--device", "cpu"][: 3 if verb == "data" else 5]) == 2
             error = capsys.readouterr().err
-            assert f"--data {choice}: expected auto, cifar10, cifar100, synthetic, or folder:PATH\n" in error
+            assert f"--data {choice}: expected auto, cifar10, cifar100, synthetic, folder:PATH, or" in error
     with pytest.raises(UserError, match="--skip-bad: only"):
         open_dataset("synthetic", tmp_path, pytest.fail, skip_bad=True)
 
@@ -374,7 +391,7 @@ def test_the_commands_take_a_folder_from_data_to_report(root: Path, tmp_path: Pa
     assert main(["report", str(run), *images, "--device", "cpu"]) == 0
     assert (run / "report.html").read_text().count("<img") == page.count("<img") > 10
     assert main(["report", str(run), "--data-dir", str(tmp_path), "--device", "cpu"]) == 0
-    assert "name their folder with --data folder:PATH" in (run / "report.html").read_text()
+    assert "name them with --data folder:" in (run / "report.html").read_text()
     assert main(["report", str(run), "--data", "synthetic"]) == 2
     write_class(tmp_path / "other" / "cat", 2)
     write_class(tmp_path / "other" / "cow", 2)

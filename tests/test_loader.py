@@ -72,6 +72,29 @@ def test_both_give_identical_values_labels_and_strides_on_the_test_split() -> No
 
 
 @needs_dali
+@pytest.mark.parametrize("train", [True, False])
+def test_images_too_large_to_be_padded_in_memory_are_padded_batch_by_batch(train: bool, monkeypatch) -> None:
+    dataset = random_dataset()
+    expected = epoch(build("dali", dataset, train=train))
+    monkeypatch.setattr(loader, "PADDED_GIB_MAX", 0)
+    monkeypatch.setattr(loader, "pad", lambda *_: pytest.fail("padded as a whole"))
+    for (images, labels), (wanted, wanted_labels) in zip(
+        epoch(build("dali", dataset, train=train)), expected, strict=True
+    ):
+        assert torch.equal(images, wanted) and torch.equal(labels, wanted_labels)
+    with pytest.raises(UserError, match=r"--loader tensor: holds all images in memory, here 0\.0 GiB"):
+        build("tensor", dataset, train=train)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_of_another_resolution_than_the_recipes_are_refused(kind: str) -> None:
+    with pytest.raises(UserError, match="--resolution 64: the images of random have 32 pixels a side"):
+        build(kind, random_dataset(), resolution=64)
+    with pytest.raises(UserError, match="--resolution 64: the images of --data cifar10 have 32 pixels"):
+        loader.open_dataset("cifar10", Path("nowhere"), pytest.fail, resolution=64)
+
+
+@needs_dali
 @pytest.mark.parametrize(
     "fields",
     [
@@ -245,7 +268,7 @@ def test_records_on_the_device_and_on_the_host_give_the_same_windows() -> None:
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (50, 40, 40, 3), dtype=np.uint8), rng.integers(0, 10, 50, np.uint8)
     indices, (rows, columns) = rng.permutation(50)[:20], rng.integers(9, size=(2, 20))
-    expected = OnHost(images, labels, 32, CPU).gather(indices, rows, columns)
+    expected = OnHost(images, labels, 32).gather(indices, rows, columns)
     for ours, theirs in zip(
         OnDevice(images, labels, 32, CPU).gather(indices, rows, columns), expected, strict=True
     ):

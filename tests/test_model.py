@@ -102,6 +102,24 @@ def test_width_multiplies_every_layers_channels() -> None:
     assert ratio == pytest.approx(4, rel=0.01)
 
 
+@pytest.mark.parametrize("resolution", [16, 24, 32, 64, 120, 128, 200, 256])
+def test_every_resolution_ends_in_one_pixel(resolution: int) -> None:
+    model = CustomResNet(resolution=resolution, width=8)
+    shapes = dict(block_shapes(model))
+    assert shapes["Max Pooling"] == (1, 64, 1, 1)
+    left = shapes["Layer 3, X + R2"][2]
+    assert model.pool.kernel_size == left  # the last pooling leaves nothing out
+    stem = resolution // 2 if resolution >= 128 else resolution
+    assert shapes["PrepLayer"] == (1, 8, stem, stem)
+    assert sum(p.numel() for p in model.parameters()) == sum(
+        p.numel() for p in CustomResNet(width=8).parameters()
+    )
+    images = torch.randint(256, (2, 3, resolution, resolution), dtype=torch.uint8)
+    assert model.eval()(images).shape == (2, 10)
+    flop = training_flop_per_image(CustomResNet(resolution=64)) / training_flop_per_image(CustomResNet())
+    assert flop == pytest.approx(4, rel=0.01)
+
+
 def test_number_of_classes_is_the_last_layers() -> None:
     assert CustomResNet(num_classes=7)(pixels(1)).shape == (1, 7)
 

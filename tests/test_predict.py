@@ -79,14 +79,14 @@ def test_decoding_turns_scales_and_drops_transparency(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     Image.fromarray(white_below).save(tmp_path / "turned.png", exif=exif)
-    turned = read_image(tmp_path / "turned.png")
+    turned = read_image(tmp_path / "turned.png", 32)
     assert turned.shape == (32, 32, 3) and turned.dtype == np.uint8
     assert turned[:13].min() > 240 and turned[19:].max() < 15
 
     Image.fromarray(np.full((8, 8), 0x8000, np.uint16)).save(tmp_path / "deep.png")
-    assert (read_image(tmp_path / "deep.png") == 128).all()
+    assert (read_image(tmp_path / "deep.png", 32) == 128).all()
     Image.new("RGBA", (8, 8), (10, 20, 30, 0)).save(tmp_path / "clear.png")
-    assert (read_image(tmp_path / "clear.png") == (10, 20, 30)).all()
+    assert (read_image(tmp_path / "clear.png", 32) == (10, 20, 30)).all()
 
 
 def test_downscaling_weighs_every_pixel(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_downscaling_weighs_every_pixel(tmp_path: Path) -> None:
     stripes = np.zeros((256, 256, 3), np.uint8)
     stripes[:, ::2] = 255
     Image.fromarray(stripes).save(tmp_path / "stripes.png")
-    assert abs(read_image(tmp_path / "stripes.png")[:, 4:-4].astype(int) - 128).max() < 10
+    assert abs(read_image(tmp_path / "stripes.png", 32)[:, 4:-4].astype(int) - 128).max() < 10
 
 
 def truncated(path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_decompression_bomb_is_refused_with_the_limit(tmp_path: Path, monkeypa
     Image.new("L", (16, 16)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(image_module, "PIXELS_MAX", 16 * 16 - 1)
     with pytest.raises(UserError, match=r"bomb\.png: .*16x16 pixels, over the limit of 255"):
-        read_image(tmp_path / "bomb.png")
+        read_image(tmp_path / "bomb.png", 32)
 
 
 def test_what_cannot_be_asked_is_one_line(checkpoint: Path, images: Path, tmp_path: Path) -> None:
@@ -147,7 +147,8 @@ def test_what_cannot_be_asked_is_one_line(checkpoint: Path, images: Path, tmp_pa
 
 
 def test_weights_of_another_network_are_one_line() -> None:
-    state = {"classes": CLASSES, "model": CustomResNet(len(CLASSES), width=8).state_dict()}
+    model = CustomResNet(len(CLASSES), width=8).state_dict()
+    state = {"classes": CLASSES, "model": model, "recipe": Recipe().to_dict()}
     with pytest.raises(UserError, match="do not fit"):
         model_from_state(state, torch.device("cpu"))
 

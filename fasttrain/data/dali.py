@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.data.batches import Loader
+from fasttrain.data.padding import LazyWindows, windows
 from fasttrain.data.sampler import Augmentation, Draws, Sampler
 
 PREFETCH = 2
@@ -35,7 +36,8 @@ RESIDENT_SHARE = 0.25
 class DaliLoader(Loader):
     """Batches of images and labels from a DALI pipeline.
 
-    images_NHWC: (N, P, P, 3) uint8, padded: P = augmentation.crop + augmentation.room. labels_N: (N,) uint8.
+    images_NHWC: (N, P, P, 3) uint8, padded: P = augmentation.crop + augmentation.room; or
+    windows of images too large for that. labels_N: (N,) integers.
     fill: the pixel, red, green and blue from 0 to 255, that a cutout leaves.
     Yields images_NCHW (batch, 3, crop, crop) uint8 in channels_last and labels_N int64, on `device`.
 
@@ -45,7 +47,7 @@ class DaliLoader(Loader):
 
     def __init__(
         self,
-        images_NHWC: np.ndarray,
+        images_NHWC: np.ndarray | LazyWindows,
         labels_N: np.ndarray,
         sampler: Sampler,
         augmentation: Augmentation,
@@ -58,8 +60,11 @@ class DaliLoader(Loader):
         self.name = f"dali-{dali_version()}-{'gpu' if device.type == 'cuda' else 'cpu'}"
         self.augmentation = augmentation
         self._fill, self._device, self._threads = fill, device, threads
-        records = OnDevice if fits_on(device, images_NHWC.nbytes) else OnHost
-        self._records: Records = records(images_NHWC, labels_N, augmentation.crop, device)
+        self._records: Records
+        if isinstance(images_NHWC, np.ndarray) and fits_on(device, images_NHWC.nbytes):
+            self._records = OnDevice(images_NHWC, labels_N, augmentation.crop, device)
+        else:
+            self._records = OnHost(images_NHWC, labels_N, augmentation.crop)
         # An evaluation's last batch is smaller: each of its batches is a run of its own.
         self._batches_per_run = max(1, RUN_IMAGES // sampler.batch_size) if sampler.train else 1
         self._forget()
@@ -168,13 +173,11 @@ class Records(Protocol):
 
 
 class OnHost:
-    """Records in the host's memory."""
+    """Records in the host's memory, or mapped from a file."""
 
-    def __init__(self, images_NHWC: np.ndarray, labels_N: np.ndarray, side: int, _: torch.device) -> None:
+    def __init__(self, images_NHWC: np.ndarray | LazyWindows, labels_N: np.ndarray, side: int) -> None:
         self.settings = {"device": "cpu", "no_copy": True}
-        # (N, room + 1, room + 1, side, side, 3): a view of every window of every image. Copies nothing.
-        windows = np.lib.stride_tricks.sliding_window_view(images_NHWC, (side, side), axis=(1, 2))
-        self._windows = windows.transpose(0, 1, 2, 4, 5, 3)
+        self._windows = images_NHWC if isinstance(images_NHWC, LazyWindows) else windows(images_NHWC, side)
         self._labels_N = labels_N.astype(np.int64)
 
     def gather(self, indices: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> list[Any]:
@@ -192,7 +195,7 @@ class OnDevice:
         self.settings = {"device": "gpu", "no_copy": False}
         self._device = device
         images = torch.from_numpy(images_NHWC).to(device)
-        # As OnHost's: (N, room + 1, room + 1, side, side, 3).
+        # As padding.windows: (N, room + 1, room + 1, side, side, 3).
         self._windows = images.unfold(1, side, 1).unfold(2, side, 1).permute(0, 1, 2, 4, 5, 3)
         self._labels_N = torch.from_numpy(labels_N).to(device, torch.int64)
 

@@ -8,41 +8,55 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fasttrain.data import cifar, folder, synthetic
+from fasttrain.data import cifar, folder, synthetic, webdataset
 from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset, Split
+from fasttrain.data.padding import LazyWindows, pad
 from fasttrain.data.sampler import Augmentation, Sampler, first_flips
 from fasttrain.errors import UserError
 from fasttrain.recipe import Recipe
 
 LoaderKind = Literal["dali", "tensor"]
-FOLDER = "folder:"
-"""What `--data` begins with where the images are a user's own."""
+OWN_IMAGES = {"folder": folder.read, "webdataset": webdataset.read}
+"""What `--data` begins with, before a colon, where the images are a user's own; and who reads them."""
 
+PADDED_GIB_MAX = 4
+"""Images that take more with their border stay where they are, and are padded batch by batch."""
 EVAL_BATCH_SIZE = 1000
 """Divides CIFAR-10's 10,000 test images, so that every batch has one shape."""
 
 
 def open_dataset(
-    data: str, data_dir: Path | None, announce: Callable[[str], object], *, skip_bad: bool = False
+    data: str,
+    data_dir: Path | None,
+    announce: Callable[[str], object],
+    *,
+    resolution: int = Recipe.resolution,
+    skip_bad: bool = False,
 ) -> Dataset:
     """The data set that `data` asks for, downloaded or generated where it is not there yet.
 
     cifar10, cifar100: the files in the data folder, else a download. auto: cifar10, and where the download
-    fails, the synthetic stand-in, announced. synthetic: the stand-in. folder:PATH: the images there, cached
-    as pixels in the data folder; with skip_bad those that cannot be decoded are left out.
+    fails, the synthetic stand-in, announced. synthetic: the stand-in. folder:PATH, webdataset:PATTERN: the
+    images there, scaled to the resolution and cached as pixels in the data folder; with skip_bad those that
+    cannot be decoded are left out.
     Raises UserError if there is no such data set, or if its files are not as they should be.
     """
     root = cifar.locate(data_dir)
-    if data.startswith(FOLDER) and data != FOLDER:
-        path = Path(data.removeprefix(FOLDER)).expanduser()
-        return folder.read(path, root / "decoded", skip_bad=skip_bad, announce=announce)
+    kind, _, place = data.partition(":")
+    if kind in OWN_IMAGES and place:
+        path, cache = Path(place).expanduser(), root / "decoded"
+        return OWN_IMAGES[kind](path, cache, resolution=resolution, skip_bad=skip_bad, announce=announce)
     if data not in ("auto", *cifar.RELEASES, "synthetic"):
-        raise UserError(
-            f"--data {data}: expected auto, {', '.join(cifar.RELEASES)}, synthetic, or folder:PATH"
-        )
+        expected = ", ".join(("auto", *cifar.RELEASES, "synthetic"))
+        raise UserError(f"--data {data}: expected {expected}, folder:PATH, or webdataset:PATTERN")
     if skip_bad:
-        raise UserError("--skip-bad: only --data folder:PATH has files to leave out")
+        raise UserError("--skip-bad: only folder:PATH and webdataset:PATTERN have files to leave out")
+    if resolution != cifar.IMAGE_SHAPE[-1]:
+        raise UserError(
+            f"--resolution {resolution}: the images of --data {data} have {cifar.IMAGE_SHAPE[-1]} pixels a "
+            "side; only those of folder:PATH and webdataset:PATTERN are scaled"
+        )
     stand_in = root / synthetic.NAME
     if data != "synthetic":
         release = cifar.RELEASES.get(data, cifar.CIFAR10)
@@ -104,7 +118,7 @@ def build_loader(
 ) -> Loader:
     """The loader for the training images (shuffled, augmented) or for the test images (as they are).
 
-    Raises UserError if the batch is larger than the training set.
+    Raises UserError if the batch is larger than the training set, or the images are not of the recipe's size.
     """
     split = dataset.train if train else dataset.test
     batch_size = recipe.batch_size if train else min(EVAL_BATCH_SIZE, len(split.labels))
@@ -113,12 +127,14 @@ def build_loader(
             f"--batch-size {batch_size}: {dataset.name} has {len(split.labels)} training images, take fewer"
         )
     size = split.images.shape[-1]
-    if recipe.cutout > size:
-        raise UserError(f"--cutout {recipe.cutout}: the images are {size} pixels wide; take at most that")
+    if size != recipe.resolution:
+        raise UserError(
+            f"--resolution {recipe.resolution}: the images of {dataset.name} have {size} pixels a side"
+        )
     padding, flip = (recipe.crop_padding, recipe.flip) if train else (0, False)
     alternates = flip and recipe.flip_order == "alternating"
     settings: dict[str, Any] = {
-        "images_NHWC": padded(split, padding),
+        "images_NHWC": _padded(split, padding, kind),
         "labels_N": split.labels,
         "sampler": Sampler(len(split.labels), batch_size, train=train, seed=recipe.seed),
         "augmentation": Augmentation(
@@ -141,14 +157,15 @@ def build_loader(
     return TensorLoader(**settings)
 
 
-def padded(split: Split, padding: int) -> np.ndarray:
-    """The images, channels interleaved, in a reflected border: (N, H + 2 padding, W + 2 padding, 3) uint8.
-
-    Padded once, here, so that no crop ever leaves its image.
-    """
-    border = (padding, padding)
-    images_NHWC = split.images.transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(np.pad(images_NHWC, ((0, 0), border, border, (0, 0)), mode="reflect"))
+def _padded(split: Split, padding: int, kind: LoaderKind) -> np.ndarray | LazyWindows:
+    """The images as the loader takes them. Raises UserError if they are too large for it."""
+    side = split.images.shape[-1] + 2 * padding
+    gib = 3 * side * side * len(split.labels) / 2**30
+    if gib <= PADDED_GIB_MAX:
+        return pad(split.images, padding)
+    if kind == "dali":
+        return LazyWindows(split.images, padding)
+    raise UserError(f"--loader tensor: holds all images in memory, here {gib:,.1f} GiB; take --loader dali")
 
 
 def show_dataset(dataset: Dataset) -> None:

@@ -25,7 +25,7 @@ NOISE = 24  # standard deviation in 8-bit steps: enough that the first epochs st
 SQRT_2 = np.float32(2**0.5)
 
 # A pattern maps pixel coordinates around a random centre, x (N, 1, 32) and y (N, 32, 1), to a figure that is
-# positive inside and negative outside; `_images` clips it to -0.5..0.5, which leaves soft edges. `scale` and
+# positive inside and negative outside; `images` clips it to -0.5..0.5, which leaves soft edges. `scale` and
 # `phase`, (N, 1, 1), are half of an object's radius or of a texture's period in pixels, and 0..2 pi.
 Pattern = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
@@ -97,13 +97,13 @@ def generate(root: Path, train_count: int = 10_000, test_count: int = 2_000, see
             with (folder / name).open("wb") as file:
                 for start in range(0, count, CHUNK):
                     chunk = labels[start : start + CHUNK]
-                    images = _images(chunk, rng).reshape(len(chunk), -1)
-                    file.write(np.concatenate([chunk[:, None], images], axis=1).tobytes())
+                    pixels = images(chunk, rng).reshape(len(chunk), -1)
+                    file.write(np.concatenate([chunk[:, None], pixels], axis=1).tobytes())
         (folder / cifar.CIFAR10.classes_file).write_text("\n".join(PATTERNS) + "\n", "utf-8")
         (folder / cifar.NAME_FILE).write_text(json.dumps(identity) + "\n", "utf-8")
 
 
-def _images(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def images(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """One image of each label's pattern. labels: (N,) uint8. Returns (N, 3, 32, 32) uint8."""
     count = len(labels)
 

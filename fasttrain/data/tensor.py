@@ -16,7 +16,8 @@ from fasttrain.data.sampler import Augmentation, Sampler
 class TensorLoader(Loader):
     """Batches of images and labels, cut and augmented by torch on the device.
 
-    images_NHWC: (N, P, P, 3) uint8, padded: P = augmentation.crop + augmentation.room. labels_N: (N,) uint8.
+    images_NHWC: (N, P, P, 3) uint8, padded: P = augmentation.crop + augmentation.room. labels_N: (N,)
+    integers.
     fill: the pixel, red, green and blue from 0 to 255, that a cutout leaves.
     Yields images_NCHW (batch, 3, crop, crop) uint8 in channels_last and labels_N int64, on `device`.
     """

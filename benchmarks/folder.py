@@ -1,0 +1,189 @@
+"""Images per second from JPEG files: the first read of a folder, and the epochs from what it leaves.
+
+    python -m benchmarks.folder [--rounds 3] [--cores 2] [--data PATH]
+
+Two questions, each beside torchvision's ImageFolder under torch's DataLoader, which decodes in every epoch.
+The first read lists, decodes and checks every file, computes the statistics and writes the cache. The epochs
+after it come from that cache, and ours are cropped, mirrored and cut as well; theirs are decoded, scaled,
+cropped to the centre and nothing more. Their worker processes are started before the clock.
+
+Without --data the folder is generated: textures as JPEG of quality 75, small ones and photographs' size.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks import peers
+from benchmarks.loader import endless, on_cores, rate
+from benchmarks.report import interleave, run, save, show, spread
+from fasttrain.data import folder, synthetic
+from fasttrain.data.loader import build_loader, pick_loader
+from fasttrain.machine import cpu_cores
+from fasttrain.recipe import Recipe
+
+CPU = torch.device("cpu")
+BATCH_SIZE = 512
+FIRST_READ, FROM_CACHE, THEIRS = (
+    "fasttrain, first read",
+    "fasttrain, from the cache",
+    "ImageFolder + DataLoader",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Time JPEG files on the CPU: the first read, and the epochs after it."""
+
+    rounds: int = 3
+    """Samples of each, taken in turn."""
+    cores: int = 2
+    """How many cores, for our threads and for their worker processes."""
+    data: Path | None = None
+    """A folder of your own, with train/<class>/*; by default two are generated."""
+    small: int = 10_000
+    """Generated images of 32x32 pixels."""
+    photos: int = 1_000
+    """Generated images of 500x375 pixels."""
+    resolution: int = 32
+    """What all are scaled to."""
+    seconds: float = 1.0
+    """Length of a sample from the cache."""
+
+
+def write_folder(root: Path, images: int, size: tuple[int, int]) -> Path:
+    """A folder of JPEGs for the benchmark, a fifth of them for the test; returns it."""
+    rng = np.random.default_rng(0)
+    classes = list(synthetic.PATTERNS)
+    labels = np.arange(images) % len(classes)
+    for start in range(0, images, 500):
+        part = labels[start : start + 500]
+        pixels = synthetic.images(part.astype(np.uint8), rng).transpose(0, 2, 3, 1)
+        for index, (label, image_HWC) in enumerate(zip(part, pixels, strict=True), start):
+            name = root / ("test" if index % 50 < len(classes) else "train") / classes[label]
+            name.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image_HWC).resize(size).save(name / f"{index:06}.jpg", quality=75)
+    return root
+
+
+def read_anew(root: Path, resolution: int) -> Callable[[], float]:
+    """Images per second of first reads, each into a cache of its own."""
+    number = count()
+
+    def sample() -> float:
+        with tempfile.TemporaryDirectory() as cache:
+            start = time.perf_counter()
+            dataset = folder.read(root, Path(cache, str(next(number))), resolution=resolution)
+            return (len(dataset.train.labels) + len(dataset.test.labels)) / (time.perf_counter() - start)
+
+    return sample
+
+
+def from_cache(root: Path, cache: Path, options: Options) -> Callable[[], float]:
+    """Images per second of our loader, once the folder is decoded."""
+    dataset = folder.read(root, cache, resolution=options.resolution)
+    recipe = Recipe(
+        resolution=options.resolution,
+        batch_size=min(BATCH_SIZE, len(dataset.train.labels)),
+        loader_threads=options.cores,
+    )
+    kind = pick_loader("auto", CPU, print)
+    stream = endless(build_loader(dataset, recipe, train=True, kind=kind, device=CPU))
+    return lambda: rate(stream, CPU, options.seconds)
+
+
+def image_folder(root: Path, options: Options) -> Callable[[], float]:
+    """Images per second of one epoch of torchvision's. Raises ImportError where it is not installed."""
+    peers.load("torchvision")
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    side = options.resolution
+    transform = v2.Compose([v2.Resize(side), v2.CenterCrop(side), v2.PILToTensor()])
+    loader: Iterable[Any] = DataLoader(
+        ImageFolder(str(root / "train"), transform),
+        batch_size=BATCH_SIZE,
+        shuffle=True,
+        num_workers=options.cores,
+        persistent_workers=True,
+        multiprocessing_context="fork",  # torch's default on Linux
+    )
+
+    def epoch() -> Iterator[int]:
+        for _, labels_N in loader:
+            yield len(labels_N)
+
+    def sample() -> float:
+        start = time.perf_counter()
+        return sum(epoch()) / (time.perf_counter() - start)
+
+    sample()  # starts the workers
+    return sample
+
+
+def measure(options: Options, root: Path) -> dict[str, Any]:
+    """Samples in images per second by name, and why torchvision's are missing, if they are."""
+    torch.set_num_threads(options.cores)
+    missing: dict[str, str] = {}
+    workloads: dict[str, Callable[[], float]] = {}
+    try:  # first: its workers are forked, which hangs once DALI's threads are there
+        workloads[THEIRS] = image_folder(root, options)
+    except ImportError as error:
+        missing[THEIRS] = str(error)
+    with tempfile.TemporaryDirectory() as cache:
+        workloads[FIRST_READ] = read_anew(root, options.resolution)
+        workloads[FROM_CACHE] = from_cache(root, Path(cache), options)
+        return {"samples": interleave(workloads, options.rounds), "missing": missing}
+
+
+def main(options: Options) -> None:
+    cores = min(options.cores, cpu_cores())
+    rows: list[dict[str, Any]] = []
+    samples: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        if options.data:
+            folders = {options.data.name: options.data}
+        else:
+            sizes = {"32x32": (options.small, (32, 32)), "500x375": (options.photos, (500, 375))}
+            folders = {name: write_folder(Path(temporary, name), *what) for name, what in sizes.items()}
+        for name, root in folders.items():
+            found = on_cores(cores, measure, options, root)
+            samples[name], missing = found["samples"], found["missing"]
+            medians = {way: float(np.median(values)) for way, values in samples[name].items()}
+            for way, values in samples[name].items():
+                theirs = medians.get(THEIRS)
+                row = {"images": name, "way": way, "images_per_sec": medians[way], "spread": spread(values)}
+                rows.append(row | {"times_theirs": medians[way] / theirs if theirs else None})
+    facts = {"rounds": options.rounds, "cores": cores, "resolution": options.resolution}
+    facts |= {"small": options.small, "photos": options.photos}
+    path = save("folder", CPU, facts | {"rows": rows, "missing": missing, "samples": samples})
+    show(
+        f"JPEG files on {cores} cores, median of {options.rounds}",
+        ["images", "way", "images/s", "spread", "times ImageFolder's"],
+        [
+            [
+                row["images"],
+                row["way"],
+                f"{row['images_per_sec']:,.0f}",
+                f"±{row['spread']:.1%}",
+                "" if row["times_theirs"] is None else f"{row['times_theirs']:.1f}",
+            ]
+            for row in rows
+        ]
+        + [["", f"{name}: {reason}", "", "", ""] for name, reason in missing.items()],
+    )
+    print(path)
+
+
+if __name__ == "__main__":
+    run(main, Options)
