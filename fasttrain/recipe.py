@@ -22,7 +22,7 @@ class Recipe:
     epochs: int = 24
     """Passes over the training images."""
     batch_size: int = 512
-    """Images per step; the last, smaller batch of an epoch is dropped."""
+    """Images per step, of all ranks together; the last, smaller batch of an epoch is dropped."""
     seed: int = 0
     """Seeds the weights, the order of the images and the augmentation."""
 
@@ -57,6 +57,8 @@ class Recipe:
     """Precision of the matrix products; auto takes bf16 where the hardware has it."""
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = "auto"
     """torch.compile's mode; auto compiles on a GPU, and not on a CPU, where no gain was measured."""
+    sync_batchnorm: bool = False
+    """Let BatchNorm see the whole batch where several ranks share it; by default each sees its own part."""
     loader: Literal["auto", "dali", "tensor"] = "auto"
     """The data path: DALI, or the pure-torch loader; auto takes DALI where it is installed."""
     loader_threads: int = 2

@@ -130,6 +130,23 @@ class RunLog:
         self.say("  ".join(form.format(**metrics) for _, form in EPOCH_COLUMNS))
 
 
+class SilentLog(RunLog):
+    """What every rank but the first has: it knows the folder, says nothing, and writes nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.console = Console(quiet=True, force_terminal=False)
+
+    def write(self, name: str, values: dict[str, Any]) -> None:
+        pass
+
+    def rewind(self, epochs: list[dict[str, float]]) -> None:
+        pass
+
+    def epoch(self, metrics: dict[str, float]) -> None:
+        pass
+
+
 def require_tensorboard() -> None:
     """Raise UserError, with the remedy, where TensorBoard is not installed."""
     try:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasttrain.distributed import World
 from fasttrain.machine import compiler_available, fork_rng
 from fasttrain.model import CustomResNet
 from fasttrain.optim import build_optimizer, one_cycle, set_schedule
@@ -18,6 +19,8 @@ class TrainStep:
 
     compute_dtype: dtype of the matrix products; float32 means no autocast. fp16 gets a gradient scaler.
     compile_mode: torch.compile's mode, or None for eager.
+    world: the ranks that train together. Each calls it with its own part of the batch; gradients, metrics and
+    the search for a NaN are those of all.
     """
 
     def __init__(
@@ -30,8 +33,10 @@ class TrainStep:
         device: torch.device,
         compute_dtype: torch.dtype,
         compile_mode: str | None,
+        world: World | None = None,
     ) -> None:
         self.model = model.to(device)
+        self.world = world or World(device=device)
         self.recipe, self.max_lr, self.total_steps = recipe, max_lr, total_steps
         self.device, self.compute_dtype = device, compute_dtype
         self.step = 0
@@ -39,8 +44,9 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
         self.loss_fn = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
         self._compiled = compile_mode is not None
+        network = self.world.parallel(self.model)
         self._forward: Callable[[Tensor], Tensor] = (
-            torch.compile(model, mode=compile_mode, dynamic=False) if compile_mode is not None else model
+            torch.compile(network, mode=compile_mode, dynamic=False) if compile_mode is not None else network
         )
         self._sums = torch.zeros(3, device=device)  # loss, hits, steps until the loss stopped being finite
         self._images = 0
@@ -71,7 +77,7 @@ class TrainStep:
 
     def take_metrics(self) -> tuple[float, float]:
         """Mean loss and accuracy (0 to 1) since the last call. Waits for the device."""
-        means = _means(self._sums[:2], self._images)
+        means = _means(self.world.total(self._sums[:2]), self._images * self.world.size)
         self._sums.zero_()
         self._images, self._since = 0, self.step
         self._peek.forget()
@@ -86,7 +92,7 @@ class TrainStep:
 
         The last step, where only the weights that it left are not finite. Waits for the device.
         """
-        finite_steps = int(self._sums[2].item())
+        finite_steps = int(self.world.smallest(self._sums[2]).item())
         if finite_steps < self.step - self._since:
             return self._since + finite_steps + 1
         finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()])
@@ -95,9 +101,11 @@ class TrainStep:
     def warm_up(self, images_NCHW: Tensor, labels_N: Tensor) -> float:
         """Compile on one batch like those to come; returns the seconds it took, 0 for an eager step.
 
+        With several ranks an eager step is taken too: DistributedDataParallel orders its sums by the first
+        backward pass, and a resumed run has to add up in the same order as one that nobody stopped.
         Leaves weights, BatchNorm's statistics and random generators as they were.
         """
-        if not self._compiled:
+        if not self._compiled and self.world.size == 1:
             return 0.0
         start = time.perf_counter()
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
@@ -108,7 +116,7 @@ class TrainStep:
             buffer.copy_(buffers[name])
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter() - start
+        return time.perf_counter() - start if self._compiled else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step and the next metrics depend on, but for the model."""

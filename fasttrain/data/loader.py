@@ -11,7 +11,7 @@ import torch
 from fasttrain.data import cifar, folder, synthetic
 from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset, Split
-from fasttrain.data.sampler import Augmentation, Sampler
+from fasttrain.data.sampler import WHOLE, Augmentation, Sampler, Shard
 from fasttrain.errors import UserError
 from fasttrain.recipe import Recipe
 
@@ -101,17 +101,21 @@ def build_loader(
     train: bool,
     kind: LoaderKind,
     device: torch.device,
+    shard: Shard = WHOLE,
 ) -> Loader:
     """The loader for the training images (shuffled, augmented) or for the test images (as they are).
 
-    Raises UserError if the batch is larger than the training set.
+    shard: a rank's part: of every training batch, or of the test images as a whole. Put together in the order
+    of the ranks, the parts are what one rank would get, to the last bit.
+    Raises UserError if the batch is larger than the training set, or if a rank gets no test image.
     """
-    split = dataset.train if train else dataset.test
+    split = dataset.train if train else _part(dataset.test, shard)
     batch_size = recipe.batch_size if train else min(EVAL_BATCH_SIZE, len(split.labels))
     if batch_size > len(split.labels):
         raise UserError(
             f"--batch-size {batch_size}: {dataset.name} has {len(split.labels)} training images, take fewer"
         )
+    own = shard if train else WHOLE
     size = split.images.shape[-1]
     if recipe.cutout > size:
         raise UserError(f"--cutout {recipe.cutout}: the images are {size} pixels wide; take at most that")
@@ -119,13 +123,14 @@ def build_loader(
     settings: dict[str, Any] = {
         "images_NHWC": padded(split, padding),
         "labels_N": split.labels,
-        "sampler": Sampler(len(split.labels), batch_size, train=train, seed=recipe.seed),
+        "sampler": Sampler(len(split.labels), batch_size, train=train, seed=recipe.seed, shard=own),
         "augmentation": Augmentation(
             crop=size,
             room=2 * padding,
             flip=train and recipe.flip,
             cutout=recipe.cutout if train else 0,
             seed=recipe.seed,
+            shard=own,
         ),
         "fill": tuple(round(255 * value) for value in dataset.mean),
         "device": device,
@@ -137,6 +142,15 @@ def build_loader(
     from fasttrain.data.tensor import TensorLoader
 
     return TensorLoader(**settings)
+
+
+def _part(test: Split, shard: Shard) -> Split:
+    """A rank's test images: consecutive, each on one rank alone, however many there are."""
+    count = len(test.labels)
+    if count < shard.size:
+        raise UserError(f"{count} test images for {shard.size} ranks: start fewer")
+    first, end = (count * rank // shard.size for rank in (shard.rank, shard.rank + 1))
+    return Split(test.images[first:end], test.labels[first:end])
 
 
 def padded(split: Split, padding: int) -> np.ndarray:
