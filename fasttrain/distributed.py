@@ -11,9 +11,10 @@ memory, fails as soon as the connection breaks; NCCL, which tells nobody, after 
 watchdog ends the process. That also covers a rank that hangs, and a machine that is gone.
 """
 
-import itertools
+import atexit
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,15 +38,13 @@ START_SECONDS = 3600
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
-_joins = itertools.count()
-
 
 @dataclass(frozen=True)
 class World:
     """The processes that train together, as one of them sees it; without arguments, a world of one.
 
     local_rank: counted on its own machine. All methods but `print` and `parallel` are for all ranks at once,
-    in the same order. As a context it turns the loss of another rank into a UserError, and leaves the group.
+    in the same order. As a context it turns the loss of another rank into a UserError.
     """
 
     rank: int = 0
@@ -157,12 +156,15 @@ class World:
         """
         if self.size == 1:
             return model
-        return nn.parallel.DistributedDataParallel(
-            model,
-            device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        with warnings.catch_warnings():
+            # torch 2.13 would have it called forward_sync_buffers, which torch 2.11 does not know.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return nn.parallel.DistributedDataParallel(
+                model,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give every rank the first one's buffers, so that all evaluate one network."""
@@ -191,14 +193,17 @@ class World:
         if self.size == 1:
             return
         self.maximum(0)
-        # No public call changes a group's timeout, and a second group would mean a second communicator.
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=ANSWER_SECONDS))
+        _set_timeout(ANSWER_SECONDS)
 
     def leave(self) -> None:
-        """Part from the other ranks, all at the same time."""
-        if self.size > 1 and dist.is_initialized():
+        """Part from the other ranks, when all are here.
+
+        The group itself goes when the process ends: while a network holds it, torch 2.13 can hang over it.
+        """
+        if self.size > 1:
             self.maximum(0)
-            dist.destroy_process_group()
+            atexit.unregister(dist.destroy_process_group)
+            atexit.register(dist.destroy_process_group)
 
     def __enter__(self) -> "World":
         return self
@@ -206,9 +211,9 @@ class World:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or isinstance(error, DivergedError | Interrupted):  # every rank is here
+        if isinstance(error, DivergedError | Interrupted):  # every rank is here
             self.leave()
-        elif self.size > 1:
+        elif error is not None:
             self._raise_if_lost(error)
 
     @contextmanager
@@ -251,15 +256,16 @@ def join(device: torch.device) -> World:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))
-    dist.init_process_group(
-        BACKENDS[device.type],
-        store=dist.PrefixStore(f"fasttrain-{next(_joins)}", store),  # addresses of an earlier group are stale
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=START_SECONDS),
-    )
+    if dist.is_initialized():
+        _set_timeout(START_SECONDS)
+    else:
+        dist.init_process_group(BACKENDS[device.type], timeout=timedelta(seconds=START_SECONDS))
     return World(rank, size, local_rank, device)
+
+
+def _set_timeout(seconds: float) -> None:
+    # No public call changes a group's timeout, and a second group would mean a second communicator.
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 def _environment(name: str, default: int | None = None) -> int:
