@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.report import OwnProcess, interleave, run, save, show, spread
+from fasttrain.distributed import World
 from fasttrain.machine import measure_matmul_tflops, pick_compute_dtype, pick_device, prepare
 from fasttrain.model import CustomResNet, training_flop_per_image
 from fasttrain.recipe import Recipe
@@ -47,8 +48,8 @@ class Variant:
     """On a CPU; it holds for the whole process."""
 
 
-def build_step(variant: Variant, device: torch.device) -> TrainStep:
-    """A training step of this variant, with a network of its own."""
+def build_step(variant: Variant, device: torch.device, world: World | None = None) -> TrainStep:
+    """A training step of this variant, with a network of its own; world: who shares it."""
     if variant.keep_memory:
         prepare(device, "auto")
     torch.manual_seed(0)
@@ -61,6 +62,7 @@ def build_step(variant: Variant, device: torch.device) -> TrainStep:
         device=device,
         compute_dtype=variant.dtype,
         compile_mode=variant.compile_mode,
+        world=world,
     )
     model.to(memory_format=variant.layout)  # type: ignore[call-overload]  # torch's stubs lack it
     if not variant.fused:
