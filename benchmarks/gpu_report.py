@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu_report --data-dir data --out benchmarks/results
 
-Each part is a process of its own with a time limit, writes its JSON at once, and cannot stop the next one. On
-a machine without a GPU every part runs on the CPU; --small makes them small enough to prove the script there.
+Each part is a process of its own with a time limit, writes its JSON at once, and cannot stop the next one.
+All together keep within --minutes: whatever does not fit any more is left out, and named. On a machine
+without a GPU every part runs on the CPU; --small makes them small enough to prove the script there.
 """
 
 import os
@@ -25,71 +26,127 @@ class Options:
     """Folder of CIFAR-10."""
     out: Path = Path("benchmarks/results")
     """Where JSON files, logs, the run and the trace go."""
+    minutes: float = 8.0
+    """For all parts together."""
     small: bool = False
     """Tiny sizes that prove the script on a CPU; the figures mean nothing."""
 
 
+ENOUGH_SECONDS = 10
+"""A part that has less left than this is not begun."""
+
+
 def parts(options: Options) -> list[tuple[str, int, list[str]]]:
     """Name, limit in seconds and command of every part, in order of importance."""
-    python = [sys.executable, "-m"]
+    small = options.small
+
+    def module(name: str, *arguments: str, tiny: str = "") -> list[str]:
+        return [sys.executable, "-m", name, *arguments, *(tiny.split() if small else [])]
+
     data = ["--data-dir", str(options.data_dir)]
-    epochs = ["--epochs", "1"] if options.small else []
-    batch = ["--batch-size", "8"] if options.small else []
-    runs = ["--out", str(options.out / "runs")]
-    train = [*python, "fasttrain", "train", "--recipe", "default", *data, *runs, *epochs, *batch]
-    seeds = ["--seeds", "1" if options.small else "5"]
-    tiny = ["--rounds", "1"] if options.small else []
-    tiny_loader = ["--images", "64", "--seconds", "0.1", "--batch-sizes", "8", "--step-batch-size", "8"]
-    tiny_loader = [*tiny, *tiny_loader, "--cores", "1", "--no-peers"] if options.small else []
-    tiny_step = [*tiny, "--batch-sizes", "8"] if options.small else []
-    tiny_ladder = [*tiny, "--images", "64"] if options.small else []
-    tiny_scaling = ["--images", "32", "64", "--batch-sizes", "4", "8", "--epochs", "1", "2"]
-    tiny_scaling = [*tiny, *tiny_scaling, "--widths", "8", "16"] if options.small else []
     recipe = options.out / "small.json"
-    if options.small:
+    if small:
         recipe.write_text('{"batch_size": 8, "epochs": 1}')
-    small_recipe = ["--recipe", str(recipe)] if options.small else []
-    profile = ["--out", str(options.out / "profile"), *(["--active", "1"] if options.small else [])]
+
+    def of_recipe(name: str) -> list[str]:
+        return ["--recipe", str(recipe) if small else name]
+
+    # Compiled whatever auto would say of one run: the figures are those of a machine whose cache is warm.
+    compiled = [] if small else ["--compile", "default"]
+    train = ["train", *of_recipe("default"), *data, "--out", str(options.out / "runs"), *compiled]
     return [
-        ("machine", 120, [*python, "benchmarks.machine"]),
-        ("tests", 240, [*python, "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]),
-        ("run", 240, train),
-        ("loader", 240, [*python, "benchmarks.loader", *batch, *tiny_loader]),
-        ("step", 180, [*python, "benchmarks.step", *tiny_step]),
-        ("ladder", 180, [*python, "benchmarks.ladder", *batch, *tiny_ladder]),
-        ("seeds", 300, [*python, "benchmarks.train", *small_recipe, *seeds, *data]),
-        ("profile", 120, [*python, "fasttrain", "profile", "--recipe", "default", *data, *batch, *profile]),
-        ("scaling", 180, [*python, "benchmarks.scaling", *tiny_scaling]),
-        ("start", 120, [*python, "benchmarks.start", *tiny, *(["--images", "100"] if options.small else [])]),
+        ("machine", 60, module("benchmarks.machine")),
+        ("tests", 200, module("pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider")),
+        ("run, cold", 150, module("fasttrain", *train)),
+        ("run, warm", 90, module("fasttrain", *train)),
+        (
+            "seeds",
+            120,
+            module(
+                "benchmarks.train", *of_recipe("default"), *data, *compiled, "--seeds", "1" if small else "5"
+            ),
+        ),
+        (
+            "designs",
+            90,
+            module("benchmarks.designs", tiny="--rounds 1 --seconds 0.1 --images 64 --batch-size 8"),
+        ),
+        ("step", 120, module("benchmarks.step", tiny="--rounds 1 --batch-sizes 8")),
+        ("networks", 120, module("benchmarks.networks", tiny="--rounds 1 --batch-size 8 --width 8")),
+        ("ladder", 120, module("benchmarks.ladder", tiny="--rounds 1 --batch-size 8 --images 64")),
+        (
+            "fast",
+            120,
+            module(
+                "benchmarks.train", *of_recipe("fast"), *data, *compiled, "--seeds", "1" if small else "10"
+            ),
+        ),
+        (
+            "profile",
+            90,
+            module(
+                *("fasttrain", "profile", *of_recipe("default"), *data, *compiled),
+                *("--out", str(options.out / "profile")),
+                tiny="--active 1",
+            ),
+        ),
+        (
+            "loader",
+            120,
+            module(
+                "benchmarks.loader",
+                tiny="--rounds 1 --images 64 --seconds 0.1 --cores 1 --no-peers "
+                "--batch-size 8 --batch-sizes 8 --step-batch-size 8",
+            ),
+        ),
+        ("start", 90, module("benchmarks.start", tiny="--rounds 1 --images 100")),
+        (
+            "scaling",
+            120,
+            module(
+                "benchmarks.scaling",
+                tiny="--rounds 1 --images 32 64 --batch-sizes 4 8 --epochs 1 2 --widths 8 16",
+            ),
+        ),
     ]
 
 
 def main(options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     rows = []
+    deadline = time.perf_counter() + 60 * options.minutes
     for name, limit, command in parts(options):
-        log = options.out / f"{name}.log"
+        log = options.out / f"{name.replace(', ', '-')}.log"
+        left = deadline - time.perf_counter()
+        if left < ENOUGH_SECONDS:
+            rows.append([name, f"left out: {options.minutes:g} minutes are over", "-", "-"])
+            continue
         print(f"{name}: {' '.join(command[1:])}", file=sys.stderr)
         start = time.perf_counter()
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                command,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"FASTTRAIN_RESULTS": str(options.out.resolve())},
-                start_new_session=True,
-            )
-            try:
-                status = process.wait(limit)
-                outcome = "done" if status == 0 else f"exit status {status}"
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
-                process.wait()
-                outcome = f"stopped after {limit} s"
+        outcome = run_part(command, min(limit, left), log, options.out)
         rows.append([name, outcome, f"{time.perf_counter() - start:.1f}", str(log)])
     show("parts", ["part", "outcome", "seconds", "log"], rows)
     if any(outcome != "done" for _, outcome, _, _ in rows):
         sys.exit(1)
+
+
+def run_part(command: list[str], limit: float, log: Path, results: Path) -> str:
+    """Run one part with its output in `log`; returns done, or what became of it."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"FASTTRAIN_RESULTS": str(results.resolve())},
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(limit)
+            return "done" if status == 0 else f"exit status {status}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
+            process.wait()
+            return f"stopped after {limit:.0f} s"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,13 @@ import torch
 from benchmarks.loader import Batches, endless, ours, random_dataset, theirs
 from benchmarks.report import OwnProcess, extra_memory_gib, interleave, run, save, show, spread
 from benchmarks.step import Variant, build_step
-from fasttrain.machine import cpu_cores, measure_matmul_tflops, pick_compute_dtype, pick_device
+from fasttrain.machine import (
+    cpu_cores,
+    measure_matmul_tflops,
+    pick_compute_dtype,
+    pick_device,
+    set_fp32_precision,
+)
 from fasttrain.model import CustomResNet, training_flop_per_image
 
 
@@ -56,16 +62,21 @@ def rungs(device: torch.device, usual: str, best: str, compiled: bool) -> list[R
         variant = dataclasses.replace(below.variant, **changes)
         ladder.append(Rung(name=f"+ {name}", variant=variant, loader=loader or below.loader))
 
+    on_gpu = device.type == "cuda"
     climb("channels_last", layout=torch.channels_last)
+    if on_gpu:
+        climb("TF32", tf32=True)
     if half != torch.float32:
         climb(str(half).removeprefix("torch."), dtype=half)
     climb("fused Adam", fused=True)
-    if device.type == "cpu":
+    if not on_gpu:
         climb("freed memory kept", keep_memory=True)
+    if compiled or on_gpu:
+        climb("torch.compile", compile_mode="default")
+    if on_gpu:
+        climb("CUDA graph", cuda_graph=True)
     if best != usual:
         climb(f"{best} loader", loader=best)
-    if compiled or device.type == "cuda":
-        climb("torch.compile", compile_mode="default")
     return ladder
 
 
@@ -75,6 +86,7 @@ def climbed(rung: Rung, images: int, batch_size: int, device: torch.device) -> C
     repeats = 20 if device.type == "cuda" else 2
 
     def timed() -> float:
+        set_fp32_precision(rung.variant.tf32)
         start = time.perf_counter()
         for _ in range(repeats):
             images, labels = next(stream)
@@ -94,6 +106,16 @@ def loaders(images: int, batch_size: int, device: torch.device) -> dict[str, Bat
     return usual | dict(reversed(mine.items()))
 
 
+def matmul_name(variant: Variant) -> str:
+    return f"matmul {'torch.tf32' if variant.tf32 and variant.dtype == torch.float32 else variant.dtype}"
+
+
+def matmul_tflops(variant: Variant, device: torch.device) -> float:
+    """The rate of matrix products in a variant's own precision."""
+    set_fp32_precision(variant.tf32)
+    return measure_matmul_tflops(device, variant.dtype)
+
+
 def main(options: Options) -> None:
     device = pick_device(options.device)
     batch_size = options.batch_size or (512 if device.type == "cuda" else 128)
@@ -109,15 +131,15 @@ def main(options: Options) -> None:
         else:
             workloads[rung.name] = climbed(*of_rung)
             memory[rung.name] = extra_memory_gib(device, workloads[rung.name])
-    for dtype in dict.fromkeys(rung.variant.dtype for rung in ladder):
-        workloads[f"matmul {dtype}"] = lambda dtype=dtype: measure_matmul_tflops(device, dtype)  # type: ignore[misc]
+    for variant in (rung.variant for rung in ladder):
+        workloads[matmul_name(variant)] = lambda variant=variant: matmul_tflops(variant, device)  # type: ignore[misc]
     samples = interleave(workloads, options.rounds)
 
     flop = training_flop_per_image(CustomResNet()) * batch_size
     rows: list[dict[str, Any]] = []
     for rung in ladder:
         step_ms = statistics.median(samples[rung.name])
-        peak = max(samples[f"matmul {rung.variant.dtype}"])  # a peak is a maximum
+        peak = max(samples[matmul_name(rung.variant)])  # a peak is a maximum
         rows.append(
             {
                 "rung": rung.name,

@@ -171,8 +171,9 @@ def in_a_step(options: Options, batch_size: int, cores: int) -> dict[str, Any]:
     device = pick_device(options.device)
     dataset = random_dataset(options.images)
     dtype = pick_compute_dtype("auto", device)
-    mode = "default" if device.type == "cuda" else None
-    step = build_step(Variant(dtype=dtype, compile_mode=mode), device)
+    on_gpu = device.type == "cuda"
+    mode = "default" if on_gpu else None
+    step = build_step(Variant(dtype=dtype, compile_mode=mode, cuda_graph=on_gpu), device)
     loaders: dict[str, Batches] = {REUSED: [random_batch(batch_size, device, torch.channels_last)]}
     loaders |= ours(dataset, batch_size, device, threads=cores)
     if options.peers:

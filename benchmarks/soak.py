@@ -227,7 +227,6 @@ def tiny_run(dataset: cifar.Dataset, recipe: Recipe, steps: int) -> RunState:
         total_steps=recipe.epochs * len(loader),
         device=CPU,
         compute_dtype=torch.float32,
-        compile_mode=None,
     )
     identity = fingerprint(recipe, dataset, loader="tensor", precision="fp32", compile_mode=None, device=CPU)
     state = RunState(step, loader, dataset, fingerprint=identity, machine=describe(CPU))

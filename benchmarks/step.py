@@ -15,7 +15,13 @@ import torch
 
 from benchmarks.report import OwnProcess, interleave, run, save, show, spread
 from fasttrain.distributed import World
-from fasttrain.machine import measure_matmul_tflops, pick_compute_dtype, pick_device, prepare
+from fasttrain.machine import (
+    measure_matmul_tflops,
+    pick_compute_dtype,
+    pick_device,
+    prepare,
+    set_fp32_precision,
+)
 from fasttrain.model import CustomResNet, training_flop_per_image
 from fasttrain.recipe import Recipe
 from fasttrain.step import TrainStep
@@ -43,6 +49,11 @@ class Variant:
     layout: torch.memory_format = torch.channels_last
     fused: bool = True
     compile_mode: str | None = None
+    cuda_graph: bool = False
+    """On a GPU, the whole step as one launch."""
+    tf32: bool = False
+    """On a GPU, let float32 products round their inputs."""
+    network: Callable[..., CustomResNet] = CustomResNet
     width: int = 64
     keep_memory: bool = True
     """On a CPU; it holds for the whole process."""
@@ -53,7 +64,7 @@ def build_step(variant: Variant, device: torch.device, world: World | None = Non
     if variant.keep_memory:
         prepare(device, "auto")
     torch.manual_seed(0)
-    model = CustomResNet(width=variant.width)
+    model = variant.network(width=variant.width)
     step = TrainStep(
         model,
         Recipe(),
@@ -61,12 +72,14 @@ def build_step(variant: Variant, device: torch.device, world: World | None = Non
         total_steps=10**9,
         device=device,
         compute_dtype=variant.dtype,
-        compile_mode=variant.compile_mode,
+        cuda_graph=variant.cuda_graph and device.type == "cuda",
         world=world,
     )
+    if variant.compile_mode:
+        step.compile(variant.compile_mode)
     model.to(memory_format=variant.layout)  # type: ignore[call-overload]  # torch's stubs lack it
     if not variant.fused:
-        kept = ("params", "weight_decay")
+        kept = ("params", "weight_decay", "lr_scale")
         groups = [{key: group[key] for key in kept} for group in step.optimizer.param_groups]
         step.optimizer = torch.optim.AdamW(groups, lr=step.max_lr)
     return step
@@ -84,6 +97,7 @@ def timed_step(variant: Variant, batch_size: int, device: torch.device) -> Calla
     repeats = 20 if device.type == "cuda" else 1
 
     def timed() -> float:
+        set_fp32_precision(variant.tf32)  # it holds for the whole process
         start = time.perf_counter()
         for _ in range(repeats):
             step(*batch)
@@ -127,6 +141,10 @@ def main(options: Options) -> None:
         modes["eager, freed memory returned"] = Variant(dtype=half, keep_memory=False)
     if options.compiled or device.type == "cuda":
         modes["compiled"] = Variant(dtype=half, compile_mode="default")
+    if device.type == "cuda":
+        modes["eager, CUDA graph"] = Variant(dtype=half, cuda_graph=True)
+        modes["compiled, CUDA graph"] = Variant(dtype=half, compile_mode="default", cuda_graph=True)
+        modes["compiled, the compiler's graphs"] = Variant(dtype=half, compile_mode="reduce-overhead")
     workloads: dict[str, Callable[[], float]] = {}
     for batch_size in options.batch_sizes:
         for name, variant in modes.items():

@@ -42,6 +42,8 @@ class Options:
     """As in fasttrain train."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
+    compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] | None = None
+    """Instead of the recipe's."""
 
 
 def seconds_to(goal: float, result: dict[str, Any]) -> float | None:
@@ -88,6 +90,8 @@ def main(options: Options) -> None:
     recipe = load_recipe(options.recipe)
     if options.epochs is not None:
         recipe = dataclasses.replace(recipe, epochs=options.epochs)
+    if options.compile is not None:
+        recipe = dataclasses.replace(recipe, compile=options.compile)
     results: list[dict[str, Any]] = []
     for seed in range(options.seeds):
         with TemporaryDirectory() as out:

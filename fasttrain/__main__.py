@@ -37,7 +37,7 @@ class DataOptions:
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(DataOptions):
     recipe: str = "auto"
-    """assignment, default, laptop, or a recipe's JSON file; auto: default with a GPU, laptop without."""
+    """assignment, default, fast, laptop, or a recipe's JSON file; auto: default with a GPU, else laptop."""
     settings: tyro.conf.OmitArgPrefixes[Recipe] = field(default_factory=Recipe)
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
@@ -85,6 +85,8 @@ class EvaluateOptions(DataOptions):
     """auto, cpu, cuda, cuda:1, ..."""
     mistakes: int = 5
     """How many of the most confident mistakes to list."""
+    flip: bool = False
+    """Print a second accuracy, from the mean logits of each image and its mirror image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +253,7 @@ def evaluate(args: Sequence[str]) -> int:
         lambda: open_dataset(options.data, options.data_dir, print, skip_bad=options.skip_bad),
         device=options.device,
         mistakes=options.mistakes,
+        flip=options.flip,
     )
     return 0
 

@@ -62,6 +62,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     missing = [key for key in REQUIRED if not isinstance(state, dict) or key not in state]
     if missing:
         raise UserError(f"{path}: holds no {', '.join(missing)}; {expected}")
+    model = state["model"]
+    if isinstance(model, dict) and "inverse_std" in model:  # a CustomResNet, maybe of before it scaled logits
+        model.setdefault("logit_scale", torch.ones(()))
     return state
 
 

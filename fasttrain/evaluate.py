@@ -41,17 +41,26 @@ class Evaluation:
 
     loss: mean cross entropy without label smoothing. labels_N, predictions_N: int64.
     confidences_N: float32, the probability that the network gave to its prediction.
+    flip_predictions_N: int64, from the mean logits of each image and its mirror image; None where not asked.
     """
 
     loss: float
     labels_N: Tensor
     predictions_N: Tensor
     confidences_N: Tensor
+    flip_predictions_N: Tensor | None = None
 
     @property
     def accuracy(self) -> float:
         """Share of the images that are classified correctly, 0 to 1."""
         return (self.predictions_N == self.labels_N).double().mean().item()
+
+    @property
+    def accuracy_flip(self) -> float | None:
+        """The same for the predictions from both ways round: a second figure, never in place of the first."""
+        if self.flip_predictions_N is None:
+            return None
+        return (self.flip_predictions_N == self.labels_N).double().mean().item()
 
     def confusion_KK(self, num_classes: int) -> Tensor:
         """Counts: row = true class, column = predicted class."""
@@ -86,25 +95,33 @@ def joined(parts: Sequence[Evaluation]) -> Evaluation:
     """One evaluation of what several ranks looked at, in stored order."""
     if len(parts) == 1:
         return parts[0]
+    labels_N = torch.cat([part.labels_N for part in parts])
+    flips = [part.flip_predictions_N for part in parts if part.flip_predictions_N is not None]
     return Evaluation(
-        loss=sum(part.loss * len(part.labels_N) for part in parts)
-        / sum(len(part.labels_N) for part in parts),
-        labels_N=torch.cat([part.labels_N for part in parts]),
+        loss=sum(part.loss * len(part.labels_N) for part in parts) / len(labels_N),
+        labels_N=labels_N,
         predictions_N=torch.cat([part.predictions_N for part in parts]),
         confidences_N=torch.cat([part.confidences_N for part in parts]),
+        flip_predictions_N=torch.cat(flips) if flips else None,
     )
 
 
 def evaluate(
-    model: nn.Module, loader: Loader, device: torch.device, compute_dtype: torch.dtype
+    model: nn.Module,
+    loader: Loader,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    *,
+    flip: bool = False,
 ) -> Evaluation:
     """Run the network over one epoch of an evaluation loader; the model's mode is restored.
 
+    flip: look at every image's mirror image too, for the second accuracy; nothing else depends on it.
     Waits for the device once, at the end.
     """
     was_training = model.training
     model.eval()
-    losses, labels, predictions, confidences = [], [], [], []
+    losses, labels, predictions, confidences, flip_predictions = [], [], [], [], []
     with torch.inference_mode():
         for images_NCHW, labels_N in loader:
             with autocast(device, compute_dtype):
@@ -115,6 +132,10 @@ def evaluate(
             labels.append(labels_N)
             predictions.append(best.indices)
             confidences.append(best.values.exp())
+            if flip:
+                with autocast(device, compute_dtype):
+                    mirrored_NK = model(images_NCHW.flip(3))
+                flip_predictions.append((logits_NK.float() + mirrored_NK.float()).argmax(1))
     model.train(was_training)
     labels_N = torch.cat(labels).cpu()
     return Evaluation(
@@ -122,10 +143,13 @@ def evaluate(
         labels_N=labels_N,
         predictions_N=torch.cat(predictions).cpu(),
         confidences_N=torch.cat(confidences).cpu(),
+        flip_predictions_N=torch.cat(flip_predictions).cpu() if flip else None,
     )
 
 
-def evaluate_state(state: dict[str, Any], dataset: Dataset, device: torch.device) -> Evaluation:
+def evaluate_state(
+    state: dict[str, Any], dataset: Dataset, device: torch.device, *, flip: bool = False
+) -> Evaluation:
     """Measure a loaded checkpoint on every test image.
 
     Images are normalised with the mean and standard deviation of the training: the model holds them.
@@ -139,14 +163,20 @@ def evaluate_state(state: dict[str, Any], dataset: Dataset, device: torch.device
     loader = build_loader(
         dataset, recipe, train=False, kind=pick_loader(recipe.loader, device, print), device=device
     )
-    return evaluate(model_from_state(state, device), loader, device, compute_dtype)
+    return evaluate(model_from_state(state, device), loader, device, compute_dtype, flip=flip)
 
 
 def evaluate_checkpoint(
-    path: Path, open_dataset: Callable[[], Dataset], *, device: str = "auto", mistakes: int = 5
+    path: Path,
+    open_dataset: Callable[[], Dataset],
+    *,
+    device: str = "auto",
+    mistakes: int = 5,
+    flip: bool = False,
 ) -> Evaluation:
     """Measure a checkpoint on every test image and print accuracy, classes and the most confident mistakes.
 
+    flip: print a second accuracy, with every image's mirror image taken into account.
     Raises UserError if the checkpoint cannot be read, or if its classes are not the data set's.
     """
     from rich.console import Console
@@ -156,7 +186,7 @@ def evaluate_checkpoint(
     dataset = open_dataset()
     run_device = pick_device(device)
     try:
-        result = evaluate_state(state, dataset, run_device)
+        result = evaluate_state(state, dataset, run_device, flip=flip)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -166,6 +196,8 @@ def evaluate_checkpoint(
         f"{len(result.labels_N):,} images; epoch {state['epoch']} of {path}",
         markup=False,
     )
+    if result.accuracy_flip is not None:
+        console.print(f"with each image's mirror image: {result.accuracy_flip:.2%}", markup=False)
     table = Table("class", "images", "recall", "precision", "most often taken for")
     for name, figures in zip(dataset.classes, result.per_class(len(dataset.classes)), strict=True):
         table.add_row(

@@ -185,7 +185,9 @@ def _curve(
             return batch
 
     torch.manual_seed(recipe.seed)
-    model = CustomResNet(len(dataset.classes), recipe.dropout, mean=dataset.mean, std=dataset.std).to(device)
+    model = CustomResNet(
+        len(dataset.classes), mean=dataset.mean, std=dataset.std, **recipe.network_settings()
+    ).to(device)
     loader = build_loader(dataset, recipe, train=True, kind=kind, device=device)
     finder = LRFinder(
         model,

@@ -5,6 +5,7 @@ Shape suffixes: N images, C channels, H rows, W columns, K classes.
 
 import copy
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,9 @@ EPOCH_IMAGES = 50_000
 """CIFAR-10's training images, for the cost of an epoch."""
 
 
-def _block(in_channels: int, out_channels: int, *, pool: bool, dropout: float) -> list[nn.Module]:
+def _block(
+    in_channels: int, out_channels: int, *, pool: bool, dropout: float, bn_momentum: float
+) -> list[nn.Module]:
     """Convolution, max pooling where asked for, BatchNorm, ReLU, dropout.
 
     Pooling stands before BatchNorm and ReLU, so that both touch a quarter of the elements.
@@ -21,7 +24,8 @@ def _block(in_channels: int, out_channels: int, *, pool: bool, dropout: float) -
     layers: list[nn.Module] = [nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)]
     if pool:
         layers.append(nn.MaxPool2d(2))
-    return [*layers, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True), nn.Dropout(dropout)]
+    norm = nn.BatchNorm2d(out_channels, momentum=bn_momentum)
+    return [*layers, norm, nn.ReLU(inplace=True), nn.Dropout(dropout)]
 
 
 class CustomResNet(nn.Module):
@@ -32,12 +36,16 @@ class CustomResNet(nn.Module):
     loaders move a byte a channel, and a compiler can fuse it with what follows.
     width: channels of the first convolution; the others have two, four and eight times as many.
     mean, std: of each channel of the training images, for pixels from 0 to 1.
+    init: dirac lets the first filters of every convolution pass its input on, as many as it has channels.
+    bn_momentum: share of a batch in BatchNorm's running statistics. logit_scale: factor of the last layer's
+    outputs; a buffer like mean and std, so that the state alone gives the logits.
     Parameters are float32 in channels_last; run it under autocast for half precision.
     Source: the assignment's table; the layout follows the ResNet-9 of D. Page, "How to Train Your ResNet".
     """
 
     mean: Tensor
     inverse_std: Tensor
+    logit_scale: Tensor
 
     def __init__(
         self,
@@ -47,13 +55,17 @@ class CustomResNet(nn.Module):
         width: int = 64,
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.25, 0.25, 0.25),
+        init: Literal["default", "dirac"] = "default",
+        bn_momentum: float = 0.1,
+        logit_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.register_buffer("mean", 255 * torch.tensor(mean))
         self.register_buffer("inverse_std", 1 / (255 * torch.tensor(std)))
+        self.register_buffer("logit_scale", torch.tensor(float(logit_scale)))
 
         def block(in_channels: int, out_channels: int, *, pool: bool) -> list[nn.Module]:
-            return _block(in_channels, out_channels, pool=pool, dropout=dropout)
+            return _block(in_channels, out_channels, pool=pool, dropout=dropout, bn_momentum=bn_momentum)
 
         x1, x2, x4, x8 = width, 2 * width, 4 * width, 8 * width
         self.prep = nn.Sequential(*block(3, x1, pool=False))
@@ -64,7 +76,16 @@ class CustomResNet(nn.Module):
         self.res2 = nn.Sequential(*block(x8, x8, pool=False), *block(x8, x8, pool=False))
         self.pool = nn.MaxPool2d(4)
         self.fc = nn.Linear(x8, num_classes)
+        if init == "dirac":
+            self._init_dirac()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+
+    @torch.no_grad()
+    def _init_dirac(self) -> None:
+        """After the default initialisation, so that all other weights are drawn as without it."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.dirac_(module.weight[: module.in_channels])
 
     def normalize(self, images_NCHW: Tensor) -> Tensor:
         """Pixels from 0 to 255 to float32 of mean 0 and standard deviation 1, in channels_last."""
@@ -81,7 +102,7 @@ class CustomResNet(nn.Module):
         x = self.layer2(x)
         x = self.layer3(x)
         x = x + self.res2(x)
-        return self.fc(self.pool(x).flatten(1))
+        return self.fc(self.pool(x).flatten(1)) * self.logit_scale
 
 
 def block_shapes(model: CustomResNet) -> list[tuple[str, tuple[int, ...]]]:

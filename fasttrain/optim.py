@@ -1,7 +1,7 @@
 """The optimizer and the one-cycle schedule."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fasttrain.recipe import Recipe
 
@@ -13,16 +13,26 @@ def build_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.
     """Fused Adam or AdamW; weight decay on convolution and linear weights only.
 
     BatchNorm's parameters and biases are one-dimensional: decaying them shrinks no function of the network.
+    BatchNorm's biases are a group of their own where the recipe gives them another rate, and only there: a
+    fused kernel runs once per group, and a checkpoint knows the parameters by their place in the groups.
     Source: arXiv:1711.05101; Goyal et al. 2017, arXiv:1706.02677, section 5.3.
     """
     weights = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
+    apart = _batch_norm_biases(model) if recipe.bn_bias_lr_scale != 1 else []
+    known = {id(p) for p in apart}
+    others = [p for p in model.parameters() if p.dim() <= 1 and id(p) not in known]
     groups = [
-        {"params": weights, "weight_decay": recipe.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": weights, "weight_decay": recipe.weight_decay, "lr_scale": 1.0},
+        {"params": others, "weight_decay": 0.0, "lr_scale": 1.0},
     ]
+    if apart:
+        groups.append({"params": apart, "weight_decay": 0.0, "lr_scale": recipe.bn_bias_lr_scale})
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
     return kind(groups, lr=lr, fused=True)
+
+
+def _batch_norm_biases(model: nn.Module) -> list[nn.Parameter]:
+    return [module.bias for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 def one_cycle(step: int, total_steps: int, max_lr: float, recipe: Recipe) -> tuple[float, float | None]:
@@ -46,8 +56,17 @@ def one_cycle(step: int, total_steps: int, max_lr: float, recipe: Recipe) -> tup
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, lr: float, beta1: float | None) -> None:
-    """Write the schedule's values into the optimizer; plain floats, which fused kernels take as arguments."""
+    """Write the schedule's values into the optimizer, without waiting for the device.
+
+    lr: of the groups whose lr_scale is 1; the others take their multiple of it.
+    A rate that is a tensor is changed in place: a recorded step reads it there. Otherwise they are plain
+    floats, which fused kernels take as arguments.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        rate = lr * group["lr_scale"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
         if beta1 is not None:
             group["betas"] = (beta1, group["betas"][1])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 
+from fasttrain.compiling import CompileCache, compile_step, pick_compile_mode, records_step
 from fasttrain.data.cifar import Dataset
 from fasttrain.data.loader import build_loader, pick_loader
 from fasttrain.errors import UserError
@@ -23,6 +24,7 @@ from fasttrain.files import write_atomically, write_json
 from fasttrain.machine import (
     cpu_cores,
     describe,
+    hardware_name,
     measure_matmul_tflops,
     pick_compute_dtype,
     precision_name,
@@ -30,7 +32,7 @@ from fasttrain.machine import (
 )
 from fasttrain.model import CustomResNet, training_flop_per_image
 from fasttrain.recipe import Recipe
-from fasttrain.step import TrainStep, pick_compile_mode
+from fasttrain.step import TrainStep
 
 MATRIX = "convolutions and matrix products"
 REST = "everything else"
@@ -105,17 +107,17 @@ def profile_training(
     matmul_tflops = measure_matmul_tflops(device, dtype)
     torch.manual_seed(recipe.seed)
     step = TrainStep(
-        CustomResNet(len(dataset.classes), recipe.dropout, mean=dataset.mean, std=dataset.std),
+        CustomResNet(len(dataset.classes), mean=dataset.mean, std=dataset.std, **recipe.network_settings()),
         recipe,
         max_lr=0.01 if recipe.max_lr == "auto" else recipe.max_lr,
         total_steps=max(wait + warmup + active, 2),
         device=device,
         compute_dtype=dtype,
-        compile_mode=mode,
+        cuda_graph=records_step(recipe, device, mode),
     )
     batches = chain.from_iterable(repeat(loader))
-    if mode:
-        step.warm_up(*next(batches))
+    cache = CompileCache(hardware_name(describe(device)), dtype, mode, recipe.batch_size)
+    compile_step(step, mode, cache, *next(batches))
 
     clock = _Clock(first_step=wait + warmup)
     with profile(
@@ -177,7 +179,8 @@ def sentences(found: Profile) -> list[str]:
         return [
             f"The host bounds this training: the GPU is idle {found.idle_share:.0%} of the time.",
             _without(found, found.idle_share),
-            "Try --compile reduce-overhead, which launches a whole step at once, or a larger --batch-size.",
+            "The trace shows what it waits for: a step is one launch unless --no-cuda-graph. Or try a larger "
+            "--batch-size.",
         ]
     if found.idle_share > 0.2:
         return [
@@ -192,7 +195,7 @@ def sentences(found: Profile) -> list[str]:
         first = f"Memory traffic bounds this training: {MATRIX} take only {matrix_share:.0%} of all time."
     second = (
         f"At the measured matmul rate they need {found.matrix_ms:,.1f} ms of a step's {found.step_ms:,.1f}: "
-        f"no change to this step can gain more than {1 / found.mfu:.2f} times."
+        f"the step as a whole runs at {found.mfu:.0%} of that rate."
     )
     if found.precision in ("fp32", "tf32"):
         third = "Try --compute-dtype auto: half precision multiplies faster where the hardware has it."

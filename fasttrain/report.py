@@ -208,4 +208,4 @@ def _tests(dataset: Dataset, evaluation: Evaluation) -> dict[str, Any]:
 
 def _summary(recipe: Recipe, num_classes: int) -> str:
     with fork_rng(torch.device("cpu")):  # a new network draws its weights from the global generator
-        return summary(CustomResNet(num_classes, recipe.dropout))
+        return summary(CustomResNet(num_classes, **recipe.network_settings()))

@@ -115,7 +115,7 @@ class RunState:
         """What a checkpoint holds; the tensors are the live ones."""
         recipe, dataset = self.step.recipe, self.dataset
         return {
-            "model": self.step.model.state_dict(),
+            "model": self.step.shipped_model.state_dict(),
             "epoch": self.epoch,
             **self.step.state_dict(),
             "loader": self.loader.state_dict(),
@@ -158,7 +158,7 @@ class RunState:
             own = state["ranks"][self.world.rank - 1]
             state = state | {"rng": own["rng"], "metrics": state["metrics"] | {"sums": own["sums"]}}
         _restore_rng(state["rng"], self.step.device)
-        self.step.model.load_state_dict(state["model"])
+        self.step.shipped_model.load_state_dict(state["model"])
         self.step.load_state_dict(state)
         self.loader.load_state_dict(state["loader"])
         self.progress = Progress(**state["progress"])
@@ -168,6 +168,7 @@ class RunState:
     def _require_same_run(self, then: Any) -> None:
         if not isinstance(then, dict):
             raise UserError("it does not say what run it is of")
+        then = _recipe_flags(Recipe()) | then  # a recipe has its defaults where it says nothing
         differing = [
             f"{key} is {now} and was {then.get(key)}"
             for key, now in self.fingerprint.items()
@@ -184,6 +185,7 @@ class RunState:
         example["optimizer"] = {"state": self._optimizer_example() if step else {}, "param_groups": []}
         for key in (
             "model",
+            *(("trained_model",) if self.step.average else ()),
             "epoch",
             "optimizer",
             "scaler",
@@ -203,7 +205,7 @@ class RunState:
         progress, metrics, recipe = state["progress"], state["metrics"], self.step.recipe
         rows, first = progress["epochs"], state["epoch"] * len(self.loader)
         for row in rows:
-            figures = [row.get(key) for key in EPOCH_FIGURES] if isinstance(row, dict) else [None]
+            figures = [row.get(key) for key in {*EPOCH_FIGURES, *row}] if isinstance(row, dict) else [None]
             if any(type(figure) not in (int, float) for figure in figures):
                 raise UserError("progress.epochs holds a row that is no row of figures")
         share = recipe.batch_size // self.world.size
@@ -339,7 +341,7 @@ def fingerprint(
     world_size: int = 1,
 ) -> dict[str, Any]:
     """What decides a run's weights, under the names by which a difference is reported."""
-    return {flag(key): value for key, value in recipe.to_dict().items()} | {
+    return _recipe_flags(recipe) | {
         "dataset": dataset.name,
         "the images' SHA-256": _content_hash(dataset),
         "loader": loader,
@@ -348,6 +350,10 @@ def fingerprint(
         "device": device.type,
         "world size": world_size,
     }
+
+
+def _recipe_flags(recipe: Recipe) -> dict[str, Any]:
+    return {flag(key): value for key, value in recipe.to_dict().items()}
 
 
 def require_same_recipe(recipe: Recipe, folder: Path) -> None:

@@ -21,6 +21,7 @@ RESULT_FIGURES = (
     *("train_seconds", "test_seconds", "compile_seconds", "wall_seconds"),
 )
 RESULT_UNKNOWNS = ("mfu", "matmul_tflops_measured", "peak_memory_gib", "peak_resident_gib")
+RESULT_OPTIONS = ("test_accuracy_flip",)  # where the recipe asked for it
 RESULT_NAMES = ("dataset", "device", "loader", "precision", "compile")
 
 
@@ -98,19 +99,20 @@ def load_run(folder: Path | str) -> Run:
         raise UserError(
             f"{folder}: holds no result.json: its run has not finished, and only finished ones count"
         )
-    result = _read_object(folder / "result.json")
-    _require(folder / "result.json", result, RESULT_FIGURES, nullable=RESULT_UNKNOWNS, names=RESULT_NAMES)
+    result = read_object(folder / "result.json")
+    figures = [*RESULT_FIGURES, *(key for key in RESULT_OPTIONS if key in result)]
+    _require(folder / "result.json", result, figures, nullable=RESULT_UNKNOWNS, names=RESULT_NAMES)
     try:
-        recipe = Recipe.from_dict(_read_object(folder / "recipe.json"))
+        recipe = Recipe.from_dict(read_object(folder / "recipe.json"))
     except UserError as error:
         raise UserError(f"{folder / 'recipe.json'}: {error}") from error
     return Run(
         folder=folder,
         recipe=recipe,
-        machine=_read_object(folder / "machine.json"),
+        machine=read_object(folder / "machine.json"),
         result=result,
         epochs=_read_epochs(folder / "metrics.jsonl"),
-        lr_find=_read_object(folder / "lr_find.json") if (folder / "lr_find.json").exists() else None,
+        lr_find=read_object(folder / "lr_find.json") if (folder / "lr_find.json").exists() else None,
     )
 
 
@@ -133,7 +135,8 @@ def _parse_object(text: str, place: object) -> dict[str, Any]:
     return values
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a run's file. Raises UserError if it is not there, torn or foreign."""
     return _parse_object(_read_text(path), path)
 
 

@@ -19,16 +19,20 @@ T = TypeVar("T")
 RECIPE_FILE, RESULT_FILE = "recipe.json", "result.json"
 """The first and the last file that a run writes: it is unfinished while it has but the first."""
 
+MACHINE_FILE = "machine.json"
+"""What the run was begun on, and whether it is compiled."""
+
 EPOCH_COLUMNS = (
-    ("epoch", "{epoch:>5}"),
-    ("train loss", "{train_loss:>10.4f}"),
-    ("train acc", "{train_accuracy:>9.2%}"),
-    ("test loss", "{test_loss:>9.4f}"),
-    ("test acc", "{test_accuracy:>8.2%}"),
-    ("lr", "{lr:>9.2e}"),
-    ("seconds", "{seconds:>8.2f}"),
-    ("images/s", "{images_per_sec:>9,.0f}"),
-    ("data wait", "{data_wait_share:>9.2%}"),
+    ("epoch", "epoch", "{:>5}"),
+    ("train_loss", "train loss", "{:>10.4f}"),
+    ("train_accuracy", "train acc", "{:>9.2%}"),
+    ("test_loss", "test loss", "{:>9.4f}"),
+    ("test_accuracy", "test acc", "{:>8.2%}"),
+    ("test_accuracy_flip", "with flip", "{:>9.2%}"),
+    ("lr", "lr", "{:>9.2e}"),
+    ("seconds", "seconds", "{:>8.2f}"),
+    ("images_per_sec", "images/s", "{:>9,.0f}"),
+    ("data_wait_share", "data wait", "{:>9.2%}"),
 )
 
 
@@ -122,12 +126,11 @@ class RunLog:
             for key in metrics.keys() - {"epoch"}:
                 self._board.add_scalar(key, metrics[key], metrics["epoch"])
             self._board.flush()
+        cells = [(name, form.format(metrics[key])) for key, name, form in EPOCH_COLUMNS if key in metrics]
         if not self._header_shown:
-            widths = [len(form.format(**metrics)) for _, form in EPOCH_COLUMNS]
-            names = [name for name, _ in EPOCH_COLUMNS]
-            self.say("  ".join(name.rjust(width) for name, width in zip(names, widths, strict=True)))
+            self.say("  ".join(name.rjust(len(cell)) for name, cell in cells))
             self._header_shown = True
-        self.say("  ".join(form.format(**metrics) for _, form in EPOCH_COLUMNS))
+        self.say("  ".join(cell for _, cell in cells))
 
 
 class SilentLog(RunLog):

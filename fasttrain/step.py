@@ -1,14 +1,17 @@
 """One training step: autocast, loss, backward, optimizer, schedule. Nothing in here waits for the device."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fasttrain.average import WeightAverage
 from fasttrain.distributed import World
-from fasttrain.machine import compiler_available, fork_rng
+from fasttrain.graph import record
+from fasttrain.machine import fork_rng
 from fasttrain.model import CustomResNet
 from fasttrain.optim import build_optimizer, one_cycle, set_schedule
 from fasttrain.recipe import Recipe
@@ -18,9 +21,10 @@ class TrainStep:
     """Call it with a batch; it updates the model and keeps sums of loss and hits on the device.
 
     compute_dtype: dtype of the matrix products; float32 means no autocast. fp16 gets a gradient scaler.
-    compile_mode: torch.compile's mode, or None for eager.
+    cuda_graph: record the step once and replay it from then on; on NVIDIA GPUs only, and on one rank.
     world: the ranks that train together. Each calls it with its own part of the batch; gradients, metrics and
     the search for a NaN are those of all.
+    average: of the weights, where the recipe asks for it.
     """
 
     def __init__(
@@ -32,7 +36,7 @@ class TrainStep:
         total_steps: int,
         device: torch.device,
         compute_dtype: torch.dtype,
-        compile_mode: str | None,
+        cuda_graph: bool = False,
         world: World | None = None,
     ) -> None:
         self.model = model.to(device)
@@ -41,13 +45,22 @@ class TrainStep:
         self.device, self.compute_dtype = device, compute_dtype
         self.step = 0
         self.optimizer = build_optimizer(model, recipe, lr=max_lr)
+        horizon = recipe.ema_epochs * total_steps / recipe.epochs
+        self.average = WeightAverage(self.model, horizon) if horizon else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
         self.loss_fn = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-        self._compiled = compile_mode is not None
-        network = self.world.parallel(self.model)
-        self._forward: Callable[[Tensor], Tensor] = (
-            torch.compile(network, mode=compile_mode, dynamic=False) if compile_mode is not None else network
-        )
+        self._records = cuda_graph
+        self._recording: Callable[[Tensor, Tensor], None] | None = None
+        # A recorded update reads its rate from a tensor. Fused Adam takes beta1 as a number alone, and a
+        # scaler counts on the host: where either changes from step to step, the update follows the recording.
+        self._updates_in_work = not cuda_graph or not (self.scaler.is_enabled() or recipe.cycle_momentum)
+        if cuda_graph and self._updates_in_work:
+            for group in self.optimizer.param_groups:
+                group["lr"], group["capturable"] = torch.tensor(group["lr"], device=device), True
+        self._lr = max_lr
+        self._compiled = False
+        self._network = self.world.parallel(self.model)
+        self._forward: Callable[[Tensor], Tensor] = self._network
         self._sums = torch.zeros(3, device=device)  # loss, hits, steps until the loss stopped being finite
         self._images = 0
         self._since = 0
@@ -56,22 +69,27 @@ class TrainStep:
     @property
     def lr(self) -> float:
         """The learning rate of the last step taken."""
-        return self.optimizer.param_groups[0]["lr"]
+        return self._lr
+
+    @property
+    def shipped_model(self) -> CustomResNet:
+        """The network to evaluate and to ship: the averaged one, if there is one, else the trained one."""
+        return self.average.model if self.average else self.model  # type: ignore[return-value]  # a copy
 
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> None:
         """One optimizer step on one batch. Raises ValueError past the schedule's end."""
         if self.step >= self.total_steps:
             raise ValueError(f"step {self.step} is past the schedule's {self.total_steps} steps")
-        lr, beta1 = one_cycle(self.step, self.total_steps, self.max_lr, self.recipe)
-        set_schedule(self.optimizer, lr, beta1)
-        logits_NK, loss = self._forward_backward(images_NCHW, labels_N)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        hits = (logits_NK.argmax(1) == labels_N).sum()
-        loss_sum = loss * len(labels_N)
-        # Once the sum is NaN or infinite it never comes back: the finite steps count up to the first bad one.
-        self._sums += torch.stack([loss_sum, hits, (self._sums[0] + loss_sum).isfinite()])
+        if self._records and self._recording is None:
+            self.warm_up(images_NCHW, labels_N)
+        self._lr, beta1 = one_cycle(self.step, self.total_steps, self.max_lr, self.recipe)
+        set_schedule(self.optimizer, self._lr, beta1)
+        if self.average:
+            self.average.set_step(self.step)
+        work = self._recording or self._work
+        work(images_NCHW, labels_N)
+        if not self._updates_in_work:
+            self._update()
         self._images += len(labels_N)
         self.step += 1
 
@@ -98,44 +116,65 @@ class TrainStep:
         finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()])
         return None if finite.all().item() else self.step
 
-    def warm_up(self, images_NCHW: Tensor, labels_N: Tensor) -> float:
-        """Compile on one batch like those to come; returns the seconds it took, 0 for an eager step.
+    def compile(self, mode: str) -> None:
+        """Take the network through torch.compile in this mode; warm_up or the first step pays for it."""
+        self._forward = torch.compile(self._network, mode=mode, dynamic=False)
+        self._compiled, self._recording = True, None
 
-        With several ranks an eager step is taken too: DistributedDataParallel orders its sums by the first
+    def measure_seconds(self, images_NCHW: Tensor, labels_N: Tensor) -> float:
+        """Seconds of one step on this batch, the mean of twenty. Changes nothing; waits for the device."""
+        repeats = 20
+        self.warm_up(images_NCHW, labels_N)
+        work = self._recording or self._work
+        with self._untouched():
+            work(images_NCHW, labels_N)
+            self._sums.tolist()  # waits for the device
+            start = time.perf_counter()
+            for _ in range(repeats):
+                work(images_NCHW, labels_N)
+            self._sums.tolist()
+            return (time.perf_counter() - start) / repeats
+
+    def warm_up(self, images_NCHW: Tensor, labels_N: Tensor) -> float:
+        """Compile and record on one batch like those to come; returns the seconds it took, 0 for neither.
+
+        With several ranks a step is taken in any case: DistributedDataParallel orders its sums by the first
         backward pass, and a resumed run has to add up in the same order as one that nobody stopped.
-        Leaves weights, BatchNorm's statistics and random generators as they were.
+        Leaves weights, statistics, the optimizer's state and random generators as they were.
         """
-        if not self._compiled and self.world.size == 1:
+        if not self._compiled and not self._records and self.world.size == 1:
             return 0.0
         start = time.perf_counter()
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        with fork_rng(self.device):
-            self._forward_backward(images_NCHW, labels_N)
-        self.optimizer.zero_grad(set_to_none=True)
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(buffers[name])
+        with self._untouched():
+            if self._records:
+                self._recording = record(self._work, images_NCHW, labels_N)
+            else:
+                self._work(images_NCHW, labels_N)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter() - start if self._compiled else 0.0
+        return time.perf_counter() - start if self._compiled or self._records else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step and the next metrics depend on, but for the model."""
+        """All that the next step and the next metrics depend on, but for the shipped model."""
         return {
-            "optimizer": self.optimizer.state_dict(),
+            **({"trained_model": self.model.state_dict()} if self.average else {}),
+            # Before the first step a warm-up has left zeros there, or nothing: the same to the optimizer.
+            "optimizer": self.optimizer.state_dict() | ({} if self.step else {"state": {}}),
             "scheduler": {"step": self.step, "total_steps": self.total_steps, "max_lr": self.max_lr},
             "scaler": self.scaler.state_dict(),
             "metrics": {"sums": self._sums, "images": self._images, "since": self._since},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.average:
+            self.model.load_state_dict(state["trained_model"])
         self.step = state["scheduler"]["step"]
         self.total_steps = state["scheduler"]["total_steps"]
         self.max_lr = state["scheduler"]["max_lr"]
         # The groups' settings follow from the recipe and the step: nothing of them is taken from a file.
         if self.step:
-            set_schedule(
-                self.optimizer, *one_cycle(self.step - 1, self.total_steps, self.max_lr, self.recipe)
-            )
+            self._lr, beta1 = one_cycle(self.step - 1, self.total_steps, self.max_lr, self.recipe)
+            set_schedule(self.optimizer, self._lr, beta1)
         self.optimizer.load_state_dict(
             {
                 "state": state["optimizer"]["state"],
@@ -146,15 +185,55 @@ class TrainStep:
         self._sums.copy_(state["metrics"]["sums"])
         self._images, self._since = state["metrics"]["images"], state["metrics"]["since"]
         self._peek.forget()
+        self._recording = None  # it goes on with the optimizer's former tensors: record anew
+
+    def _work(self, images_NCHW: Tensor, labels_N: Tensor) -> None:
+        """What the device does in a step, but for an update that cannot be recorded."""
+        logits_NK, loss = self._forward_backward(images_NCHW, labels_N)
+        if self._updates_in_work:
+            self._update()
+        hits = (logits_NK.argmax(1) == labels_N).sum()
+        loss_sum = loss * len(labels_N)
+        # Once the sum is NaN or infinite it never comes back: the finite steps count up to the first bad one.
+        self._sums += torch.stack([loss_sum, hits, (self._sums[0] + loss_sum).isfinite()])
+
+    def _update(self) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average:
+            self.average.update()
 
     def _forward_backward(self, images_NCHW: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and mean loss, both detached, with the gradients left on the parameters."""
         self.model.train()
+        # Here, not behind the update: a recording's gradients stay where it wrote them.
+        self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.compute_dtype):
             logits_NK = self._forward(images_NCHW)
         loss = self.loss_fn(logits_NK.float(), labels_N)
         self.scaler.scale(loss).backward()
         return logits_NK.detach(), loss.detach()
+
+    @contextmanager
+    def _untouched(self) -> Iterator[None]:
+        """Put everything that a step changes back as it was, in the tensors where it was."""
+        begins = not self.optimizer.state
+        kept = [*self.model.parameters(), *self.model.buffers(), self._sums, *self._optimizer_tensors()]
+        kept += self.average.tensors if self.average else []
+        copies, scaler = [tensor.detach().clone() for tensor in kept], self.scaler.state_dict()
+        with fork_rng(self.device):
+            yield
+        with torch.no_grad():
+            for tensor, copy in zip(kept, copies, strict=True):
+                tensor.copy_(copy)
+            for tensor in self._optimizer_tensors() if begins else []:
+                tensor.zero_()  # as a first step would have made it
+        self.scaler.load_state_dict(scaler)
+        if self._recording is None:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _optimizer_tensors(self) -> list[Tensor]:
+        return [tensor for state in self.optimizer.state.values() for tensor in state.values()]
 
 
 class _Peek:
@@ -202,18 +281,3 @@ def autocast(device: torch.device, compute_dtype: torch.dtype) -> torch.autocast
     """Autocast to the compute dtype; does nothing at float32."""
     enabled = compute_dtype != torch.float32
     return torch.autocast(device.type, dtype=compute_dtype if enabled else None, enabled=enabled)
-
-
-def pick_compile_mode(requested: str, device: torch.device, announce: Callable[[str], object]) -> str | None:
-    """torch.compile's mode, or None for eager.
-
-    auto compiles on a GPU and stays eager on a CPU, where no gain was measured that would pay for compiling
-    (benchmarks/LOG.md). Where no compiler is there, falls back to eager and says so in one line.
-    """
-    if requested == "off" or (requested == "auto" and device.type == "cpu"):
-        return None
-    reason = compiler_available(device)
-    if reason is not None:
-        announce(f"torch.compile: {reason}; running eager")
-        return None
-    return "default" if requested == "auto" else requested

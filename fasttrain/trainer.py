@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.checkpoint import LAST, PREVIOUS, CheckpointWriter, SaveInterval
+from fasttrain.compiling import CompileCache, compile_step, payoff, pick_compile_mode, records_step
 from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset
 from fasttrain.data.loader import build_loader, open_dataset, pick_loader
@@ -28,6 +29,7 @@ from fasttrain.interrupt import catch_signals
 from fasttrain.lr_find import find_max_lr
 from fasttrain.machine import (
     describe,
+    hardware_name,
     measure_matmul_tflops,
     pick_compute_dtype,
     pick_device,
@@ -39,8 +41,9 @@ from fasttrain.model import CustomResNet, training_flop_per_image
 from fasttrain.recipe import PRESETS, Recipe, flag
 from fasttrain.report import first_images, write_report
 from fasttrain.resume import RunState, Saver, fingerprint, require_same_recipe, resume_from
-from fasttrain.run import Run, load_run
+from fasttrain.run import Run, load_run, read_object
 from fasttrain.runlog import (
+    MACHINE_FILE,
     RECIPE_FILE,
     RESULT_FILE,
     RunLog,
@@ -49,7 +52,7 @@ from fasttrain.runlog import (
     new_folder,
     require_tensorboard,
 )
-from fasttrain.step import TrainStep, pick_compile_mode
+from fasttrain.step import TrainStep
 
 FIRST_STEPS = 5
 """Steps after which the laptop recipe says how long the full one would take."""
@@ -63,7 +66,7 @@ MAX_ROLLBACKS = 3
 def train(
     recipe: Recipe,
     *,
-    data: str = "auto",
+    data: str | Dataset = "auto",
     data_dir: Path | str | None = None,
     skip_bad: bool = False,
     out: Path | str = "runs",
@@ -77,7 +80,7 @@ def train(
 ) -> Run:
     """Train one recipe and leave a run's folder; returns what is in it.
 
-    data, data_dir, skip_bad: the images, as data.loader.open_dataset takes them.
+    data, data_dir, skip_bad: the images, as data.loader.open_dataset takes them; or data is a Dataset.
     resume: go on with an unfinished run of this recipe: its folder, a checkpoint in it, or auto for the
     newest under `out`.
     save_every: steps, as 500, or seconds, as 60s, between two checkpoints; every epoch ends with one.
@@ -107,7 +110,11 @@ def train(
     prepare(run_device, recipe.compute_dtype)
 
     dataset = world.in_turn(
-        lambda: open_dataset(data, Path(data_dir) if data_dir else None, world.print, skip_bad=skip_bad)
+        lambda: (
+            data
+            if isinstance(data, Dataset)
+            else open_dataset(data, Path(data_dir) if data_dir else None, world.print, skip_bad=skip_bad)
+        )
     )
     # The first optimizer would import it, a second of work: let that pass while the images are prepared.
     threading.Thread(target=importlib.import_module, args=("torch._dynamo",)).start()
@@ -116,30 +123,20 @@ def train(
     parts: dict[str, Any] = {"kind": kind, "device": run_device, "shard": world.shard}
     train_loader = build_loader(dataset, recipe, train=True, **parts)
     test_loader = build_loader(dataset, recipe, train=False, **parts)
-    identity = fingerprint(
-        *(recipe, dataset),
-        loader=kind,
-        precision=precision,
-        compile_mode=mode,
-        device=run_device,
-        world_size=world.size,
-    )
-    world.require_same(identity)
 
     folder = world.from_first(lambda: unfinished or new_folder(Path(out), recipe.name))
     log = RunLog(folder) if world.is_first else SilentLog(folder)
     with world, _held(world, folder), _one_line_if_memory_is_full(recipe):
         machine = describe(run_device) | {"ranks": world.size}
         if unfinished is None:
-            log.write("machine.json", machine)
+            log.write(MACHINE_FILE, machine)
             log.write(RECIPE_FILE, recipe.to_dict())
         if tensorboard and world.is_first:
             log.open_tensorboard(first_images(dataset, recipe, run_device)[0])
         log.say(
             f"{recipe.name}: {dataset.name}, {recipe.epochs} epochs of {len(train_loader)} steps of "
             f"{recipe.batch_size}, {run_device.type}{f' on {world.size} ranks' if world.size > 1 else ''}, "
-            f"{precision}, {train_loader.name}, "
-            f"{f'compiled ({mode})' if mode else 'eager'} -> {log.folder}"
+            f"{precision}, {train_loader.name} -> {log.folder}"
         )
         matmul_tflops = measure_matmul_tflops(run_device, dtype, seconds=0.1)  # a short look: users wait
         checkpoints = world.from_first(lambda: _checkpoints(log.folder, resume))
@@ -153,7 +150,9 @@ def train(
             )
 
         torch.manual_seed(recipe.seed)
-        model = CustomResNet(len(dataset.classes), recipe.dropout, mean=dataset.mean, std=dataset.std)
+        model = CustomResNet(
+            len(dataset.classes), mean=dataset.mean, std=dataset.std, **recipe.network_settings()
+        )
         if recipe.sync_batchnorm:
             world.synchronize_batchnorm(model)
         if world.rank:
@@ -165,19 +164,42 @@ def train(
             total_steps=recipe.epochs * len(train_loader),
             device=run_device,
             compute_dtype=dtype,
-            compile_mode=mode,
+            cuda_graph=world.size == 1 and records_step(recipe, run_device, mode),
             world=world,
         )
-        compile_seconds = step.warm_up(*_blank_batch(share, run_device))
+        example = _example_batch(share, run_device)
+        cache = CompileCache(hardware_name(machine), dtype, mode, share)
+        if checkpoints:
+            begun_with = world.from_first(lambda: read_object(log.folder / MACHINE_FILE))
+            mode = begun_with.get("compile", mode)
+        elif mode and recipe.compile == "auto":
+            own = payoff(step, cache, matmul_tflops, *example)
+            gain = world.from_first(lambda: own)
+            log.say(str(gain))
+            mode = mode if gain else None
+        if not checkpoints:
+            log.write(MACHINE_FILE, machine | {"compile": mode})
+        identity = fingerprint(
+            *(recipe, dataset),
+            loader=kind,
+            precision=precision,
+            compile_mode=mode,
+            device=run_device,
+            world_size=world.size,
+        )
+        world.require_same(identity)
         run = RunState(step, train_loader, dataset, fingerprint=identity, machine=machine)
         if checkpoints:
             resume_from(checkpoints, run, log.say)
         log.rewind(run.progress.epochs)
+        compile_seconds = compile_step(step, mode, cache, *example)
+        if mode:
+            log.say(f"compiled ({mode}) in {compile_seconds:.1f} s")
         run.add_up(started, compile_seconds=compile_seconds, matmul_tflops=matmul_tflops)
 
         how_to_go_on = _resume_command(
             log.folder,
-            data=(data, "auto"),
+            data=("auto" if isinstance(data, Dataset) else data, "auto"),
             data_dir=(data_dir, None),
             skip_bad=(skip_bad, False),
             device=(device, "auto"),
@@ -229,8 +251,8 @@ def train(
         log.say(
             f"{dataset.name}: test accuracy {result['test_accuracy']:.2%} after {recipe.epochs} epochs "
             f"(best {result['best_test_accuracy']:.2%} at epoch {result['best_epoch']}, chosen on the test "
-            f"images); {result['train_seconds']:.1f} s of training, {result['wall_seconds']:.1f} s in all "
-            f"-> {log.folder}"
+            f"images){_said_of_flip(result)}; {result['train_seconds']:.1f} s of training, "
+            f"{result['wall_seconds']:.1f} s in all -> {log.folder}"
         )
         finished = world.from_first(lambda: load_run(log.folder))
         world.leave()
@@ -245,8 +267,10 @@ def _figures(run: RunState, matmul_tflops: float) -> dict[str, Any]:
     rows, best = progress.epochs, progress.best_epoch
     train_seconds = sum(row["seconds"] for row in rows)
     images_per_sec = recipe.epochs * len(run.loader) * recipe.batch_size / train_seconds
+    flip = {"test_accuracy_flip": rows[-1]["test_accuracy_flip"]} if recipe.test_flip else {}
     return {
         "test_accuracy": rows[-1]["test_accuracy"],
+        **flip,
         "best_test_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
         "epoch_seconds": [row["seconds"] for row in rows],
@@ -264,6 +288,11 @@ def _figures(run: RunState, matmul_tflops: float) -> dict[str, Any]:
         ),
         "matmul_tflops_measured": matmul_tflops,
     }
+
+
+def _said_of_flip(result: dict[str, Any]) -> str:
+    flip = result.get("test_accuracy_flip")
+    return "" if flip is None else f"; {flip:.2%} with each image's mirror image taken into account"
 
 
 def _train_epoch(run: RunState, log: RunLog, saver: Saver) -> dict[str, float]:
@@ -320,11 +349,13 @@ def _announce_full_recipe(log: RunLog, loader: Loader, batch_size: int, seconds_
 
 def _test_epoch(step: TrainStep, loader: Loader) -> tuple[Evaluation, dict[str, float]]:
     start = time.perf_counter()
-    step.world.share_buffers(step.model)
-    test = joined(step.world.gather(evaluate(step.model, loader, step.device, step.compute_dtype)))
+    step.world.share_buffers(step.shipped_model)
+    part = evaluate(step.shipped_model, loader, step.device, step.compute_dtype, flip=step.recipe.test_flip)
+    test = joined(step.world.gather(part))
     return test, {
         "test_loss": test.loss,
         "test_accuracy": test.accuracy,
+        **({} if test.accuracy_flip is None else {"test_accuracy_flip": test.accuracy_flip}),
         "test_seconds": time.perf_counter() - start,
     }
 
@@ -397,8 +428,13 @@ def _one_line_if_memory_is_full(recipe: Recipe) -> Iterator[None]:
         raise UserError(f"--batch-size {size}: the memory is full; try --batch-size {half}") from error
 
 
-def _blank_batch(batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A batch of the loaders' shape, dtype and strides, to compile on without taking one from them."""
-    images = torch.zeros(batch_size, 3, 32, 32, dtype=torch.uint8, device=device)
-    labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    return images.to(memory_format=torch.channels_last), labels
+def _example_batch(batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A batch of the loaders' shape, dtype and strides, to compile and time on without taking one from them.
+
+    Noise, not zeros: on zeros a GPU draws less power and computes faster.
+    """
+    noise = torch.Generator(device).manual_seed(0)
+    images_NHWC = torch.randint(
+        256, (batch_size, 32, 32, 3), generator=noise, dtype=torch.uint8, device=device
+    )
+    return images_NHWC.permute(0, 3, 1, 2), torch.zeros(batch_size, dtype=torch.int64, device=device)

@@ -25,7 +25,9 @@ from fasttrain.step import TrainStep
 CPU = torch.device("cpu")
 STEPS = 6
 STEP_RECIPE = Recipe(batch_size=16, compute_dtype="fp32", loader="tensor", max_lr=1e-3)
-RUN_RECIPE = dataclasses.replace(STEP_RECIPE, name="tiny", epochs=2, dropout=0.1, max_lr="auto")
+RUN_RECIPE = dataclasses.replace(
+    STEP_RECIPE, name="tiny", epochs=2, dropout=0.1, max_lr="auto", ema_epochs=0.5, test_flip=True
+)
 FOUND_LR = 0.005
 
 
@@ -42,7 +44,6 @@ def steps(dataset: cifar.Dataset, world: World, *, sync_batchnorm: bool) -> dict
         total_steps=STEPS,
         device=CPU,
         compute_dtype=torch.float32,
-        compile_mode=None,
         world=world,
     )
     loader = build_loader(dataset, STEP_RECIPE, train=True, kind="tensor", device=CPU, shard=world.shard)

@@ -68,17 +68,29 @@ def test_workloads_take_turns() -> None:
 
 def test_one_command_runs_every_benchmark(dataset_dir: Path, tmp_path: Path) -> None:
     """What a visit to a GPU runs, tiny and on the CPU: the script and every part of it."""
-    options = ["--small", "--data-dir", str(dataset_dir), "--out", str(tmp_path)]
+    options = ["--small", "--minutes", "60", "--data-dir", str(dataset_dir), "--out", str(tmp_path)]
     command = [sys.executable, "-m", "benchmarks.gpu_report", *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     logs = "\n".join(path.read_text() for path in tmp_path.glob("*.log"))
     assert done.returncode == 0, done.stdout + logs
-    for benchmark in ("machine", "loader", "step", "ladder", "scaling", "start", "train-default"):
+    for benchmark in (
+        *("machine", "train-default", "designs", "step", "networks", "ladder", "loader", "start", "scaling"),
+    ):
         [path] = tmp_path.glob(f"{benchmark}-*.json")
         values = json.loads(path.read_text())
         assert values["rows"] and values["machine"]["torch"], benchmark
     assert "conv" in (tmp_path / "profile.log").read_text() and (tmp_path / "profile" / "trace.json").exists()
-    assert list(tmp_path.glob("runs/*-default/result.json"))
+    assert len(list(tmp_path.glob("runs/*-default/result.json"))) == 2
+
+
+def test_what_does_not_fit_into_the_minutes_is_left_out_and_named(tmp_path, monkeypatch, capsys) -> None:
+    sleep = [sys.executable, "-c", "import time; time.sleep(1)"]
+    monkeypatch.setattr(gpu_report, "parts", lambda options: [("one", 60, sleep), ("two", 60, sleep)])
+    monkeypatch.setattr(gpu_report, "ENOUGH_SECONDS", 5)
+    with pytest.raises(SystemExit):
+        gpu_report.main(gpu_report.Options(out=tmp_path, minutes=5.5 / 60))
+    out = capsys.readouterr().out
+    assert "done" in out and "left out" in out and not (tmp_path / "two.log").exists()
 
 
 def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -1,5 +1,6 @@
 """Two real processes on gloo, beside one process that takes the same steps on the whole batch."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -61,14 +62,17 @@ def only(out: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["tensor", "dali"])
-@pytest.mark.parametrize("size", [2, 4])
-def test_the_ranks_parts_are_the_whole_batch_to_the_last_bit(kind: str, size: int, data: Path) -> None:
+@pytest.mark.parametrize(("size", "flip_order"), [(2, "random"), (4, "alternating")])
+def test_the_ranks_parts_are_the_whole_batch_to_the_last_bit(
+    kind: str, size: int, flip_order: str, data: Path
+) -> None:
+    recipe = dataclasses.replace(STEP_RECIPE, flip_order=flip_order)
     if kind == "dali":
         pytest.importorskip("nvidia.dali")
     dataset = cifar.read(data)
 
     def epochs(shard: Shard) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        loader = build_loader(dataset, STEP_RECIPE, train=True, kind=kind, device=CPU, shard=shard)
+        loader = build_loader(dataset, recipe, train=True, kind=kind, device=CPU, shard=shard)
         return [(images.clone(), labels.clone()) for _ in range(2) for images, labels in loader]
 
     whole, parts = epochs(Shard()), [epochs(Shard(rank, size)) for rank in range(size)]
@@ -186,10 +190,10 @@ def test_the_evaluation_is_that_of_one_process(job, data: Path) -> None:
     model = TinyNet(len(state["classes"]), 0.0)
     model.load_state_dict(state["model"])
     loader = build_loader(cifar.read(data), STEP_RECIPE, train=False, kind="tensor", device=CPU)
-    test = evaluate(model, loader, CPU, torch.float32)
+    test = evaluate(model, loader, CPU, torch.float32, flip=True)
     [*_, row] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(test.labels_N) == TEST_IMAGES
-    assert row["test_accuracy"] == test.accuracy
+    assert (row["test_accuracy"], row["test_accuracy_flip"]) == (test.accuracy, test.accuracy_flip)
     assert row["test_loss"] == pytest.approx(test.loss, rel=1e-5)
 
 

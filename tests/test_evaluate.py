@@ -47,3 +47,25 @@ def test_misclassified_starts_with_the_most_confident_mistake() -> None:
     assert result().misclassified().tolist() == [2, 3]
     confidence = result().confidences_N
     assert confidence[2] == pytest.approx(LOGITS[2].softmax(0).max().item())
+
+
+class Lopsided(nn.Module):
+    """Logits are the first two pixels of the first row, so that a mirror image gives others."""
+
+    def forward(self, images):
+        return images[:, 0, 0, :2]
+
+
+def test_flip_is_a_second_figure_from_the_mean_logits_of_both_ways_round() -> None:
+    rows = torch.tensor(
+        [[3.0, 1, 0], [0, 1, 3], [4, 0, 9], [0, 0, 0.5]]
+    )  # first two: as is; last two: mirrored
+    images, labels = rows[:, None, None, :], torch.tensor([0, 1, 0, 0])
+    loader = [(images[:3], labels[:3]), (images[3:], labels[3:])]
+    plain = evaluate(Lopsided(), loader, CPU, torch.float32)  # type: ignore[arg-type]
+    both = evaluate(Lopsided(), loader, CPU, torch.float32, flip=True)  # type: ignore[arg-type]
+    assert plain.accuracy_flip is None and both.accuracy == plain.accuracy
+    sums = rows[:, :2] + rows[:, [2, 1]]
+    assert both.flip_predictions_N.tolist() == sums.argmax(1).tolist() == [0, 0, 0, 0]
+    assert (both.accuracy, both.accuracy_flip) == (1.0, 0.75)
+    assert torch.equal(both.confidences_N, plain.confidences_N) and both.loss == plain.loss

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset) -> Path:
     torch.manual_seed(1)
-    model = CustomResNet(len(dataset.classes), mean=dataset.mean, std=dataset.std)
+    model = CustomResNet(len(dataset.classes), mean=dataset.mean, std=dataset.std, logit_scale=0.5)
     for layer in model.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(layer.running_var, 0.5, 1.5)

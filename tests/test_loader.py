@@ -1,6 +1,7 @@
 """Both loaders, held to one contract and to each other."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,9 +73,17 @@ def test_both_give_identical_values_labels_and_strides_on_the_test_split() -> No
 
 @needs_dali
 @pytest.mark.parametrize(
-    "fields", [{}, {"crop_padding": 3}, {"crop_padding": 0}, {"flip": False}, {"cutout": 0}]
+    "fields",
+    [
+        {},
+        {"crop_padding": 3},
+        {"crop_padding": 0},
+        {"flip": False},
+        {"cutout": 0},
+        {"flip_order": "alternating"},
+    ],
 )
-def test_both_give_identical_batches_in_training(fields: dict[str, int]) -> None:
+def test_both_give_identical_batches_in_training(fields: dict[str, Any]) -> None:
     dataset = random_dataset()
     ours, reference = (build(kind, dataset, **fields) for kind in ("dali", "tensor"))
     for _ in range(2):
@@ -237,7 +246,9 @@ def test_records_on_the_device_and_on_the_host_give_the_same_windows() -> None:
     images, labels = rng.integers(0, 256, (50, 40, 40, 3), dtype=np.uint8), rng.integers(0, 10, 50, np.uint8)
     indices, (rows, columns) = rng.permutation(50)[:20], rng.integers(9, size=(2, 20))
     expected = OnHost(images, labels, 32, CPU).gather(indices, rows, columns)
-    for ours, theirs in zip(OnDevice(images, labels, 32, CPU).gather(indices, rows, columns), expected):
+    for ours, theirs in zip(
+        OnDevice(images, labels, 32, CPU).gather(indices, rows, columns), expected, strict=True
+    ):
         assert torch.equal(ours, torch.from_numpy(theirs)) and ours.is_contiguous()
     window = images[indices[3], rows[3] : rows[3] + 32, columns[3] : columns[3] + 32]
     assert (expected[0][3] == window).all() and expected[1][3] == labels[indices[3]]
@@ -252,7 +263,9 @@ def test_a_run_of_the_pipeline_makes_several_batches_and_is_none_the_longer_for_
         monkeypatch.setattr(dali, "RUN_IMAGES", run_images)
         batches = epoch(build("dali", random_dataset(), batch_size=100))
         assert len(batches) == 6
-        assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(whole, batches))
+        assert all(
+            torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(whole, batches, strict=False)
+        )
 
 
 @pytest.mark.gpu
@@ -336,3 +349,34 @@ def test_files_on_disk_are_taken_without_a_download(no_network, tmp_path) -> Non
     assert open_dataset("auto", tmp_path, pytest.fail).name == "synthetic"
     with pytest.raises(UserError, match="--data cifar10"):
         open_dataset("cifar10", tmp_path, pytest.fail)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_alternating_flip_shows_every_image_both_ways_in_two_epochs(kind: str) -> None:
+    dataset = random_dataset(train=512)
+    batches = build(kind, dataset, **PLAIN | {"flip": True}, flip_order="alternating", batch_size=128)
+    as_it_is = {image.tobytes(): index for index, image in enumerate(dataset.train.images)}
+    mirrored = {image[:, :, ::-1].tobytes(): index for index, image in enumerate(dataset.train.images)}
+    epochs = []
+    for _ in range(4):
+        seen = [image.contiguous().numpy().tobytes() for images, _ in epoch(batches) for image in images]
+        flips = {
+            mirrored[image] if image in mirrored else as_it_is[image]: image in mirrored for image in seen
+        }
+        assert len(flips) == 512
+        epochs.append(np.array([flips[index] for index in range(512)]))
+    assert abs(epochs[0].mean() - 0.5) < 0.1
+    assert (
+        (epochs[1] == ~epochs[0]).all() and (epochs[2] == epochs[0]).all() and (epochs[3] == epochs[1]).all()
+    )
+    other = build(kind, dataset, **PLAIN | {"flip": True}, flip_order="alternating", seed=1)
+    assert not np.array_equal(epochs[0], other.augmentation.first_flips)
+
+
+def test_the_order_of_flips_changes_no_other_draw() -> None:
+    dataset = random_dataset()
+    one, other = (build("tensor", dataset, flip_order=order) for order in ("random", "alternating"))
+    for step in (0, 5):
+        draws = [batches.augmentation.draw(step, 1, batches.sampler(step)) for batches in (one, other)]
+        assert all(np.array_equal(getattr(draws[0], f), getattr(draws[1], f)) for f in ("rows", "holes"))
+        assert not np.array_equal(draws[0].mirrored, draws[1].mirrored)

@@ -121,3 +121,33 @@ def test_pixels_are_normalised_with_the_mean_and_std_that_a_state_carries() -> N
     assert torch.equal(trained(images), trained(images.half()))  # whatever type the pixels come in
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert trained.normalize(images).dtype == torch.float32  # rounded once, by the first convolution
+
+
+def test_dirac_lets_every_convolution_pass_its_input_on_and_draws_nothing_else_otherwise() -> None:
+    torch.manual_seed(0)
+    plain = CustomResNet(width=8)
+    torch.manual_seed(0)
+    model = CustomResNet(width=8, init="dirac")
+    for conv in (module for module in model.modules() if isinstance(module, nn.Conv2d)):
+        images = torch.randn(2, conv.in_channels, 6, 6)
+        assert torch.equal(conv(images)[:, : conv.in_channels], images)
+        assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(model.prep[0].weight[3:], plain.prep[0].weight[3:])
+    assert torch.equal(model.fc.weight, plain.fc.weight)
+
+
+def test_bn_momentum_is_the_share_of_a_batch_in_every_running_mean() -> None:
+    model = CustomResNet(width=8, bn_momentum=0.4)
+    assert {module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)} == {0.4}
+
+
+def test_a_state_carries_the_scale_of_its_logits() -> None:
+    torch.manual_seed(0)
+    plain = CustomResNet(width=8).eval()
+    torch.manual_seed(0)
+    scaled = CustomResNet(width=8, logit_scale=0.25).eval()
+    images = pixels(2)
+    expected = plain(images) / 4
+    assert torch.equal(scaled(images), expected)
+    plain.load_state_dict(scaled.state_dict())
+    assert torch.equal(plain(images), expected)

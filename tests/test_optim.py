@@ -68,3 +68,19 @@ def test_set_schedule_reaches_every_group() -> None:
     assert [(group["lr"], group["betas"]) for group in optimizer.param_groups] == [(0.5, (0.9, 0.999))] * 2
     set_schedule(optimizer, 0.25, None)
     assert [(group["lr"], group["betas"][0]) for group in optimizer.param_groups] == [(0.25, 0.9)] * 2
+
+
+def test_biases_of_batch_norm_learn_at_their_own_multiple_of_the_rate() -> None:
+    model = CustomResNet(width=8)
+    optimizer = build_optimizer(model, Recipe(bn_bias_lr_scale=4.0, weight_decay=0.1), lr=0.01)
+    set_schedule(optimizer, 0.5, None)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert (
+        len(groups) == len(list(model.parameters())) == sum(len(g["params"]) for g in optimizer.param_groups)
+    )
+    biases = {id(m.bias) for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    assert len(biases) == 8
+    for name, parameter in model.named_parameters():
+        group = groups[id(parameter)]
+        assert group["lr"] == (2.0 if id(parameter) in biases else 0.5), name
+        assert group["weight_decay"] == (0.1 if parameter.dim() > 1 else 0.0), name

@@ -175,3 +175,11 @@ def test_a_reader_that_leaves_early_is_no_error(checkpoint: Path, images: Path) 
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 0
+
+
+def test_a_checkpoint_of_before_logits_could_be_scaled_still_counts(checkpoint: Path, images: Path) -> None:
+    state = load_checkpoint(checkpoint)
+    del state["model"]["logit_scale"]
+    save_checkpoint(images / "old.pt", state)
+    ours, old = (predict(path, [images / "a"], device="cpu") for path in (checkpoint, images / "old.pt"))
+    assert ours == old

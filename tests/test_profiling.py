@@ -33,11 +33,11 @@ def said(**changes: object) -> str:
 
 
 def test_the_sentences_name_the_bound_the_distance_and_a_remedy() -> None:
-    assert "Arithmetic" in said() and "2.00 times" in said() and "normalisation" in said()
+    assert "Arithmetic" in said() and "at 50% of that rate" in said() and "normalisation" in said()
     loader = said(wait_share=0.5)
     assert "loader bounds" in loader and "2.0." in loader and "--loader-threads" in loader
     idle = said(idle_share=0.25)
-    assert "GPU is idle 25%" in idle and "3.0." in idle and "reduce-overhead" in idle
+    assert "GPU is idle 25%" in idle and "3.0." in idle and "one launch" in idle
     assert "only 60% of the time" in said(idle_share=0.4, device="cpu")
     assert "Memory traffic" in said(group_shares={MATRIX: 0.3, "pooling": 0.6, REST: 0.1})
     assert "half precision" in said(precision="fp32")
@@ -60,7 +60,10 @@ def test_a_profile_leaves_a_trace_a_table_and_figures_of_the_steps_that_count(
     ]
     assert main(["profile", "--recipe", "laptop", "--active", "2", "--operators", "5", *options]) == 0
     out = capsys.readouterr().out
-    assert "convolution" in out and "bounds this training" in out and "trace.json" in out
+    assert "convolution" in out and "trace.json" in out
+    assert (
+        "bounds this training" in out or "The cores work for this training" in out
+    )  # where others have them
     found = json.loads((tmp_path / "p" / "profile.json").read_text())
     assert found["steps"] == 2 and found["batch_size"] == 8 and found["machine"]["torch"] == torch.__version__
     assert 0 <= found["wait_share"] < 1 and 0 <= found["idle_share"] < 1

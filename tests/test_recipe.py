@@ -12,6 +12,17 @@ def test_the_assignment_is_faithful() -> None:
     assert recipe.pct_start * recipe.epochs == 5
     assert recipe.final_div_factor == 1  # no annihilation
     assert recipe.label_smoothing == 0 and recipe.weight_decay == 0 and recipe.cycle_momentum
+    assert (recipe.init, recipe.flip_order, recipe.bn_momentum) == ("default", "random", 0.1)
+    assert recipe.logit_scale == recipe.bn_bias_lr_scale == 1 and recipe.ema_epochs == 0
+    assert not recipe.test_flip
+
+
+def test_a_field_that_a_file_lacks_is_off() -> None:
+    """Files of finished runs must not change their meaning when a field is added."""
+    values = Recipe().to_dict()
+    for name in ("init", "flip_order", "bn_momentum", "logit_scale", "bn_bias_lr_scale", "ema_epochs"):
+        del values[name]
+        assert getattr(Recipe.from_dict(values), name) == getattr(PRESETS["assignment"], name)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +39,12 @@ def test_the_assignment_is_faithful() -> None:
         ({"pct_start": 1.0}, "--pct-start 1.0"),
         ({"optimizer": "sgd"}, "adam or adamw"),
         ({"flip": 1}, "--flip"),
+        ({"flip_order": "sometimes"}, "random or alternating"),
+        ({"init": "zeros"}, "default or dirac"),
+        ({"bn_momentum": 0.0}, "--bn-momentum 0.0"),
+        ({"bn_bias_lr_scale": 0.0}, "--bn-bias-lr-scale 0.0"),
+        ({"logit_scale": -1.0}, "--logit-scale -1.0"),
+        ({"ema_epochs": float("inf")}, "--ema-epochs inf"),
         ({"cutout": 33}, "--cutout 33"),
         ({"seed": -1}, "--seed -1"),
         ({"learning_rate": 0.1}, "unknown recipe key 'learning_rate'"),
@@ -55,5 +72,5 @@ def test_a_bad_recipe_file_is_refused_with_its_name(tmp_path, content: str) -> N
 
 @pytest.mark.parametrize("name", ["fastest", "missing.json", ""])
 def test_an_unknown_recipe_is_refused_with_the_names_that_exist(name: str) -> None:
-    with pytest.raises(UserError, match="auto, default, assignment, laptop"):
+    with pytest.raises(UserError, match="auto, default, assignment, fast, laptop"):
         load_recipe(name)

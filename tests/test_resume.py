@@ -14,10 +14,13 @@ import torch
 from benchmarks.soak import TinyNet, outcome, same
 from fasttrain import trainer
 from fasttrain.__main__ import main
-from fasttrain.checkpoint import load_checkpoint
+from fasttrain.checkpoint import load_checkpoint, save_checkpoint
+from fasttrain.data import cifar
+from fasttrain.data.loader import build_loader
 from fasttrain.errors import DivergedError, Interrupted, UserError
+from fasttrain.evaluate import evaluate
 from fasttrain.files import hold_folder
-from fasttrain.recipe import Recipe
+from fasttrain.recipe import Recipe, flag
 from fasttrain.step import TrainStep
 
 RECIPE = Recipe(name="tiny", epochs=3, batch_size=16, dropout=0.1, compute_dtype="fp32", loader="tensor")
@@ -91,6 +94,45 @@ def test_the_loader_of_dali_resumes_too(dataset_dir, tmp_path, monkeypatch) -> N
     folder = stop_at(dataset_dir, tmp_path / "stopped", 6, monkeypatch, recipe=recipe)
     train(dataset_dir, tmp_path / "stopped", recipe, resume=folder)
     assert same(outcome(folder), outcome(undisturbed))
+
+
+def test_an_averaged_run_ends_with_the_same_bits_and_ships_the_average(
+    dataset_dir, tmp_path, monkeypatch
+) -> None:
+    recipe = dataclasses.replace(
+        RECIPE, ema_epochs=0.5, bn_bias_lr_scale=4.0, flip_order="alternating", test_flip=True
+    )
+    undisturbed = train(dataset_dir, tmp_path / "whole", recipe)
+    folder = stop_at(dataset_dir, tmp_path / "stopped", 6, monkeypatch, recipe=recipe)
+    train(dataset_dir, tmp_path / "stopped", recipe, resume="auto")
+    assert same(outcome(folder), outcome(undisturbed))
+    states = [load_checkpoint(path / "last.pt") for path in (folder, undisturbed)]
+    assert same(states[0]["trained_model"], states[1]["trained_model"])
+    assert not same(states[0]["model"], states[0]["trained_model"])
+    row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    result = json.loads((folder / "result.json").read_text())
+    assert 0 <= row["test_accuracy_flip"] == result["test_accuracy_flip"] <= 1
+    model = TinyNet(10, 0.1)
+    model.load_state_dict(states[0]["model"])
+    dataset = cifar.read(dataset_dir)
+    loader = build_loader(dataset, recipe, train=False, kind="tensor", device=torch.device("cpu"))
+    measured = evaluate(model, loader, torch.device("cpu"), torch.float32, flip=True)
+    assert measured.loss == pytest.approx(row["test_loss"], rel=1e-6)
+    assert (measured.accuracy, measured.accuracy_flip) == (row["test_accuracy"], row["test_accuracy_flip"])
+
+
+def test_a_run_begun_before_a_field_was_added_goes_on(whole, dataset_dir, tmp_path, monkeypatch) -> None:
+    folder = stop_at(dataset_dir, tmp_path, 6, monkeypatch)
+    later = ("init", "flip_order", "ema_epochs")
+    recipe = json.loads((folder / "recipe.json").read_text())
+    state = load_checkpoint(folder / "last.pt")
+    for name in later:
+        del recipe[name], state["recipe"][name], state["fingerprint"][flag(name)]
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    save_checkpoint(folder / "last.pt", state)
+    (folder / "previous.pt").unlink()
+    train(dataset_dir, tmp_path, resume="auto")
+    assert same(outcome(folder), outcome(whole))
 
 
 def test_a_run_may_go_back_to_its_best_checkpoint(whole, dataset_dir, tmp_path, monkeypatch) -> None:

@@ -1,5 +1,6 @@
 """The command line from end to end, on a data set of 64 images."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fasttrain import metrics
+from fasttrain import metrics, trainer
 from fasttrain.__main__ import main
 from fasttrain.checkpoint import load_checkpoint
+from fasttrain.compiling import Payoff
 from fasttrain.data import cifar
 from fasttrain.machine import cpu_cores
 from fasttrain.model import CustomResNet
@@ -101,6 +103,28 @@ def test_evaluate_gives_the_accuracy_that_the_run_ended_with(run: Path, dataset_
     assert f"test accuracy {accuracy:.2%}" in capsys.readouterr().out
 
 
+def test_flip_at_test_time_is_a_second_figure_everywhere(dataset_dir: Path, tmp_path, capsys) -> None:
+    out = tmp_path / "runs"
+    fast = ["--recipe", "fast", "--epochs", "1", "--batch-size", "16", "--loader", "tensor"]
+    data = ["--data-dir", str(dataset_dir), "--device", "cpu"]
+    assert main(["train", *fast, *data, "--out", str(out)]) == 0
+    [folder] = out.iterdir()
+    said = capsys.readouterr().out
+    result, [row] = json.loads((folder / "result.json").read_text()), rows(folder)
+    first, second = result["test_accuracy"], result["test_accuracy_flip"]
+    assert (row["test_accuracy"], row["test_accuracy_flip"]) == (first, second)
+    assert "with flip" in said and f"; {second:.2%} with each image's mirror image" in said
+    assert f"averaged it is {second:.2%}" in " ".join((folder / "report.html").read_text().split())
+    assert main(["evaluate", str(folder / "last.pt"), *data, "--flip"]) == 0
+    said = capsys.readouterr().out
+    assert said.index(f"test accuracy {first:.2%}") < said.index(f"mirror image: {second:.2%}")
+    assert main(["evaluate", str(folder / "last.pt"), *data]) == 0
+    assert "mirror" not in capsys.readouterr().out
+    (folder / "result.json").write_text(json.dumps(result | {"test_accuracy_flip": "high"}))
+    assert main(["report", str(folder)]) == 2
+    assert "test_accuracy_flip is 'high'" in capsys.readouterr().err
+
+
 def test_evaluate_refuses_another_data_set(run: Path, dataset_dir: Path, tmp_path, capsys) -> None:
     state = load_checkpoint(run / "last.pt")
     torch.save(state | {"classes": list(cifar.CIFAR10.classes), "dataset": "CIFAR-10"}, tmp_path / "other.pt")
@@ -114,6 +138,48 @@ def test_two_runs_of_one_seed_are_equal_bit_for_bit(run: Path, dataset_dir: Path
     [again] = tmp_path.iterdir()
     ours, theirs = (load_checkpoint(folder / "last.pt")["model"] for folder in (again, run))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("pays", [False, True])
+def test_auto_compiles_where_it_can_pay_and_a_resumed_run_keeps_what_was_decided(
+    pays: bool, dataset_dir: Path, tmp_path, monkeypatch, capsys
+) -> None:
+    gain = Payoff(steps=4, step_seconds=1.0, floor_seconds=0.5, compile_seconds=1.0 if pays else 60.0)
+    compile_, calls = torch.compile, []
+    monkeypatch.setattr(trainer, "pick_compile_mode", lambda *_: "default")
+    monkeypatch.setattr(trainer, "payoff", lambda *_: calls.append("asked") or gain)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compile_(model, backend="aot_eager"))
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: None)
+    settings = {"data_dir": dataset_dir, "out": tmp_path, "device": "cpu", "report": False}
+    recipe = Recipe(epochs=1, batch_size=16)
+    result = train(recipe, **settings).result
+    assert result["compile"] == ("default" if pays else "off")
+    assert (result["compile_seconds"] > 0) is pays
+    out = capsys.readouterr().out
+    assert "2.0 s to gain in 4 steps" in out and ("compiled (default)" in out) is pays
+
+    [folder] = tmp_path.iterdir()
+    (folder / "result.json").unlink()  # as if it had been killed behind its last checkpoint
+    gain = dataclasses.replace(gain, compile_seconds=60.0 if pays else 1.0)  # what it would decide now
+    assert train(recipe, resume=folder, **settings).result["compile"] == result["compile"]
+    assert calls == ["asked"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["default", "assignment", "fast"])
+def test_a_gpu_run_trains_records_its_step_and_can_be_evaluated(
+    recipe: str, dataset_dir: Path, tmp_path, capsys
+) -> None:
+    small = ["--epochs", "3", "--batch-size", "16", "--max-lr", "0.005", "--device", "cuda"]
+    folders = ["--data-dir", str(dataset_dir), "--out", str(tmp_path)]
+    assert main(["train", "--recipe", recipe, *small, *folders]) == 0
+    out = capsys.readouterr().out
+    [folder] = tmp_path.iterdir()
+    result = json.loads((folder / "result.json").read_text())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert result["loader"].endswith("-gpu") and result["device"] == "cuda" and result["compile"] == "off"
+    assert "at most" in out and rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert main(["evaluate", str(folder / "last.pt"), "--data-dir", str(dataset_dir)]) == 0
 
 
 def test_the_laptop_recipe_says_what_the_full_one_would_take(dataset_dir: Path, tmp_path, capsys) -> None:

@@ -97,7 +97,10 @@ class DaliLoader(Loader):
             first = first_step + run * self._batches_per_run
             steps = range(first, first + self._batches_per_run)
             indices = [self.sampler(step) for step in steps]
-            draws = [self.augmentation.draw(step, len(i)) for step, i in zip(steps, indices, strict=True)]
+            draws = [
+                self.augmentation.draw(step, self.sampler.epoch(step), chosen)
+                for step, chosen in zip(steps, indices, strict=True)
+            ]
             return np.concatenate(indices), Draws(*map(np.concatenate, zip(*draws, strict=True)))
 
         def records(info: Any) -> list[Any]:

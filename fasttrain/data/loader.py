@@ -11,7 +11,7 @@ import torch
 from fasttrain.data import cifar, folder, synthetic
 from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset, Split
-from fasttrain.data.sampler import WHOLE, Augmentation, Sampler, Shard
+from fasttrain.data.sampler import WHOLE, Augmentation, Sampler, Shard, first_flips
 from fasttrain.errors import UserError
 from fasttrain.recipe import Recipe
 
@@ -119,7 +119,8 @@ def build_loader(
     size = split.images.shape[-1]
     if recipe.cutout > size:
         raise UserError(f"--cutout {recipe.cutout}: the images are {size} pixels wide; take at most that")
-    padding = recipe.crop_padding if train else 0
+    padding, flip = (recipe.crop_padding, recipe.flip) if train else (0, False)
+    alternates = flip and recipe.flip_order == "alternating"
     settings: dict[str, Any] = {
         "images_NHWC": padded(split, padding),
         "labels_N": split.labels,
@@ -127,10 +128,11 @@ def build_loader(
         "augmentation": Augmentation(
             crop=size,
             room=2 * padding,
-            flip=train and recipe.flip,
+            flip=flip,
             cutout=recipe.cutout if train else 0,
             seed=recipe.seed,
             shard=own,
+            first_flips=first_flips(len(split.labels), recipe.seed) if alternates else None,
         ),
         "fill": tuple(round(255 * value) for value in dataset.mean),
         "device": device,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-ORDER, AUGMENTATION = 0, 1
+ORDER, AUGMENTATION, FIRST_FLIPS = 0, 1, 2
 """Streams of random numbers that share a seed and nothing else."""
 
 
@@ -43,9 +43,13 @@ class Sampler:
         self._epoch = -1
         self._order = np.arange(count)
 
+    def epoch(self, step: int) -> int:
+        """The epoch that this step of the run is in, counted from 0."""
+        return step // self.steps_per_epoch
+
     def __call__(self, step: int) -> np.ndarray:
         """Indices of the batch at this step of the run: (batch_size,) int64, fewer at an evaluation's end."""
-        epoch, position = divmod(step, self.steps_per_epoch)
+        epoch, position = self.epoch(step), step % self.steps_per_epoch
         if self.train and epoch != self._epoch:
             self._order = np.random.default_rng((self.seed, ORDER, epoch)).permutation(self.count)
             self._epoch = epoch
@@ -73,6 +77,8 @@ class Augmentation:
     crop: side of the finished image. room: by how much the padded image exceeds it; 0 means no random crop.
     cutout: side of the square that is set to the mean; 0 means none.
     shard: whose images these are: the choices are drawn for the whole batch, and its part taken.
+    first_flips: (N,) bool, which images are mirrored in epoch 0, and then in every other one, the rest in
+    those between; None where flip throws a coin for each image each time.
     """
 
     crop: int
@@ -81,12 +87,25 @@ class Augmentation:
     cutout: int
     seed: int
     shard: Shard = WHOLE
+    first_flips: np.ndarray | None = None
 
-    def draw(self, step: int, count: int) -> Draws:
-        """The choices for `count` images at this step: offsets uniform, half of the images mirrored."""
+    def draw(self, step: int, epoch: int, indices: np.ndarray) -> Draws:
+        """The choices for these images at this step: offsets uniform, half of the images mirrored."""
+        count = len(indices)
         rng = np.random.default_rng((self.seed, AUGMENTATION, step))
         whole, mine = count * self.shard.size, self.shard.of(count)
         rows, columns = rng.integers(self.room + 1, size=(2, whole))[:, mine]
         mirrored = rng.integers(1 + self.flip, size=whole)[mine].astype(bool)
+        if self.first_flips is not None:
+            mirrored = self.first_flips[indices] ^ bool(epoch % 2)
         holes = rng.integers(self.crop - self.cutout + 1, size=(whole, 2))[mine]
         return Draws(rows, columns, mirrored, holes)
+
+
+def first_flips(count: int, seed: int) -> np.ndarray:
+    """Which of `count` images an alternating flip mirrors in epoch 0: (count,) bool, half of them true.
+
+    Two epochs in a row then show every image both ways, which coins do for half of the images only.
+    Source: Jordan 2024, arXiv:2404.00498.
+    """
+    return np.random.default_rng((seed, FIRST_FLIPS)).integers(2, size=count).astype(bool)

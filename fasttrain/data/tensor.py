@@ -42,7 +42,7 @@ class TensorLoader(Loader):
 
     def _next(self) -> tuple[Tensor, Tensor]:
         indices = self.sampler(self._step)
-        draws = self.augmentation.draw(self._step, len(indices))
+        draws = self.augmentation.draw(self._step, self.sampler.epoch(self._step), indices)
         indices_N, rows_N, columns_N, mirrored_N, holes_N2 = (
             torch.from_numpy(values).to(self._device, non_blocking=True) for values in (indices, *draws)
         )

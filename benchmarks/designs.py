@@ -1,0 +1,217 @@
+"""Other ways to build the DALI pipeline, beside the one that fasttrain has.
+
+    python -m benchmarks.designs [--rounds 5] [--batch-size 512] [--step]
+
+Each changes one thing. Images per second as delivered, and with --step the cost in a real training step; all
+take turns. Random pixels stand for CIFAR-10.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.loader import REUSED, endless, random_dataset, rate
+from benchmarks.report import interleave, run, save, show, spread
+from benchmarks.step import Variant, build_step, random_batch
+from fasttrain.data import dali
+from fasttrain.data.cifar import Dataset
+from fasttrain.data.loader import build_loader, padded
+from fasttrain.data.sampler import Augmentation, Sampler
+from fasttrain.machine import cpu_cores, pick_compute_dtype, pick_device, prepare
+from fasttrain.recipe import Recipe
+
+Stream = Iterator[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Time designs of the DALI pipeline."""
+
+    rounds: int = 5
+    """Samples of each design, taken in turn."""
+    seconds: float = 0.5
+    """Length of a sample."""
+    batch_size: int = 512
+    """Images per batch."""
+    images: int = 50_000
+    """Size of the data set."""
+    step: bool = False
+    """Also measure each in a training step (on a GPU always)."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+
+
+@contextmanager
+def changed(**constants: Any) -> Iterator[None]:
+    """fasttrain/data/dali.py with other constants, for the pipelines that are built meanwhile."""
+    before = {name: getattr(dali, name) for name in constants}
+    for name, value in constants.items():
+        setattr(dali, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(dali, name, value)
+
+
+def ours(dataset: Dataset, recipe: Recipe, device: torch.device, **constants: Any) -> Stream:
+    """Our pipeline, with other constants."""
+    with changed(**constants):
+        stream = endless(build_loader(dataset, recipe, train=True, kind="dali", device=device))
+        next(stream)  # builds the pipeline
+    return stream
+
+
+def all_in_one_operator(dataset: Dataset, recipe: Recipe, device: torch.device, threads: int) -> Stream:
+    """Whole padded images into crop_mirror_normalize, which crops, mirrors, normalises and casts to fp16.
+
+    Its choices are scalars of each image, and a batch is a run.
+    """
+    from nvidia.dali import fn, pipeline_def, types
+
+    on_gpu = device.type == "cuda"
+    images_NHWC = padded(dataset.train, recipe.crop_padding)
+    labels_N = dataset.train.labels.astype(np.int64)
+    sampler = Sampler(len(labels_N), recipe.batch_size, train=True, seed=recipe.seed)
+    room, side = 2 * recipe.crop_padding, dataset.train.images.shape[-1]
+    augmentation = Augmentation(
+        crop=side, room=room, flip=recipe.flip, cutout=recipe.cutout, seed=recipe.seed
+    )
+
+    def source(info: Any) -> list[np.ndarray]:
+        indices = sampler(info.iteration)
+        draws = augmentation.draw(info.iteration, sampler.epoch(info.iteration), indices)
+        places = [(draws.columns / room).astype(np.float32), (draws.rows / room).astype(np.float32)]
+        batch = [images_NHWC[indices], labels_N[indices], *places, draws.mirrored.astype(np.int32)]
+        corners = draws.holes + np.stack((draws.rows, draws.columns), 1)
+        return [*batch, corners.astype(np.float32)]
+
+    @pipeline_def(
+        batch_size=recipe.batch_size,
+        num_threads=threads,
+        device_id=(device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=dali.PREFETCH,
+    )
+    def pipeline() -> Any:
+        images, labels, x, y, mirrored, corners = fn.external_source(
+            source=source, num_outputs=6, batch=True, batch_info=True, layout=["HWC", "", "", "", "", ""]
+        )
+        if on_gpu:
+            images, labels = images.gpu(), labels.gpu()
+        fill = [float(round(255 * value)) for value in dataset.mean]
+        # Before the cast: erase has no float16 kernel on a GPU.
+        images = fn.erase(
+            images, anchor=corners, shape=[float(recipe.cutout)] * 2, axis_names="HW", fill_value=fill
+        )
+        images = fn.crop_mirror_normalize(
+            images,
+            crop=(side, side),
+            crop_pos_x=x,
+            crop_pos_y=y,
+            mirror=mirrored,
+            mean=[255 * value for value in dataset.mean],
+            std=[255 * value for value in dataset.std],
+            dtype=types.FLOAT16,
+            output_layout="HWC",
+        )
+        return images, labels
+
+    built = pipeline()
+    stream = torch.cuda.current_stream(device) if on_gpu else None
+    while True:
+        images, labels = (torch.from_dlpack(output.as_tensor()) for output in built.run(stream))
+        yield images.permute(0, 3, 1, 2), labels
+
+
+def designs(dataset: Dataset, recipe: Recipe, device: torch.device) -> dict[str, Stream]:
+    """Every design's batches, without an end."""
+    found = {
+        "fasttrain's": ours(dataset, recipe, device),
+        "a run for every batch": ours(dataset, recipe, device, RUN_IMAGES=0),
+        "runs of 8,192 images": ours(dataset, recipe, device, RUN_IMAGES=8192),
+        "one run ahead, not two": ours(dataset, recipe, device, PREFETCH=1),
+        "four runs ahead": ours(dataset, recipe, device, PREFETCH=4),
+        "crop_mirror_normalize, float16": all_in_one_operator(dataset, recipe, device, recipe.loader_threads),
+    }
+    if device.type == "cuda":
+        found["records in the host's memory"] = ours(dataset, recipe, device, RESIDENT_SHARE=0.0)
+    return found
+
+
+def in_a_step(streams: dict[str, Stream], options: Options, device: torch.device) -> dict[str, list[float]]:
+    """Milliseconds of a training step with each design's bytes, and with one reused batch."""
+    on_gpu = device.type == "cuda"
+    dtype = pick_compute_dtype("auto", device)
+    variant = Variant(dtype=dtype, compile_mode="default" if on_gpu else None, cuda_graph=on_gpu)
+    step = build_step(variant, device)
+
+    def timed(stream: Stream) -> float:
+        time.sleep(0.2)  # the pipeline measured before goes on until its queue is full
+        step(*next(stream))
+        step.take_metrics()  # waits for the device
+        steps, start = 0, time.perf_counter()
+        while time.perf_counter() - start < 2 * options.seconds:
+            step(*next(stream))
+            steps += 1
+        step.take_metrics()
+        return 1000 * (time.perf_counter() - start) / steps
+
+    reused = endless([random_batch(options.batch_size, device, torch.channels_last)])
+    workloads: dict[str, Callable[[], float]] = {
+        name: (lambda stream=stream: timed(stream))  # type: ignore[misc]
+        for name, stream in {REUSED: reused, **streams}.items()
+    }
+    return interleave(workloads, options.rounds)
+
+
+def main(options: Options) -> None:
+    device = pick_device(options.device)
+    prepare(device, "auto")
+    recipe = Recipe(batch_size=options.batch_size, loader_threads=cpu_cores())
+    streams = designs(random_dataset(options.images), recipe, device)
+    workloads: dict[str, Callable[[], float]] = {
+        name: (lambda stream=stream: rate(stream, device, options.seconds))  # type: ignore[misc]
+        for name, stream in streams.items()
+    }
+    samples: dict[str, Any] = {"alone": interleave(workloads, options.rounds)}
+    if options.step or device.type == "cuda":
+        # The network takes bytes: what arrives normalised already is measured alone only.
+        of_bytes = {name: s for name, s in streams.items() if "normalize" not in name}
+        samples["in a step"] = in_a_step(of_bytes, options, device)
+    stepped = samples.get("in a step", {})
+    rows = []
+    for name, values in samples["alone"].items():
+        row: dict[str, Any] = {"design": name, "images_per_sec": statistics.median(values)}
+        row["spread"] = spread(values)
+        if name in stepped:
+            row["step_ms"] = statistics.median(stepped[name])
+            row["overhead"] = row["step_ms"] / statistics.median(stepped[REUSED]) - 1
+        rows.append(row)
+    values = {"batch_size": options.batch_size, "rounds": options.rounds, "rows": rows, "samples": samples}
+    path = save("designs", device, values)
+    show(
+        f"DALI pipelines, batch {options.batch_size}, median of {options.rounds}",
+        ["design", "images/s", "spread", "ms per step", "cost"],
+        [
+            [
+                row["design"],
+                f"{row['images_per_sec']:,.0f}",
+                f"±{row['spread']:.1%}",
+                f"{row['step_ms']:,.2f}" if "step_ms" in row else "-",
+                f"{row['overhead']:+.1%}" if "overhead" in row else "-",
+            ]
+            for row in rows
+        ],
+    )
+    print(path)
+
+
+if __name__ == "__main__":
+    run(main, Options)

@@ -1,0 +1,145 @@
+"""The same network, computed otherwise: remedies for slow operators, each beside the network as it is.
+
+    python -m benchmarks.networks [--rounds 5] [--batch-size 512]
+
+Every one has the same parameters and the same results but for rounding, and for what a maximum's gradient
+does where values tie. A remedy that pays belongs into fasttrain/model.py; those here did not, or were never
+measured (benchmarks/LOG.md).
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.report import interleave, run, save, show, spread
+from benchmarks.step import Variant, timed_step
+from fasttrain.machine import pick_compute_dtype, pick_device
+from fasttrain.model import CustomResNet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Time remedies for slow operators."""
+
+    rounds: int = 5
+    """Samples of each network, taken in turn."""
+    batch_size: int = 512
+    """Images per step."""
+    width: int = 64
+    """Channels of the first convolution."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+
+
+class PaddedConv(nn.Conv2d):
+    """A convolution of three channels as one of eight, with zeros: what tensor cores take in NHWC."""
+
+    channels = 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        missing = self.channels - self.in_channels
+        x = functional.pad(x.permute(0, 2, 3, 1), (0, missing)).permute(0, 3, 1, 2)
+        weight = functional.pad(self.weight, (0, 0, 0, 0, 0, missing))
+        return functional.conv2d(x, weight, padding=self.padding)
+
+
+class PaddedConv4(PaddedConv):
+    channels = 4
+
+
+class SlicedPool(nn.Module):
+    """Max pooling of two by two as maxima of four slices: no kernel of indices, none of scattered adds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        top = torch.maximum(x[:, :, 0::2, 0::2], x[:, :, 0::2, 1::2])
+        return torch.maximum(top, torch.maximum(x[:, :, 1::2, 0::2], x[:, :, 1::2, 1::2]))
+
+
+class WindowedPool(nn.Module):
+    """Max pooling of two by two as one maximum over an axis of windows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).amax((3, 5))
+
+
+class PaddedInput(CustomResNet):
+    """The first convolution sees eight channels."""
+
+    conv: type[PaddedConv] = PaddedConv
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width=width)
+        self.prep[0].__class__ = self.conv
+
+
+class PaddedInput4(PaddedInput):
+    conv = PaddedConv4
+
+
+class SlicedPools(CustomResNet):
+    pooling: type[nn.Module] = SlicedPool
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width=width)
+        for layer in (self.layer1, self.layer2, self.layer3):
+            layer[1] = self.pooling()
+
+
+class WindowedPools(SlicedPools):
+    pooling = WindowedPool
+
+
+NETWORKS: dict[str, Callable[..., CustomResNet]] = {
+    "as it is": CustomResNet,
+    "first convolution padded to 8 channels": PaddedInput,
+    "first convolution padded to 4 channels": PaddedInput4,
+    "pooling by maxima of slices": SlicedPools,
+    "pooling by a maximum over windows": WindowedPools,
+}
+
+
+def main(options: Options) -> None:
+    device = pick_device(options.device)
+    on_gpu = device.type == "cuda"
+    workloads: dict[str, Callable[[], float]] = {}
+    for name, network in NETWORKS.items():
+        variant = Variant(
+            dtype=pick_compute_dtype("auto", device),
+            compile_mode="default" if on_gpu else None,
+            cuda_graph=on_gpu,
+            network=network,
+            width=options.width,
+        )
+        workloads[name] = timed_step(variant, options.batch_size, device)
+    samples = interleave(workloads, options.rounds)
+    baseline = samples["as it is"]
+    rows: list[dict[str, Any]] = [
+        {
+            "network": name,
+            "step_ms": statistics.median(values),
+            "spread": spread(values),
+            # Paired by round: a slow minute of the machine hits both.
+            "change": statistics.median(v / b - 1 for v, b in zip(values, baseline, strict=True)),
+        }
+        for name, values in samples.items()
+    ]
+    settings = {"batch_size": options.batch_size, "width": options.width, "rounds": options.rounds}
+    path = save("networks", device, settings | {"rows": rows, "samples": samples})
+    show(
+        f"the same network computed otherwise, batch {options.batch_size}, median of {options.rounds}",
+        ["network", "ms per step", "spread", "change"],
+        [
+            [row["network"], f"{row['step_ms']:,.2f}", f"±{row['spread']:.1%}", f"{row['change']:+.1%}"]
+            for row in rows
+        ],
+    )
+    print(path)
+
+
+if __name__ == "__main__":
+    run(main, Options)

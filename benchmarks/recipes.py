@@ -1,0 +1,350 @@
+"""What each field of a recipe does to the accuracy, and what the presets reach.
+
+    python -m benchmarks.recipes --data-dir data                           # ablations of the preset `default`
+    python -m benchmarks.recipes --data-dir data --base fast --seeds 10
+    python -m benchmarks.recipes --data-dir data --mode final              # the presets, on the test images
+
+Ablations change one field at a time and train on the same seeds, hence from the same first weights and on the
+same batches in the same order; what counts is the difference of each pair. They never see the test images:
+the last tenth of the training images, in stored order (the release's is random), is held out and measured on.
+The final runs train on all training images and are measured on the test images; nothing is chosen by them.
+
+Run it again to go on where it stopped: finished runs are read, a run under way is resumed. Each is a run's
+folder in OUT/<mode>/<variant>/seed-<n>/, without its checkpoints once it has finished. A finished one put
+there counts as if it had been trained here, if its recipe (but for its name and test_flip) and its images are
+the right ones.
+"""
+
+import dataclasses
+import functools
+import gc
+import json
+import math
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.report import run, save, show
+from fasttrain import lr_find, trainer
+from fasttrain.data.cifar import Dataset, Split, channel_statistics
+from fasttrain.data.loader import open_dataset
+from fasttrain.errors import Interrupted, UserError
+from fasttrain.machine import pick_device
+from fasttrain.model import CustomResNet
+from fasttrain.recipe import Recipe, flag, load_recipe
+from fasttrain.run import Run, load_run
+from fasttrain.runlog import RECIPE_FILE, RESULT_FILE
+
+FINAL = ("assignment", "default", "fast")
+CHANGES: dict[str, tuple[Any, ...]] = {
+    "label_smoothing": (0.0, 0.1, 0.2),
+    "weight_decay": (0.0, 0.05),
+    "ema_epochs": (0.0, 0.5, 1.0),
+    "flip_order": ("random", "alternating"),
+    "cutout": (0, 8),
+    "init": ("default", "dirac"),
+    "bn_momentum": (0.1, 0.3),
+    "bn_bias_lr_scale": (1.0, 4.0),
+    "logit_scale": (0.25, 1.0),
+}
+"""Values that an ablation tries, each alone; those that the base recipe has already are left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Train recipes that differ in one field over the same seeds, or the presets for the final claim."""
+
+    mode: Literal["ablations", "final"] = "ablations"
+    """ablations: on held-out training images. final: assignment, default and fast on the test images."""
+    base: str = "default"
+    """The recipe that ablations change: a preset or a recipe's JSON file."""
+    changes: tuple[str, ...] = ()
+    """What ablations try, as label_smoothing=0.2 init=dirac; by default a value or two of each field."""
+    seeds: int = 5
+    """Seeds 0, 1, ... train every recipe once each."""
+    epochs: int | None = None
+    """Instead of the recipe's own: fewer make it cheap."""
+    width: int = 64
+    """Channels of the network's first convolution: fewer make it cheap. Other commands read 64 alone."""
+    out: Path = Path("runs/recipes")
+    """Where the runs' folders are, and are made."""
+    data: Literal["auto", "cifar10", "cifar100", "synthetic"] = "auto"
+    """As in fasttrain train."""
+    data_dir: Path | None = None
+    """As in fasttrain train."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("seeds", self.seeds), ("epochs", self.epochs), ("width", self.width)):
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value}: expected at least 1")
+
+
+# --------------------------------------------------------------------------------------------- what to train
+
+
+def variants(options: Options) -> dict[str, Recipe]:
+    """The recipes to train, by name; of ablations the base comes first."""
+    if options.mode == "final":
+        recipes = {recipe.name: recipe for recipe in map(load_recipe, FINAL)}
+    else:
+        base = load_recipe(options.base)
+        recipes = {base.name: base}
+        for field, value in changes(options):
+            changed = Recipe.from_dict(base.to_dict() | {field: value})
+            if changed != base:
+                recipes[f"{base.name}-{field}={value}"] = changed
+    settings: dict[str, Any] = {"test_flip": True}
+    if options.epochs is not None:
+        settings["epochs"] = options.epochs
+    return {name: dataclasses.replace(recipe, **settings) for name, recipe in recipes.items()}
+
+
+def changes(options: Options) -> list[tuple[str, Any]]:
+    """Fields and values to try. Raises UserError for one that is not written as field=value."""
+    if not options.changes:
+        return [(field, value) for field, values in CHANGES.items() for value in values]
+    found = []
+    for text in options.changes:
+        field, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--changes {text}: expected field=value, as label_smoothing=0.2")
+        try:
+            found.append((field, json.loads(value)))
+        except ValueError:  # a word
+            found.append((field, value))
+    return found
+
+
+def held_out(dataset: Dataset) -> Dataset:
+    """The training images alone: the last tenth stands for the test images, the rest has its own statistics.
+
+    The test images are in no array of it, so nothing can be chosen by them.
+    """
+    images, labels = dataset.train.images, dataset.train.labels
+    kept = len(labels) - len(labels) // 10
+    mean, std = channel_statistics(images[:kept])
+    return dataclasses.replace(
+        dataset,
+        name=f"{dataset.name}, the last {len(labels) - kept:,} training images held out",
+        train=Split(images[:kept], labels[:kept]),
+        test=Split(images[kept:], labels[kept:]),
+        mean=mean,
+        std=std,
+    )
+
+
+def trained(recipe: Recipe, dataset: Dataset, folder: Path, device: str) -> Run:
+    """The finished run of this recipe in a folder of its own: read, resumed or trained.
+
+    Raises UserError if a run of another recipe or of other images lies there.
+    """
+    begun = sorted(path.parent for path in folder.glob(f"*/{RECIPE_FILE}"))
+    for run_folder in begun:
+        require_same(load_recipe(str(run_folder / RECIPE_FILE)), recipe, run_folder)
+    finished = [run_folder for run_folder in begun if (run_folder / RESULT_FILE).exists()]
+    if finished:
+        found = load_run(finished[-1])
+    else:
+        if begun:  # a resumed run keeps its own test_flip
+            recipe = load_recipe(str(begun[-1] / RECIPE_FILE))
+        resume = begun[-1] if begun else None
+        found = trainer.train(recipe, data=dataset, out=folder, device=device, resume=resume, report=False)
+        gc.collect()  # a loader's callbacks refer to it: its images would stay for a while
+        for checkpoint in found.folder.glob("*.pt"):
+            checkpoint.unlink()  # those of hundreds of runs would fill the disk
+    if found.result["dataset"] != dataset.name:
+        raise UserError(
+            f"{found.folder}: its images are {found.result['dataset']}, not {dataset.name}; move it away"
+        )
+    return found
+
+
+def require_same(found: Recipe, wanted: Recipe, folder: Path) -> None:
+    """Raise UserError, naming the fields, unless both train the same."""
+    theirs = found.to_dict()
+    differing = [
+        f"{flag(key)} {theirs[key]} instead of {value}"
+        for key, value in wanted.to_dict().items()
+        if key not in ("name", "test_flip") and theirs[key] != value
+    ]
+    if differing:
+        raise UserError(f"{folder}: a run with {', '.join(differing)}; move it away")
+
+
+# ---------------------------------------------------------------------------------------------- what it says
+
+
+def t_quantile(degrees: int) -> float:
+    """The t that Student's distribution stays within on both sides with probability 95%.
+
+    Its probability is a finite sum for whole degrees of freedom; halving an interval inverts it.
+    Source: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4.
+    """
+
+    def inside(t: float) -> float:
+        angle, odd = math.atan(t / math.sqrt(degrees)), degrees % 2
+        term, total = math.sin(angle) * (math.cos(angle) if odd else 1.0), 0.0
+        for k in range(degrees // 2):
+            total += term
+            term *= math.cos(angle) ** 2 * (2 * k + 1 + odd) / (2 * k + 2 + odd)
+        return 2 / math.pi * (angle + total) if odd else total
+
+    low, high = 0.0, 100.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
+    return high
+
+
+def summarize(values: list[float]) -> dict[str, Any]:
+    """Mean, n, and the 95% confidence interval of the mean; None for a single value."""
+    mean, n = statistics.mean(values), len(values)
+    interval = None
+    if n > 1:
+        half = t_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n)
+        interval = [mean - half, mean + half]
+    return {"mean": mean, "interval": interval, "n": n}
+
+
+def ablation_rows(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
+    """Per variant its accuracy, and how it differs from the base, the first one, on the seeds of both."""
+    base, *others = runs
+    accuracy = {
+        name: {seed: one.result["test_accuracy"] for seed, one in by_seed.items()}
+        for name, by_seed in runs.items()
+    }
+    # Where the very same runs are looked at both ways round: a second figure of each, and a pair by itself.
+    flip = {
+        seed: one.result["test_accuracy_flip"]
+        for seed, one in runs[base].items()
+        if "test_accuracy_flip" in one.result
+    }
+    compared = [(name.removeprefix(f"{base}-"), accuracy[name]) for name in others]
+    rows: list[dict[str, Any]] = [
+        {"change": None, "accuracy": summarize(list(accuracy[base].values())), "difference": None}
+    ]
+    for change, by_seed in [*compared, ("test_flip", flip)]:
+        pairs = [by_seed[seed] - accuracy[base][seed] for seed in by_seed if seed in accuracy[base]]
+        if pairs:
+            figures = {"accuracy": summarize(list(by_seed.values())), "difference": summarize(pairs)}
+            rows.append({"change": change, **figures})
+    return rows
+
+
+def final_rows(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
+    """Per preset its epochs, both accuracies, and the seconds of its training steps."""
+    rows = []
+    for name, by_seed in runs.items():
+        results = [one.result for one in by_seed.values()]
+        flips = [result["test_accuracy_flip"] for result in results if "test_accuracy_flip" in result]
+        rows.append(
+            {
+                "recipe": name,
+                "epochs": results[0]["epochs"],
+                "accuracy": summarize([result["test_accuracy"] for result in results]),
+                "accuracy_flip": summarize(flips) if flips else None,
+                "train_seconds": statistics.median(result["train_seconds"] for result in results),
+            }
+        )
+    return rows
+
+
+def collect(options: Options, dataset: Dataset, recipes: dict[str, Recipe], runs: Any) -> dict[str, Any]:
+    """What the JSON file holds: the rows, and every run's figures with where they come from."""
+    rows = ablation_rows(runs) if options.mode == "ablations" else final_rows(runs)
+    everything = [(name, seed, one) for name, by_seed in runs.items() for seed, one in by_seed.items()]
+    keys = ("test_accuracy", "test_accuracy_flip", "max_lr", "train_seconds", "wall_seconds", "resumed")
+    return {
+        "mode": options.mode,
+        "dataset": dataset.name,
+        "train_images": len(dataset.train.labels),
+        "test_images": len(dataset.test.labels),
+        "width": options.width,
+        "epochs": {name: recipes[name].epochs for name in runs},
+        "n": min(len(by_seed) for by_seed in runs.values()),
+        "recipes": {name: recipes[name].to_dict() for name in runs},
+        "hardware": sorted({f"{one.hardware}, {one.result['precision']}" for _, _, one in everything}),
+        "rows": rows,
+        "runs": [
+            {"variant": name, "seed": seed, **{key: one.result.get(key) for key in keys}}
+            for name, seed, one in everything
+        ],
+    }
+
+
+def points(figure: dict[str, Any] | None, sign: str = "") -> str:
+    """A share or a difference of shares in percent, with its interval."""
+    if figure is None:
+        return "-"
+    text = f"{100 * figure['mean']:{sign}.2f}"
+    if figure["interval"]:
+        text += " ({:{sign}.2f} to {:{sign}.2f})".format(*(100 * x for x in figure["interval"]), sign=sign)
+    return text
+
+
+def table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows, as text, of what `collect` gives."""
+    if values["mode"] == "ablations":
+        rows = [
+            [
+                row["change"] or f"none, {next(iter(values['recipes']))}",
+                points(row["accuracy"]),
+                points(row["difference"], "+"),
+                str((row["difference"] or row["accuracy"])["n"]),
+            ]
+            for row in values["rows"]
+        ]
+        return ["change", "accuracy, %", "difference, points", "n"], rows
+    rows = [
+        [
+            row["recipe"],
+            str(row["epochs"]),
+            points(row["accuracy"]),
+            points(row["accuracy_flip"]),
+            f"{row['train_seconds']:,.1f}",
+            str(row["accuracy"]["n"]),
+        ]
+        for row in values["rows"]
+    ]
+    return ["recipe", "epochs", "test accuracy, %", "with test_flip, %", "training s", "n"], rows
+
+
+def main(options: Options) -> None:
+    device = pick_device(options.device)
+    recipes = variants(options)
+    dataset = open_dataset(options.data, options.data_dir, print)
+    if options.mode == "ablations":
+        dataset = held_out(dataset)
+    if options.width != 64:
+        for module in (trainer, lr_find):
+            module.CustomResNet = functools.partial(CustomResNet, width=options.width)  # type: ignore
+    cheap = [f"{options.epochs}-epochs"] * (options.epochs is not None)
+    cheap += [f"width-{options.width}"] * (options.width != 64)
+    out = options.out / "-".join([options.mode, *cheap])
+    benchmark = "-".join(
+        [options.mode, *([next(iter(recipes))] if options.mode == "ablations" else []), *cheap]
+    )
+
+    runs: dict[str, dict[int, Run]] = {}
+    for seed in range(options.seeds):  # every recipe before the next seed: whatever ends this leaves pairs
+        for number, (name, recipe) in enumerate(recipes.items(), start=1):
+            print(f"seed {seed}, recipe {number}/{len(recipes)}: {name}", file=sys.stderr)
+            seeded = dataclasses.replace(recipe, seed=seed)
+            try:
+                found = trained(seeded, dataset, out / name / f"seed-{seed}", options.device)
+            except Interrupted as stopped:
+                print("saved; the same command goes on from here", file=sys.stderr)
+                sys.exit(stopped.status)
+            runs.setdefault(name, {})[seed] = found
+            values = collect(options, dataset, recipes, runs)
+            path = save(benchmark, device, values)
+    show(f"{dataset.name}; mean (95% interval)", *table(values))
+    print(path)
+
+
+if __name__ == "__main__":
+    run(main, Options)
