@@ -215,7 +215,7 @@ def test_another_world_size_is_refused(job, data: Path, tmp_path, monkeypatch) -
     whole = only(job[0] / "whole")
     folder = tmp_path / "run"
     folder.mkdir()
-    for name in ("recipe.json", "last.pt"):
+    for name in ("recipe.json", "machine.json", "last.pt"):
         (folder / name).write_bytes((whole / name).read_bytes())
     monkeypatch.setattr(trainer, "CustomResNet", TinyNet)
     with pytest.raises(UserError, match="world size is 1 and was 2"):
