@@ -102,6 +102,11 @@ def parts(options: Options) -> list[tuple[str, int, list[str]]]:
                 "--batch-size 8 --batch-sizes 8 --step-batch-size 8",
             ),
         ),
+        (
+            "folder",
+            60,
+            module("benchmarks.folder", tiny="--rounds 1 --cores 1 --small 1000 --photos 20 --seconds 0.1"),
+        ),
         ("start", 90, module("benchmarks.start", tiny="--rounds 1 --images 100")),
         (
             "scaling",
