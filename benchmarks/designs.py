@@ -135,8 +135,8 @@ def designs(dataset: Dataset, recipe: Recipe, device: torch.device) -> dict[str,
     """Every design's batches, without an end."""
     found = {
         "fasttrain's": ours(dataset, recipe, device),
-        "a run for every batch": ours(dataset, recipe, device, RUN_IMAGES=0),
-        "runs of 8,192 images": ours(dataset, recipe, device, RUN_IMAGES=8192),
+        "a run for every batch": ours(dataset, recipe, device, RUN_BYTES=0),
+        "runs of 8,192 images": ours(dataset, recipe, device, RUN_BYTES=4 * dali.RUN_BYTES),
         "one run ahead, not two": ours(dataset, recipe, device, PREFETCH=1),
         "four runs ahead": ours(dataset, recipe, device, PREFETCH=4),
         "crop_mirror_normalize, float16": all_in_one_operator(dataset, recipe, device, recipe.loader_threads),

@@ -37,7 +37,6 @@ from fasttrain.recipe import Recipe, flag, load_recipe
 from fasttrain.run import Run, load_run
 from fasttrain.runlog import RECIPE_FILE, RESULT_FILE
 
-FINAL = ("assignment", "default", "fast")
 CHANGES: dict[str, tuple[Any, ...]] = {
     "label_smoothing": (0.0, 0.1, 0.2),
     "weight_decay": (0.0, 0.05),
@@ -57,11 +56,13 @@ class Options:
     """Train recipes that differ in one field over the same seeds, or the presets for the final claim."""
 
     mode: Literal["ablations", "final"] = "ablations"
-    """ablations: on held-out training images. final: assignment, default and fast on the test images."""
+    """ablations: on held-out training images. final: the presets, on the test images."""
     base: str = "default"
     """The recipe that ablations change: a preset or a recipe's JSON file."""
     changes: tuple[str, ...] = ()
     """What ablations try, as label_smoothing=0.2 init=dirac; by default a value or two of each field."""
+    presets: tuple[str, ...] = ("assignment", "default", "fast")
+    """What the final mode trains."""
     seeds: int = 5
     """Seeds 0, 1, ... train every recipe once each."""
     epochs: int | None = None
@@ -89,7 +90,7 @@ class Options:
 def variants(options: Options) -> dict[str, Recipe]:
     """The recipes to train, by name; of ablations the base comes first."""
     if options.mode == "final":
-        recipes = {recipe.name: recipe for recipe in map(load_recipe, FINAL)}
+        recipes = {recipe.name: recipe for recipe in map(load_recipe, options.presets)}
     else:
         base = load_recipe(options.base)
         recipes = {base.name: base}
@@ -257,7 +258,7 @@ def collect(options: Options, dataset: Dataset, recipes: dict[str, Recipe], runs
     """What the JSON file holds: the rows, and every run's figures with where they come from."""
     rows = ablation_rows(runs) if options.mode == "ablations" else final_rows(runs)
     everything = [(name, seed, one) for name, by_seed in runs.items() for seed, one in by_seed.items()]
-    keys = ("test_accuracy", "test_accuracy_flip", "max_lr", "train_seconds", "wall_seconds", "resumed")
+    keys = ("test_accuracy", "test_accuracy_flip", "max_lr", "train_seconds", "wall_seconds")
     return {
         "mode": options.mode,
         "dataset": dataset.name,
@@ -270,7 +271,13 @@ def collect(options: Options, dataset: Dataset, recipes: dict[str, Recipe], runs
         "hardware": sorted({f"{one.hardware}, {one.result['precision']}" for _, _, one in everything}),
         "rows": rows,
         "runs": [
-            {"variant": name, "seed": seed, **{key: one.result.get(key) for key in keys}}
+            {
+                "variant": name,
+                "seed": seed,
+                "compile": one.result["compile"],
+                "resumed": one.result.get("resumed", 0),
+                **{key: one.result.get(key) for key in keys},
+            }
             for name, seed, one in everything
         ],
     }

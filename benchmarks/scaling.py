@@ -4,13 +4,20 @@
 
 Each axis varies alone and gets an exponent, the slope of log(cost) over log(value): 1 means that twice as
 much costs twice as much. Random pixels stand for CIFAR-10.
+
+Ranks share one batch, as in a recipe: -1 would be a step that takes half as long on twice as many. Each has a
+GPU, or one thread of a CPU with gloo between them, which shows what the exchange of gradients costs there and
+says nothing of NCCL.
 """
 
 import dataclasses
 import math
+import os
+import socket
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,11 +27,12 @@ import numpy as np
 import torch
 
 from benchmarks.loader import random_dataset
-from benchmarks.report import extra_memory_gib, interleave, run, save, show, spread
+from benchmarks.report import OwnProcess, extra_memory_gib, interleave, run, save, show, spread
 from benchmarks.step import Variant, build_step, random_batch
 from fasttrain.data.loader import build_loader, pick_loader
 from fasttrain.data.synthetic import generate
-from fasttrain.machine import pick_compute_dtype, pick_device
+from fasttrain.distributed import join
+from fasttrain.machine import cpu_cores, pick_compute_dtype, pick_device
 from fasttrain.recipe import Recipe
 from fasttrain.trainer import train
 
@@ -43,6 +51,8 @@ class Options:
     """Epochs of a whole run, start to finish."""
     widths: tuple[int, ...] = (16, 32, 64, 128)
     """Channels of the first convolution."""
+    ranks: tuple[int, ...] = ()
+    """Processes that share a batch."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
 
@@ -97,6 +107,43 @@ def run_of(epochs: int, batch_size: int, data_dir: Path, device: torch.device) -
     return timed
 
 
+def ranks_of(count: int, batch_size: int, device: torch.device) -> Workload:
+    """Seconds of one step of so many processes together, each on its share of the batch."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = [OwnProcess(rank_step, rank, count, port, batch_size, device) for rank in range(count)]
+
+    def timed() -> float:
+        with ThreadPoolExecutor(count) as threads:
+            return max(threads.map(lambda rank: rank(), ranks))
+
+    return timed
+
+
+def rank_step(rank: int, count: int, port: int, batch_size: int, device: torch.device) -> Workload:
+    """Seconds of one rank's step; for a process of its own."""
+    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "LOCAL_RANK": rank}
+    names = meeting | {"RANK": rank, "WORLD_SIZE": count}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    torch.set_num_threads(1)
+    world = join(device)
+    variant = _variant(device)
+    step = build_step(variant, world.device, world)
+    batch = random_batch(world.share(batch_size), world.device, variant.layout)
+    repeats = 20 if device.type == "cuda" else 1
+
+    def timed() -> float:
+        world.maximum(0)  # all begin at the same time
+        start = time.perf_counter()
+        for _ in range(repeats):
+            step(*batch)
+        step.take_metrics()
+        return (time.perf_counter() - start) / repeats
+
+    timed()
+    return timed
+
+
 def _variant(device: torch.device) -> Variant:
     mode = "default" if device.type == "cuda" else None
     return Variant(dtype=pick_compute_dtype("auto", device), compile_mode=mode)
@@ -113,6 +160,8 @@ def main(options: Options) -> None:
     on_gpu = device.type == "cuda"
     batch_size = 512 if on_gpu else 32
     images = options.images or ((1_000, 5_000, 50_000, 200_000) if on_gpu else (64, 256, 1_024))
+    most = torch.cuda.device_count() if on_gpu else cpu_cores()
+    ranks = options.ranks or tuple(2**power for power in range(most.bit_length()))
     batch_sizes = options.batch_sizes or ((64, 128, 256, 512, 1024, 2048) if on_gpu else (8, 16, 32, 64, 128))
     with TemporaryDirectory() as folder:
         data_dir = Path(folder)
@@ -123,9 +172,12 @@ def main(options: Options) -> None:
             "width": {n: step_of(batch_size, n, device) for n in options.widths},
             "epochs": {n: run_of(n, batch_size, data_dir, device) for n in options.epochs},
         }
+        if len(ranks) > 1:  # else there is nothing to compare
+            axes["ranks"] = {n: ranks_of(n, batch_size, device) for n in ranks}
         rows: list[dict[str, Any]] = []
         memory = {
-            (axis, value): extra_memory_gib(device, workload)
+            # What other processes hold is not seen from here.
+            (axis, value): None if axis == "ranks" else extra_memory_gib(device, workload)
             for axis, workloads in axes.items()
             for value, workload in workloads.items()
         }

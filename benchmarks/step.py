@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.report import OwnProcess, interleave, run, save, show, spread
+from fasttrain.distributed import World
 from fasttrain.machine import (
     measure_matmul_tflops,
     pick_compute_dtype,
@@ -58,8 +59,8 @@ class Variant:
     """On a CPU; it holds for the whole process."""
 
 
-def build_step(variant: Variant, device: torch.device) -> TrainStep:
-    """A training step of this variant, with a network of its own."""
+def build_step(variant: Variant, device: torch.device, world: World | None = None) -> TrainStep:
+    """A training step of this variant, with a network of its own; world: who shares it."""
     if variant.keep_memory:
         prepare(device, "auto")
     torch.manual_seed(0)
@@ -72,6 +73,7 @@ def build_step(variant: Variant, device: torch.device) -> TrainStep:
         device=device,
         compute_dtype=variant.dtype,
         cuda_graph=variant.cuda_graph and device.type == "cuda",
+        world=world,
     )
     if variant.compile_mode:
         step.compile(variant.compile_mode)

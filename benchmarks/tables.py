@@ -17,7 +17,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import recipes
+from benchmarks import paper_model, recipes
 from benchmarks.pictures import draw_scaling
 from benchmarks.report import RESULTS
 from fasttrain.machine import hardware_name
@@ -205,10 +205,11 @@ def scaling_table(results: Path) -> str:
                 ]
             )
         columns = ["cost against", "from - to", "seconds", "exponent", "GiB beyond the weights"]
+        shared = "; ranks share the batch, one thread each" if "ranks" in values["fits"] else ""
         picture = f"![cost against each axis](benchmarks/results/{path.with_suffix('.svg').name})"
         parts.append(
             f"{markdown(columns, body)}\n\n{picture}\n\nSteps of {values['batch_size']} where the batch does "
-            f"not vary; epochs are whole small runs, whose start counts. {caption(values)}"
+            f"not vary; epochs are whole small runs, whose start counts{shared}. {caption(values)}"
         )
     return "\n\n".join(parts)
 
@@ -281,6 +282,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "ladder": ladder_table,
     "loader": loader_table,
     "scaling": scaling_table,
+    "paper model": lambda _: paper_model.table(markdown),
     "start": start_table,
     "reliability": reliability_table,
     "ablations": ablations_table,

@@ -443,13 +443,16 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of the commands below")
     args = list(sys.argv[1:] if args is None else args)
     command = parser.parse_args(args[:1]).command
+    rank = os.environ.get("RANK", "0")  # where torchrun has started several
+    place = command if rank == "0" else f"{command}, rank {rank}"
     try:
         return COMMANDS[command][0](args[1:])
     except UserError as error:
-        print(f"fasttrain {command}: {error}", file=sys.stderr)
+        print(f"fasttrain {place}: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        print(f"fasttrain {command}: {stop}", file=sys.stderr)
+        if rank == "0":  # all stop alike
+            print(f"fasttrain {command}: {stop}", file=sys.stderr)
         return stop.status
     except KeyboardInterrupt:
         said = "; fasttrain train --resume auto goes on where it was last saved" if command == "train" else ""

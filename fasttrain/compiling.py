@@ -140,7 +140,8 @@ def compile_step(
     cache.load()
     step.compile(mode)
     seconds = step.warm_up(images_NCHW, labels_N)
-    cache.save(seconds)
+    if step.world.local_rank == 0:
+        cache.save(seconds)
     return seconds
 
 

@@ -3,7 +3,7 @@
 Shape suffixes: N images, K classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,21 @@ class Evaluation:
         """Indices of the wrongly classified images, the most confident mistake first."""
         wrong = (self.predictions_N != self.labels_N).nonzero().flatten()
         return wrong[self.confidences_N[wrong].argsort(descending=True, stable=True)]
+
+
+def joined(parts: Sequence[Evaluation]) -> Evaluation:
+    """One evaluation of what several ranks looked at, in stored order."""
+    if len(parts) == 1:
+        return parts[0]
+    labels_N = torch.cat([part.labels_N for part in parts])
+    flips = [part.flip_predictions_N for part in parts if part.flip_predictions_N is not None]
+    return Evaluation(
+        loss=sum(part.loss * len(part.labels_N) for part in parts) / len(labels_N),
+        labels_N=labels_N,
+        predictions_N=torch.cat([part.predictions_N for part in parts]),
+        confidences_N=torch.cat([part.confidences_N for part in parts]),
+        flip_predictions_N=torch.cat(flips) if flips else None,
+    )
 
 
 def evaluate(

@@ -261,10 +261,11 @@ def describe(device: torch.device) -> dict[str, object]:
 
 
 def hardware_name(machine: dict[str, Any]) -> str:
-    """What `describe` gave, in a few words: the GPU, or the CPU with the cores that were used."""
+    """What `describe` gave, in a few words: the GPU, or the CPU with the cores used; and the ranks."""
+    ranks = f", {machine['ranks']} ranks" if machine.get("ranks", 1) > 1 else ""
     if machine.get("gpu_name"):
-        return str(machine["gpu_name"])
-    return f"{machine.get('cpu_cores')} cores of {machine.get('cpu_model')}"
+        return f"{machine['gpu_name']}{ranks}"
+    return f"{machine.get('cpu_cores')} cores of {machine.get('cpu_model')}{ranks}"
 
 
 def cpu_cores() -> int:

@@ -22,7 +22,7 @@ class Recipe:
     epochs: int = 24
     """Passes over the training images."""
     batch_size: int = 512
-    """Images per step; the last, smaller batch of an epoch is dropped."""
+    """Images per step, of all ranks together; the last, smaller batch of an epoch is dropped."""
     seed: int = 0
     """Seeds the weights, the order of the images and the augmentation."""
 
@@ -75,7 +75,9 @@ class Recipe:
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = "auto"
     """torch.compile's mode; auto compiles on a GPU where it can pay within the run, and not on a CPU."""
     cuda_graph: bool = True
-    """On an NVIDIA GPU, record the step once and replay it: hundreds of kernels for one launch."""
+    """On an NVIDIA GPU, record the step once and replay it in one launch; not with several ranks."""
+    sync_batchnorm: bool = False
+    """Let BatchNorm see the whole batch where several ranks share it; by default each sees its own part."""
     loader: Literal["auto", "dali", "tensor"] = "auto"
     """The data path: DALI, or the pure-torch loader; auto takes DALI where it is installed."""
     loader_threads: int = 2

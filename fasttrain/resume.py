@@ -16,6 +16,7 @@ from torch import Tensor
 from fasttrain.checkpoint import LAST, CheckpointWriter, SaveInterval, load_checkpoint, require_like
 from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset
+from fasttrain.distributed import Pace
 from fasttrain.errors import DivergedError, Interrupted, UserError
 from fasttrain.files import set_aside
 from fasttrain.machine import hardware_name
@@ -77,7 +78,7 @@ class RunState:
         fingerprint: dict[str, Any],
         machine: dict[str, Any],
     ) -> None:
-        self.step, self.loader, self.dataset = step, loader, dataset
+        self.step, self.loader, self.dataset, self.world = step, loader, dataset, step.world
         self.fingerprint = fingerprint
         self.environment = {key: str(machine[key]) for key in ENVIRONMENT} | {
             "hardware": hardware_name(machine)
@@ -129,11 +130,19 @@ class RunState:
             "environment": self.environment,
         }
 
+    def own_state(self) -> dict[str, Any]:
+        """What of it every rank has for itself; the first one's is in state_dict."""
+        return {"rng": _rng_state(self.step.device), "sums": self.step.state_dict()["metrics"]["sums"].cpu()}
+
     def load(self, path: Path) -> list[str]:
-        """Go on from a checkpoint; returns what of the environment is different now, in words.
+        """Read and restore a checkpoint, on one rank; returns what restore does.
 
         Raises UserError, and changes nothing, if it is not a sound checkpoint of this very run.
         """
+        return self.restore(self.read(path))
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """A checkpoint, for `restore`. Raises UserError if it is not a sound one of this very run."""
         state = load_checkpoint(path)
         try:
             self._require_same_run(state.get("fingerprint"))
@@ -141,6 +150,14 @@ class RunState:
             _restore_rng(state["rng"], self.step.device)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+        return state
+
+    def restore(self, state: dict[str, Any]) -> list[str]:
+        """Go on from what `read` returned; returns what of the environment is different now, in words."""
+        if self.world.rank:
+            own = state["ranks"][self.world.rank - 1]
+            state = state | {"rng": own["rng"], "metrics": state["metrics"] | {"sums": own["sums"]}}
+        _restore_rng(state["rng"], self.step.device)
         self.step.shipped_model.load_state_dict(state["model"])
         self.step.load_state_dict(state)
         self.loader.load_state_dict(state["loader"])
@@ -179,13 +196,20 @@ class RunState:
             "environment",
         ):
             require_like(state.get(key), example[key], key)
+        own, ranks = self.own_state(), state.get("ranks", [])
+        require_like(
+            dict(enumerate(ranks)) if isinstance(ranks, list) else ranks,
+            {rank: own for rank in range(self.world.size - 1)},
+            "ranks",
+        )
         progress, metrics, recipe = state["progress"], state["metrics"], self.step.recipe
         rows, first = progress["epochs"], state["epoch"] * len(self.loader)
         for row in rows:
             figures = [row.get(key) for key in {*EPOCH_FIGURES, *row}] if isinstance(row, dict) else [None]
             if any(type(figure) not in (int, float) for figure in figures):
                 raise UserError("progress.epochs holds a row that is no row of figures")
-        _, hits, finite_steps = metrics["sums"].tolist()
+        share = recipe.batch_size // self.world.size
+        all_sums = [metrics["sums"].tolist(), *(rank["sums"].tolist() for rank in ranks)]
         agree = {
             "progress.epochs": [row["epoch"] for row in rows] == list(range(1, state["epoch"] + 1)),
             "progress.changes": all(isinstance(change, str) for change in progress["changes"]),
@@ -194,8 +218,11 @@ class RunState:
             "scheduler.max_lr": max_lr == _max_lr(recipe, progress["rollbacks"], max_lr),
             "loader.step": state["loader"]["step"] == step,
             "metrics.since": metrics["since"] == first,
-            "metrics.images": metrics["images"] == (step - first) * recipe.batch_size,
-            "metrics.sums": finite_steps == step - first and 0 <= hits <= metrics["images"],
+            "metrics.images": metrics["images"] == (step - first) * share,
+            "metrics.sums": all(
+                finite_steps == step - first and 0 <= hits <= metrics["images"]
+                for _, hits, finite_steps in all_sums
+            ),
             "optimizer.state": all(s["step"] <= step for s in state["optimizer"]["state"].values()),
         }
         for place, fits in agree.items():
@@ -213,29 +240,38 @@ class RunState:
 def resume_from(paths: Sequence[Path], run: RunState, say: Callable[[str], object]) -> None:
     """Go on from the first of these checkpoints that is sound; those before it are named and set aside.
 
-    Raises UserError if none is.
+    The first rank reads them, and gives the others what it found. Raises UserError if none is sound.
     """
+    path, state = run.world.from_first(lambda: _first_sound(paths, run, say))
+    changes = run.restore(state)
+    for change in changes:
+        say(f"goes on, but not bit for bit: {change}")
+    run.progress.changes += changes
+    run.progress.resumed += 1
+    say(f"resumed from {path} at step {run.step.step} of {run.step.total_steps}")
+
+
+def _first_sound(
+    paths: Sequence[Path], run: RunState, say: Callable[[str], object]
+) -> tuple[Path, dict[str, Any]]:
     unusable: list[tuple[Path, UserError]] = []
     for path in paths:
         try:
-            changes = run.load(path)
+            state = run.read(path)
         except UserError as error:
             unusable.append((path, error))
             continue
         for bad, reason in unusable:
             say(f"skipped {reason} (kept as {set_aside(bad)})")
-        for change in changes:
-            say(f"goes on, but not bit for bit: {change}")
-        run.progress.changes += changes
-        run.progress.resumed += 1
-        say(f"resumed from {path} at step {run.step.step} of {run.step.total_steps}")
-        return
+        return path, state
     raise UserError("; ".join(str(reason) for _, reason in unusable))
 
 
 class Saver:
     """Saves a run where it is time to, where an epoch ends, and where a signal asks the training to stop.
 
+    All ranks save and stop after the same step: those that count steps agree anyway, and about seconds and
+    signals they ask each other once a second. The first rank alone writes.
     signalled: the number of the signal that came, or None. resume_command: what the user is told to type.
     """
 
@@ -250,31 +286,41 @@ class Saver:
         self._run, self._writer, self._interval = run, writer, interval
         self._signalled, self._resume_command = signalled, resume_command
         self._step, self._time = run.step.step, time.perf_counter()
+        self._pace = Pace(run.world, run.step.step)
 
     def wanted(self) -> bool:
         """Whether to save after this step."""
-        steps, seconds = self._run.step.step - self._step, time.perf_counter() - self._time
-        return self._interval.over(steps, seconds) or self._signalled() is not None
+        step = self._run.step.step
+        steps, seconds = step - self._step, time.perf_counter() - self._time
+        if self._interval.over(steps, 0.0):
+            return True
+        return self._pace.due(step) and self._pace.ask(
+            step, self._interval.over(steps, seconds) or self._signalled() is not None
+        )
 
     def save(self) -> None:
         """Write the run's state in the background; as best.pt too after the best epoch so far."""
         run, rows = self._run, self._run.progress.epochs
         epoch_is_over = run.epoch > 0 and run.step.step == run.epoch * len(run.loader)
-        self._writer.write(run.state_dict(), best=epoch_is_over and run.progress.best_epoch is rows[-1])
+        _, *others = run.world.gather(run.own_state())
+        if run.world.is_first:
+            state = run.state_dict() | {"ranks": others}
+            self._writer.write(state, best=epoch_is_over and run.progress.best_epoch is rows[-1])
         self._step, self._time = run.step.step, time.perf_counter()
 
     def roll_back(self) -> None:
         """Go back to the last checkpoint, halve the peak rate, and save that."""
         self._writer.wait()
-        self._run.load(self._writer.folder / LAST)
+        run = self._run
+        run.restore(run.world.from_first(lambda: run.read(self._writer.folder / LAST)))
         self._run.progress.rollbacks += 1
         self._run.step.max_lr /= 2
         self.save()
 
     def stop_if_asked(self) -> None:
-        """After a signal, raise Interrupted once what was saved is on the disk."""
-        signum = self._signalled()
-        if signum is not None:
+        """After a signal to any rank, raise Interrupted once what was saved is on the disk."""
+        [signum] = self._run.world.maximum(self._signalled() or 0)
+        if signum:
             self._writer.wait()
             step = self._run.step
             raise Interrupted(
@@ -292,6 +338,7 @@ def fingerprint(
     precision: str,
     compile_mode: str | None,
     device: torch.device,
+    world_size: int = 1,
 ) -> dict[str, Any]:
     """What decides a run's weights, under the names by which a difference is reported."""
     return _recipe_flags(recipe) | {
@@ -301,7 +348,7 @@ def fingerprint(
         "precision": precision,
         "compile": compile_mode or "off",
         "device": device.type,
-        "world size": 1,
+        "world size": world_size,
     }
 
 

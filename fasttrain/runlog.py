@@ -133,6 +133,23 @@ class RunLog:
         self.say("  ".join(cell for _, cell in cells))
 
 
+class SilentLog(RunLog):
+    """What every rank but the first has: it knows the folder, says nothing, and writes nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.console = Console(quiet=True, force_terminal=False)
+
+    def write(self, name: str, values: dict[str, Any]) -> None:
+        pass
+
+    def rewind(self, epochs: list[dict[str, float]]) -> None:
+        pass
+
+    def epoch(self, metrics: dict[str, float]) -> None:
+        pass
+
+
 def require_tensorboard() -> None:
     """Raise UserError, with the remedy, where TensorBoard is not installed."""
     try:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.average import WeightAverage
+from fasttrain.distributed import World
 from fasttrain.graph import record
 from fasttrain.machine import fork_rng
 from fasttrain.model import CustomResNet
@@ -20,7 +21,9 @@ class TrainStep:
     """Call it with a batch; it updates the model and keeps sums of loss and hits on the device.
 
     compute_dtype: dtype of the matrix products; float32 means no autocast. fp16 gets a gradient scaler.
-    cuda_graph: record the step once and replay it from then on; on NVIDIA GPUs only.
+    cuda_graph: record the step once and replay it from then on; on NVIDIA GPUs only, and on one rank.
+    world: the ranks that train together. Each calls it with its own part of the batch; gradients, metrics and
+    the search for a NaN are those of all.
     average: of the weights, where the recipe asks for it.
     """
 
@@ -34,8 +37,10 @@ class TrainStep:
         device: torch.device,
         compute_dtype: torch.dtype,
         cuda_graph: bool = False,
+        world: World | None = None,
     ) -> None:
         self.model = model.to(device)
+        self.world = world or World(device=device)
         self.recipe, self.max_lr, self.total_steps = recipe, max_lr, total_steps
         self.device, self.compute_dtype = device, compute_dtype
         self.step = 0
@@ -54,7 +59,8 @@ class TrainStep:
                 group["lr"], group["capturable"] = torch.tensor(group["lr"], device=device), True
         self._lr = max_lr
         self._compiled = False
-        self._forward: Callable[[Tensor], Tensor] = self.model
+        self._network = self.world.parallel(self.model)
+        self._forward: Callable[[Tensor], Tensor] = self._network
         self._sums = torch.zeros(3, device=device)  # loss, hits, steps until the loss stopped being finite
         self._images = 0
         self._since = 0
@@ -89,7 +95,7 @@ class TrainStep:
 
     def take_metrics(self) -> tuple[float, float]:
         """Mean loss and accuracy (0 to 1) since the last call. Waits for the device."""
-        means = _means(self._sums[:2], self._images)
+        means = _means(self.world.total(self._sums[:2]), self._images * self.world.size)
         self._sums.zero_()
         self._images, self._since = 0, self.step
         self._peek.forget()
@@ -104,7 +110,7 @@ class TrainStep:
 
         The last step, where only the weights that it left are not finite. Waits for the device.
         """
-        finite_steps = int(self._sums[2].item())
+        finite_steps = int(self.world.smallest(self._sums[2]).item())
         if finite_steps < self.step - self._since:
             return self._since + finite_steps + 1
         finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()])
@@ -112,7 +118,7 @@ class TrainStep:
 
     def compile(self, mode: str) -> None:
         """Take the network through torch.compile in this mode; warm_up or the first step pays for it."""
-        self._forward = torch.compile(self.model, mode=mode, dynamic=False)
+        self._forward = torch.compile(self._network, mode=mode, dynamic=False)
         self._compiled, self._recording = True, None
 
     def measure_seconds(self, images_NCHW: Tensor, labels_N: Tensor) -> float:
@@ -132,9 +138,11 @@ class TrainStep:
     def warm_up(self, images_NCHW: Tensor, labels_N: Tensor) -> float:
         """Compile and record on one batch like those to come; returns the seconds it took, 0 for neither.
 
+        With several ranks a step is taken in any case: DistributedDataParallel orders its sums by the first
+        backward pass, and a resumed run has to add up in the same order as one that nobody stopped.
         Leaves weights, statistics, the optimizer's state and random generators as they were.
         """
-        if not self._compiled and not self._records:
+        if not self._compiled and not self._records and self.world.size == 1:
             return 0.0
         start = time.perf_counter()
         with self._untouched():
@@ -144,7 +152,7 @@ class TrainStep:
                 self._work(images_NCHW, labels_N)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter() - start
+        return time.perf_counter() - start if self._compiled or self._records else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step and the next metrics depend on, but for the shipped model."""

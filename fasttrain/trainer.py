@@ -21,8 +21,9 @@ from fasttrain.compiling import CompileCache, compile_step, payoff, pick_compile
 from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset
 from fasttrain.data.loader import build_loader, open_dataset, pick_loader
+from fasttrain.distributed import World, command, join
 from fasttrain.errors import DivergedError, UserError
-from fasttrain.evaluate import Evaluation, evaluate
+from fasttrain.evaluate import Evaluation, evaluate, joined
 from fasttrain.files import hold_folder, remove_temporaries
 from fasttrain.interrupt import catch_signals
 from fasttrain.lr_find import find_max_lr
@@ -46,6 +47,7 @@ from fasttrain.runlog import (
     RECIPE_FILE,
     RESULT_FILE,
     RunLog,
+    SilentLog,
     find_unfinished,
     new_folder,
     require_tensorboard,
@@ -87,6 +89,8 @@ def train(
     tensorboard: leave event files in the folder: every epoch's metrics, and a grid of augmented images.
     started: time.perf_counter() when the process began, for wall_seconds; now, if not given.
     report: write report.html too, some seconds that wall_seconds leaves out.
+    Under torchrun each of its processes calls this alike, and they train as one: each on its share of every
+    batch, and the first writes the folder and speaks for all.
     Raises UserError on anything that the user can mend, and Interrupted (a KeyboardInterrupt) after the first
     SIGINT or SIGTERM, once the state is saved.
     """
@@ -98,74 +102,97 @@ def train(
         require_same_recipe(recipe, unfinished)
     if tensorboard:
         require_tensorboard()
-    run_device = pick_device(device)
+    world = join(pick_device(device))
+    run_device = world.device
+    share = world.share(recipe.batch_size)
     dtype = pick_compute_dtype(recipe.compute_dtype, run_device)
     precision = precision_name(recipe.compute_dtype, dtype)
     prepare(run_device, recipe.compute_dtype)
 
-    dataset = (
-        data
-        if isinstance(data, Dataset)
-        else open_dataset(
-            data,
-            Path(data_dir) if data_dir else None,
-            print,
-            resolution=recipe.resolution,
-            skip_bad=skip_bad,
+    _import_meanwhile("nvidia.dali", "torch._dynamo")
+    dataset = world.in_turn(
+        lambda: (
+            data
+            if isinstance(data, Dataset)
+            else open_dataset(
+                data,
+                Path(data_dir) if data_dir else None,
+                world.print,
+                resolution=recipe.resolution,
+                skip_bad=skip_bad,
+            )
         )
     )
-    # The first optimizer would import it, a second of work: let that pass while the images are prepared.
-    threading.Thread(target=importlib.import_module, args=("torch._dynamo",)).start()
-    kind = pick_loader(recipe.loader, run_device, print)
-    mode = pick_compile_mode(recipe.compile, run_device, print)
-    train_loader = build_loader(dataset, recipe, train=True, kind=kind, device=run_device)
-    test_loader = build_loader(dataset, recipe, train=False, kind=kind, device=run_device)
+    kind = pick_loader(recipe.loader, run_device, world.print)
+    mode = pick_compile_mode(recipe.compile, run_device, world.print)
+    parts: dict[str, Any] = {"kind": kind, "device": run_device, "shard": world.shard}
+    train_loader = build_loader(dataset, recipe, train=True, **parts)
+    test_loader = build_loader(dataset, recipe, train=False, **parts)
 
-    log = RunLog(unfinished or new_folder(Path(out), recipe.name))
-    with hold_folder(log.folder), _one_line_if_memory_is_full(recipe):
-        remove_temporaries(log.folder)
-        machine = describe(run_device)
+    folder = world.from_first(lambda: unfinished or new_folder(Path(out), recipe.name))
+    log = RunLog(folder) if world.is_first else SilentLog(folder)
+    with world, _held(world, folder), _one_line_if_memory_is_full(recipe):
+        machine = describe(run_device) | {"ranks": world.size}
         if unfinished is None:
             log.write(MACHINE_FILE, machine)
             log.write(RECIPE_FILE, recipe.to_dict())
-        if tensorboard:
+        if tensorboard and world.is_first:
             log.open_tensorboard(first_images(dataset, recipe, run_device)[0])
         log.say(
             f"{recipe.name}: {dataset.name}, {recipe.epochs} epochs of {len(train_loader)} steps of "
-            f"{recipe.batch_size}, {run_device.type}, {precision}, {train_loader.name} -> {log.folder}"
+            f"{recipe.batch_size}, {run_device.type}{f' on {world.size} ranks' if world.size > 1 else ''}, "
+            f"{precision}, {train_loader.name} -> {log.folder}"
         )
         matmul_tflops = measure_matmul_tflops(run_device, dtype, seconds=0.1)  # a short look: users wait
-        checkpoints = _checkpoints(log.folder, resume)
+        checkpoints = world.from_first(lambda: _checkpoints(log.folder, resume))
         max_lr = recipe.max_lr
         if max_lr == "auto":  # a checkpoint knows what was found
             settings = {"kind": kind, "device": run_device, "dtype": dtype}
-            max_lr = math.inf if checkpoints else _find_max_lr(log, dataset, recipe, settings)
+            max_lr = (
+                math.inf
+                if checkpoints
+                else world.from_first(lambda: _find_max_lr(log, dataset, recipe, settings))
+            )
 
         torch.manual_seed(recipe.seed)
+        model = CustomResNet(
+            len(dataset.classes), mean=dataset.mean, std=dataset.std, **recipe.network_settings()
+        )
+        if recipe.sync_batchnorm:
+            world.synchronize_batchnorm(model)
+        if world.rank:
+            torch.manual_seed(recipe.seed + world.rank)  # lest dropout falls alike on every rank's images
         step = TrainStep(
-            CustomResNet(
-                len(dataset.classes), mean=dataset.mean, std=dataset.std, **recipe.network_settings()
-            ),
+            model,
             recipe,
             max_lr=float(max_lr),
             total_steps=recipe.epochs * len(train_loader),
             device=run_device,
             compute_dtype=dtype,
-            cuda_graph=records_step(recipe, run_device, mode),
+            cuda_graph=world.size == 1 and records_step(recipe, run_device, mode),
+            world=world,
         )
-        example = _example_batch(recipe, run_device)
-        cache = CompileCache(hardware_name(machine), dtype, mode, recipe.batch_size, recipe.resolution)
+        example = _example_batch(share, recipe.resolution, run_device)
+        cache = CompileCache(hardware_name(machine), dtype, mode, share, recipe.resolution)
         if checkpoints:
-            mode = read_object(log.folder / MACHINE_FILE).get("compile", mode)
+            begun_with = world.from_first(lambda: read_object(log.folder / MACHINE_FILE))
+            mode = begun_with.get("compile", mode)
         elif mode and recipe.compile == "auto":
-            gain = payoff(step, cache, matmul_tflops, *example)
+            own = payoff(step, cache, matmul_tflops, *example)
+            gain = world.from_first(lambda: own)
             log.say(str(gain))
             mode = mode if gain else None
         if not checkpoints:
             log.write(MACHINE_FILE, machine | {"compile": mode})
         identity = fingerprint(
-            recipe, dataset, loader=kind, precision=precision, compile_mode=mode, device=run_device
+            *(recipe, dataset),
+            loader=kind,
+            precision=precision,
+            compile_mode=mode,
+            device=run_device,
+            world_size=world.size,
         )
+        world.require_same(identity)
         run = RunState(step, train_loader, dataset, fingerprint=identity, machine=machine)
         if checkpoints:
             resume_from(checkpoints, run, log.say)
@@ -175,7 +202,7 @@ def train(
             log.say(f"compiled ({mode}) in {compile_seconds:.1f} s")
         run.add_up(started, compile_seconds=compile_seconds, matmul_tflops=matmul_tflops)
 
-        command = _resume_command(
+        how_to_go_on = _resume_command(
             log.folder,
             data=("auto" if isinstance(data, Dataset) else data, "auto"),
             data_dir=(data_dir, None),
@@ -187,7 +214,8 @@ def train(
         )
         test: Evaluation | None = None
         with CheckpointWriter(log.folder, run_device) as writer, catch_signals() as signalled:
-            saver = Saver(run, writer, interval, signalled, command)
+            world.begin()
+            saver = Saver(run, writer, interval, signalled, how_to_go_on)
             saver.save()
             while run.epoch < recipe.epochs:
                 try:
@@ -205,6 +233,8 @@ def train(
                 saver.save()
                 writer.wait()  # now, lest serialising takes its share of the next epoch's seconds
                 saver.stop_if_asked()
+            if report and test is None:  # resumed after its last epoch
+                test, _ = _test_epoch(step, test_loader)
 
         # A peak is a maximum: measured before and after, lest a busy moment flatter the training.
         matmul_tflops = max(run.progress.matmul_tflops, measure_matmul_tflops(run_device, dtype))
@@ -212,6 +242,7 @@ def train(
             "recipe": recipe.to_dict(),
             "dataset": dataset.name,
             "device": run_device.type,
+            "ranks": world.size,
             "loader": train_loader.name,
             "precision": precision,
             "compile": mode or "off",
@@ -228,9 +259,10 @@ def train(
             f"images){_said_of_flip(result)}; {result['train_seconds']:.1f} s of training, "
             f"{result['wall_seconds']:.1f} s in all -> {log.folder}"
         )
-        finished = load_run(log.folder)
-        if report:
-            _report(finished, log, dataset, test or _test_epoch(step, test_loader)[0], run_device)
+        finished = world.from_first(lambda: load_run(log.folder))
+        world.leave()
+        if test is not None and report and world.is_first:
+            _report(finished, log, dataset, test, run_device)
         return finished
 
 
@@ -257,7 +289,7 @@ def _figures(run: RunState, matmul_tflops: float) -> dict[str, Any]:
         "images_per_sec": images_per_sec,
         "data_wait_share": sum(row["data_wait_share"] * row["seconds"] for row in rows) / train_seconds,
         "mfu": model_flops_utilization(
-            images_per_sec, training_flop_per_image(run.step.model), matmul_tflops
+            images_per_sec, training_flop_per_image(run.step.model), matmul_tflops * run.world.size
         ),
         "matmul_tflops_measured": matmul_tflops,
     }
@@ -291,7 +323,8 @@ def _train_epoch(run: RunState, log: RunLog, saver: Saver) -> dict[str, float]:
         for images_NCHW, labels_N in log.steps(timer, left, title, figures):
             step(images_NCHW, labels_N)
             if step.recipe.name == "laptop" and step.step == min(FIRST_STEPS, step.total_steps):
-                _announce_full_recipe(log, loader, (time.perf_counter() - start) / step.step)
+                seconds_per_step = (time.perf_counter() - start) / step.step
+                _announce_full_recipe(log, loader, step.recipe.batch_size, seconds_per_step)
             if saver.wanted():
                 run.require_finite()  # waits for the device: the clock below is the device's
                 progress.seconds, progress.wait_seconds = time.perf_counter() - start, timer.wait_seconds
@@ -310,9 +343,9 @@ def _train_epoch(run: RunState, log: RunLog, saver: Saver) -> dict[str, float]:
     }
 
 
-def _announce_full_recipe(log: RunLog, loader: Loader, seconds_per_step: float) -> None:
+def _announce_full_recipe(log: RunLog, loader: Loader, batch_size: int, seconds_per_step: float) -> None:
     full, images = PRESETS["default"], loader.sampler.count
-    minutes = full.epochs * images * seconds_per_step / loader.sampler.batch_size / 60
+    minutes = full.epochs * images * seconds_per_step / batch_size / 60
     log.say(
         f"No GPU: this is the short laptop recipe. The full one, {full.epochs} epochs, would take about "
         f"{minutes:.0f} minutes here: fasttrain train --recipe {full.name}"
@@ -321,7 +354,9 @@ def _announce_full_recipe(log: RunLog, loader: Loader, seconds_per_step: float) 
 
 def _test_epoch(step: TrainStep, loader: Loader) -> tuple[Evaluation, dict[str, float]]:
     start = time.perf_counter()
-    test = evaluate(step.shipped_model, loader, step.device, step.compute_dtype, flip=step.recipe.test_flip)
+    step.world.share_buffers(step.shipped_model)
+    part = evaluate(step.shipped_model, loader, step.device, step.compute_dtype, flip=step.recipe.test_flip)
+    test = joined(step.world.gather(part))
     return test, {
         "test_loss": test.loss,
         "test_accuracy": test.accuracy,
@@ -361,16 +396,41 @@ def _checkpoints(folder: Path, resume: str | Path | None) -> list[Path]:
 
 def _resume_command(folder: Path, **options: tuple[object, object]) -> str:
     """What to type to go on with this run; options: (value, default), left out where they are the same."""
-    command = ["fasttrain", "train", "--resume", str(folder)]
+    words = ["train", "--resume", str(folder)]
     for name, (value, default) in options.items():
         if value != default:
-            command += [flag(name)] if value is True else [flag(name), str(value)]
-    return shlex.join(command)
+            words += [flag(name)] if value is True else [flag(name), str(value)]
+    return shlex.join(command(words))
+
+
+@contextlib.contextmanager
+def _held(world: World, folder: Path) -> Iterator[None]:
+    """The run's folder in the hands of the first rank, cleared of what a killed process left half-written."""
+    if not world.is_first:
+        yield
+        return
+    with hold_folder(folder):
+        remove_temporaries(folder)
+        yield
 
 
 def _waiting(loader: Loader, step: int, seconds: float) -> str:
     stacks = f"; to see every thread's stack: kill -USR1 {os.getpid()}" if os.name == "posix" else ""
     return f"no batch from {loader.name} for {seconds:.0f} s, after step {step}; still waiting{stacks}"
+
+
+def _import_meanwhile(*modules: str) -> None:
+    """Import what will be needed on a thread, while the images are read and padded.
+
+    The data path needs DALI, and the first optimizer torch._dynamo: half a second each, or more.
+    """
+
+    def work() -> None:
+        for module in modules:
+            with contextlib.suppress(ImportError, OSError):  # whoever needs it says what is missing
+                importlib.import_module(module)
+
+    threading.Thread(target=work, name="imports").start()
 
 
 @contextlib.contextmanager
@@ -387,13 +447,13 @@ def _one_line_if_memory_is_full(recipe: Recipe) -> Iterator[None]:
         raise UserError(f"--batch-size {size}: the memory is full; try --batch-size {half}") from error
 
 
-def _example_batch(recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
+def _example_batch(batch_size: int, resolution: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """A batch of the loaders' shape, dtype and strides, to compile and time on without taking one from them.
 
     Noise, not zeros: on zeros a GPU draws less power and computes faster.
     """
     noise = torch.Generator(device).manual_seed(0)
-    shape = (recipe.batch_size, recipe.resolution, recipe.resolution, 3)
+    shape = (batch_size, resolution, resolution, 3)
     images_NHWC = torch.randint(256, shape, generator=noise, dtype=torch.uint8, device=device)
-    labels_N = torch.zeros(recipe.batch_size, dtype=torch.int64, device=device)
+    labels_N = torch.zeros(batch_size, dtype=torch.int64, device=device)
     return images_NHWC.permute(0, 3, 1, 2), labels_N

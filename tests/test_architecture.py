@@ -25,6 +25,7 @@ FLOORS = [
         "fasttrain.data.image",
     },
     {
+        "fasttrain.distributed",
         "fasttrain.machine",
         "fasttrain.optim",
         "fasttrain.pages",

@@ -75,7 +75,18 @@ def test_one_command_runs_every_benchmark(dataset_dir: Path, tmp_path: Path) -> 
     logs = "\n".join(path.read_text() for path in tmp_path.glob("*.log"))
     assert done.returncode == 0, done.stdout + logs
     for benchmark in (
-        *("machine", "train-default", "designs", "step", "networks", "ladder", "loader", "start", "scaling"),
+        *(
+            "machine",
+            "train-default",
+            "designs",
+            "step",
+            "networks",
+            "ladder",
+            "loader",
+            "folder",
+            "start",
+            "scaling",
+        ),
     ):
         [path] = tmp_path.glob(f"{benchmark}-*.json")
         values = json.loads(path.read_text())

@@ -282,8 +282,8 @@ def test_a_run_of_the_pipeline_makes_several_batches_and_is_none_the_longer_for_
     from fasttrain.data import dali
 
     whole = epoch(build("dali", random_dataset(), batch_size=100))
-    for run_images in (100, 250, 10_000):  # one batch, two, more than an epoch holds
-        monkeypatch.setattr(dali, "RUN_IMAGES", run_images)
+    for images in (100, 250, 10_000):  # one batch, two, more than an epoch holds
+        monkeypatch.setattr(dali, "RUN_BYTES", images * 32 * 32 * 3)
         batches = epoch(build("dali", random_dataset(), batch_size=100))
         assert len(batches) == 6
         assert all(

@@ -134,17 +134,14 @@ def test_the_test_images_are_not_among_those_of_an_ablation(dataset_dir) -> None
     assert "held out" in split.name
 
 
-def test_a_finished_run_put_there_is_read_and_not_trained(
-    base, dataset_dir, tmp_path, tiny, monkeypatch
-) -> None:
+def test_a_finished_run_put_there_is_read_and_not_trained(base, dataset_dir, tmp_path, tiny) -> None:
     """As `fasttrain train --recipe tiny.json` left it: under its own name, without test_flip."""
     recipe = load_recipe(str(base))
-    monkeypatch.setattr(recipes, "FINAL", (str(base),))
     place = tmp_path / "runs" / "final" / "tiny" / "seed-1"
     seeded = dataclasses.replace(recipe, seed=1)
     trainer.train(seeded, data_dir=dataset_dir, out=place, device="cpu", report=False)
     [folder] = place.iterdir()
-    recipes.main(options(base, dataset_dir, tmp_path, mode="final"))
+    recipes.main(options(base, dataset_dir, tmp_path, mode="final", presets=(str(base),)))
     assert [recipe.seed for recipe in tiny] == [1, 0]
     assert load_checkpoint(folder / "last.pt")  # nobody else's checkpoints are removed
     values = result(tmp_path, "final")

@@ -26,8 +26,8 @@ from fasttrain.data.sampler import Augmentation, Draws, Sampler
 PREFETCH = 2
 """Runs that DALI prepares ahead of the consumer."""
 
-RUN_IMAGES = 2048
-"""Images in one run of the training pipeline, or one batch where that is larger."""
+RUN_BYTES = 2048 * 32 * 32 * 3
+"""Pixels in one run of the training pipeline, or one batch where that is larger: they stay in a cache."""
 
 RESIDENT_SHARE = 0.25
 """Of the GPU's memory that is free, how much the images may take; larger sets stay in the host's memory."""
@@ -66,7 +66,8 @@ class DaliLoader(Loader):
         else:
             self._records = OnHost(images_NHWC, labels_N, augmentation.crop)
         # An evaluation's last batch is smaller: each of its batches is a run of its own.
-        self._batches_per_run = max(1, RUN_IMAGES // sampler.batch_size) if sampler.train else 1
+        batch_bytes = 3 * augmentation.crop**2 * sampler.batch_size
+        self._batches_per_run = max(1, RUN_BYTES // batch_bytes) if sampler.train else 1
         self._forget()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

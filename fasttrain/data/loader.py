@@ -12,7 +12,7 @@ from fasttrain.data import cifar, folder, synthetic, webdataset
 from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset, Split
 from fasttrain.data.padding import LazyWindows, pad
-from fasttrain.data.sampler import Augmentation, Sampler, first_flips
+from fasttrain.data.sampler import WHOLE, Augmentation, Sampler, Shard, first_flips
 from fasttrain.errors import UserError
 from fasttrain.recipe import Recipe
 
@@ -115,17 +115,22 @@ def build_loader(
     train: bool,
     kind: LoaderKind,
     device: torch.device,
+    shard: Shard = WHOLE,
 ) -> Loader:
     """The loader for the training images (shuffled, augmented) or for the test images (as they are).
 
-    Raises UserError if the batch is larger than the training set, or the images are not of the recipe's size.
+    shard: a rank's part: of every training batch, or of the test images as a whole. Put together in the order
+    of the ranks, the parts are what one rank would get, to the last bit.
+    Raises UserError if the batch is larger than the training set, if a rank gets no test image, or if the
+    images are not of the recipe's size.
     """
-    split = dataset.train if train else dataset.test
+    split = dataset.train if train else _part(dataset.test, shard)
     batch_size = recipe.batch_size if train else min(EVAL_BATCH_SIZE, len(split.labels))
     if batch_size > len(split.labels):
         raise UserError(
             f"--batch-size {batch_size}: {dataset.name} has {len(split.labels)} training images, take fewer"
         )
+    own = shard if train else WHOLE
     size = split.images.shape[-1]
     if size != recipe.resolution:
         raise UserError(
@@ -136,13 +141,14 @@ def build_loader(
     settings: dict[str, Any] = {
         "images_NHWC": _padded(split, padding, kind),
         "labels_N": split.labels,
-        "sampler": Sampler(len(split.labels), batch_size, train=train, seed=recipe.seed),
+        "sampler": Sampler(len(split.labels), batch_size, train=train, seed=recipe.seed, shard=own),
         "augmentation": Augmentation(
             crop=size,
             room=2 * padding,
             flip=flip,
             cutout=recipe.cutout if train else 0,
             seed=recipe.seed,
+            shard=own,
             first_flips=first_flips(len(split.labels), recipe.seed) if alternates else None,
         ),
         "fill": tuple(round(255 * value) for value in dataset.mean),
@@ -166,6 +172,15 @@ def _padded(split: Split, padding: int, kind: LoaderKind) -> np.ndarray | LazyWi
     if kind == "dali":
         return LazyWindows(split.images, padding)
     raise UserError(f"--loader tensor: holds all images in memory, here {gib:,.1f} GiB; take --loader dali")
+
+
+def _part(test: Split, shard: Shard) -> Split:
+    """A rank's test images: consecutive, each on one rank alone, however many there are."""
+    count = len(test.labels)
+    if count < shard.size:
+        raise UserError(f"{count} test images for {shard.size} ranks: start fewer")
+    first, end = (count * rank // shard.size for rank in (shard.rank, shard.rank + 1))
+    return Split(test.images[first:end], test.labels[first:end])
 
 
 def show_dataset(dataset: Dataset) -> None:

@@ -13,15 +13,32 @@ ORDER, AUGMENTATION, FIRST_FLIPS = 0, 1, 2
 """Streams of random numbers that share a seed and nothing else."""
 
 
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part of every batch: equally many images each, in the order of the ranks."""
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, share: int) -> slice:
+        """Where this rank's `share` images lie in the whole batch."""
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+
+WHOLE = Shard()
+
+
 class Sampler:
     """Image indices for every step of a run, counted on over all epochs.
 
     train: every epoch is a fresh full shuffle, and the last, smaller batch is dropped.
     Otherwise: stored order, every image exactly once, the last batch as small as it comes out.
+    shard: which part of every training batch is wanted. `batch_size` is then that part's.
     """
 
-    def __init__(self, count: int, batch_size: int, *, train: bool, seed: int) -> None:
-        self.count, self.batch_size, self.train, self.seed = count, batch_size, train, seed
+    def __init__(self, count: int, batch_size: int, *, train: bool, seed: int, shard: Shard = WHOLE) -> None:
+        self.count, self.train, self.seed, self.shard = count, train, seed, shard
+        self.batch_size = batch_size // shard.size
         self.steps_per_epoch = count // batch_size if train else -(-count // batch_size)
         self._epoch = -1
         self._order = np.arange(count)
@@ -36,7 +53,8 @@ class Sampler:
         if self.train and epoch != self._epoch:
             self._order = np.random.default_rng((self.seed, ORDER, epoch)).permutation(self.count)
             self._epoch = epoch
-        return self._order[position * self.batch_size : (position + 1) * self.batch_size]
+        batch = self._order[position * self.batch_size * self.shard.size :]
+        return batch[self.shard.of(self.batch_size)]
 
 
 class Draws(NamedTuple):
@@ -58,6 +76,7 @@ class Augmentation:
 
     crop: side of the finished image. room: by how much the padded image exceeds it; 0 means no random crop.
     cutout: side of the square that is set to the mean; 0 means none.
+    shard: whose images these are: the choices are drawn for the whole batch, and its part taken.
     first_flips: (N,) bool, which images are mirrored in epoch 0, and then in every other one, the rest in
     those between; None where flip throws a coin for each image each time.
     """
@@ -67,17 +86,20 @@ class Augmentation:
     flip: bool
     cutout: int
     seed: int
+    shard: Shard = WHOLE
     first_flips: np.ndarray | None = None
 
     def draw(self, step: int, epoch: int, indices: np.ndarray) -> Draws:
         """The choices for these images at this step: offsets uniform, half of the images mirrored."""
         count = len(indices)
         rng = np.random.default_rng((self.seed, AUGMENTATION, step))
-        rows, columns = rng.integers(self.room + 1, size=(2, count))
-        mirrored = rng.integers(1 + self.flip, size=count).astype(bool)
+        whole, mine = count * self.shard.size, self.shard.of(count)
+        rows, columns = rng.integers(self.room + 1, size=(2, whole))[:, mine]
+        mirrored = rng.integers(1 + self.flip, size=whole)[mine].astype(bool)
         if self.first_flips is not None:
             mirrored = self.first_flips[indices] ^ bool(epoch % 2)
-        return Draws(rows, columns, mirrored, rng.integers(self.crop - self.cutout + 1, size=(count, 2)))
+        holes = rng.integers(self.crop - self.cutout + 1, size=(whole, 2))[mine]
+        return Draws(rows, columns, mirrored, holes)
 
 
 def first_flips(count: int, seed: int) -> np.ndarray:

@@ -1,0 +1,251 @@
+"""Two real processes on gloo, beside one process that takes the same steps on the whole batch."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.soak import TinyNet, outcome, same
+from fasttrain import trainer
+from fasttrain.checkpoint import load_checkpoint
+from fasttrain.data import cifar, synthetic
+from fasttrain.data.loader import build_loader
+from fasttrain.data.sampler import Shard
+from fasttrain.distributed import Pace, World, join
+from fasttrain.errors import UserError
+from fasttrain.evaluate import evaluate
+from tests.distributed_job import CPU, FOUND_LR, RUN_RECIPE, STEP_RECIPE, steps
+
+ROOT = Path(__file__).resolve().parents[1]
+TEST_IMAGES = 41  # no two ranks can have equally many
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    synthetic.generate(folder, train_count=64, test_count=TEST_IMAGES)
+    return folder
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    """These words under torchrun, on two ranks."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        + [str(argument) for argument in arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def job(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What distributed_job.py left, and what it printed."""
+    out = tmp_path_factory.mktemp("job")
+    process = start(ROOT / "tests" / "distributed_job.py", data, out)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, printed + errors
+    return out, printed
+
+
+def only(out: Path) -> Path:
+    [folder] = out.iterdir()
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["tensor", "dali"])
+@pytest.mark.parametrize(("size", "flip_order"), [(2, "random"), (4, "alternating")])
+def test_the_ranks_parts_are_the_whole_batch_to_the_last_bit(
+    kind: str, size: int, flip_order: str, data: Path
+) -> None:
+    recipe = dataclasses.replace(STEP_RECIPE, flip_order=flip_order)
+    if kind == "dali":
+        pytest.importorskip("nvidia.dali")
+    dataset = cifar.read(data)
+
+    def epochs(shard: Shard) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        loader = build_loader(dataset, recipe, train=True, kind=kind, device=CPU, shard=shard)
+        return [(images.clone(), labels.clone()) for _ in range(2) for images, labels in loader]
+
+    whole, parts = epochs(Shard()), [epochs(Shard(rank, size)) for rank in range(size)]
+    for (images, labels), *shares in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat([share[0] for share in shares]), images)
+        assert torch.equal(torch.cat([share[1] for share in shares]), labels)
+
+
+@pytest.mark.parametrize("size", [2, 3, TEST_IMAGES])
+def test_every_test_image_is_on_one_rank(size: int, data: Path) -> None:
+    dataset = cifar.read(data)
+
+    def epoch(shard: Shard) -> torch.Tensor:
+        loader = build_loader(dataset, STEP_RECIPE, train=False, kind="tensor", device=CPU, shard=shard)
+        return torch.cat([images for images, _ in loader])
+
+    assert torch.equal(torch.cat([epoch(Shard(rank, size)) for rank in range(size)]), epoch(Shard()))
+    with pytest.raises(UserError, match="41 test images for 42 ranks"):
+        epoch(Shard(0, TEST_IMAGES + 1))
+
+
+def test_a_batch_that_cannot_be_dealt_out_is_refused() -> None:
+    assert World(size=4).share(512) == 128 and World().share(511) == 511
+    with pytest.raises(UserError, match=r"--batch-size 511: .* 4 ranks; take 508 or 512$"):
+        World(size=4).share(511)
+    with pytest.raises(UserError, match=r"take 8$"):
+        World(size=4).share(4)
+
+
+def test_an_incomplete_environment_is_refused(monkeypatch) -> None:
+    assert join(CPU).size == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match="RANK=None: start the ranks with torchrun"):
+        join(CPU)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match="--device mps: trains on one rank only"):
+        join(torch.device("mps"))
+
+
+class Silent(World):
+    """A world whose other rank never wishes anything."""
+
+    def maximum(self, *values: int) -> list[int]:
+        return list(values)
+
+
+def test_ranks_ask_each_other_about_once_a_second(monkeypatch) -> None:
+    step = 0
+    monkeypatch.setattr(time, "perf_counter", lambda: step / 20)  # 20 steps a second
+    pace, questions = Pace(Silent(size=2), 0), []
+    for step in range(1, 100):
+        if pace.due(step):
+            questions.append(step)
+            assert pace.ask(step, wish=step > 50) is (step > 50)
+    assert questions == [1, 21, 41, 61, 81]
+    alone = Pace(World(), 0)
+    assert [alone.due(step) and alone.ask(step, wish=step == 2) for step in (1, 2, 3)] == [False, True, False]
+
+
+def distance(left: dict, right: dict) -> float:
+    """How far apart two networks' weights and statistics are: the norm of all differences."""
+    keys = [key for key, value in left.items() if value.is_floating_point()]
+    return torch.cat([(left[key] - right[key]).flatten() for key in keys]).norm().item()
+
+
+def test_two_ranks_train_as_one_process_on_the_whole_batch(job, data: Path) -> None:
+    """With BatchNorm over the whole batch, up to rounding; by default, BatchNorm sees another batch."""
+    out, _ = job
+    dataset = cifar.read(data)
+    one = steps(dataset, World(), sync_batchnorm=False)
+    synced, local = (torch.load(out / f"{name}-0.pt") for name in ("synced", "local"))
+    moved = distance(one["model"], steps_begin(dataset))
+    assert distance(synced["model"], one["model"]) < 1e-3 * moved
+    assert distance(local["model"], one["model"]) > 1e-2 * moved
+    assert synced["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
+
+
+def steps_begin(dataset: cifar.Dataset) -> dict:
+    """The network of `steps` before its first step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.distributed_job.STEPS", 0)
+        return steps(dataset, World(), sync_batchnorm=False)["model"]
+
+
+@pytest.mark.parametrize("name", ["synced", "local"])
+def test_all_ranks_hold_the_same_weights_and_metrics(name: str, job) -> None:
+    out, _ = job
+    first, second = (torch.load(out / f"{name}-{rank}.pt") for rank in (0, 1))
+    for key, value in first["model"].items():
+        if name == "synced" or "running" not in key:
+            assert torch.equal(value, second["model"][key]), key
+    assert first["metrics"] == second["metrics"]
+
+
+def test_a_job_leaves_one_folder_and_speaks_with_one_voice(job) -> None:
+    out, printed = job
+    folder = only(out / "whole")
+    assert {path.name for path in folder.iterdir()} == {
+        *("recipe.json", "machine.json", "metrics.jsonl", "result.json"),
+        *("last.pt", "previous.pt", "best.pt"),
+    }
+    result = json.loads((folder / "result.json").read_text())
+    assert result["ranks"] == 2 and result["max_lr"] == FOUND_LR
+    assert json.loads((folder / "machine.json").read_text())["ranks"] == 2
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    assert printed.count("2 epochs of 4 steps of 16, cpu on 2 ranks") == 4
+    assert printed.count("test accuracy") == 3
+
+
+def test_the_evaluation_is_that_of_one_process(job, data: Path) -> None:
+    folder = only(job[0] / "whole")
+    state = load_checkpoint(folder / "last.pt")
+    model = TinyNet(len(state["classes"]), 0.0)
+    model.load_state_dict(state["model"])
+    loader = build_loader(cifar.read(data), STEP_RECIPE, train=False, kind="tensor", device=CPU)
+    test = evaluate(model, loader, CPU, torch.float32, flip=True)
+    [*_, row] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(test.labels_N) == TEST_IMAGES
+    assert (row["test_accuracy"], row["test_accuracy_flip"]) == (test.accuracy, test.accuracy_flip)
+    assert row["test_loss"] == pytest.approx(test.loss, rel=1e-5)
+
+
+def test_a_signal_to_one_rank_stops_both_and_the_run_ends_with_the_same_bits(job) -> None:
+    """Dropout and metrics are each rank's own: they too go on where they were."""
+    out, _ = job
+    said = [torch.load(out / f"stop-{rank}.pt") for rank in (0, 1)]
+    assert said[0] == said[1] and "SIGTERM: saved at step 6 of 8" in said[0]
+    assert "go on with: torchrun --nproc-per-node 2 -m fasttrain train --resume" in said[0]
+    assert same(outcome(only(out / "stopped")), outcome(only(out / "whole")))
+
+
+def test_a_nan_on_one_rank_takes_both_back(job) -> None:
+    result = json.loads((only(job[0] / "rolled-back") / "result.json").read_text())
+    assert (result["rollbacks"], result["max_lr"]) == (1, FOUND_LR / 2)
+
+
+def test_another_world_size_is_refused(job, data: Path, tmp_path, monkeypatch) -> None:
+    whole = only(job[0] / "whole")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("recipe.json", "machine.json", "last.pt"):
+        (folder / name).write_bytes((whole / name).read_bytes())
+    monkeypatch.setattr(trainer, "CustomResNet", TinyNet)
+    with pytest.raises(UserError, match="world size is 1 and was 2"):
+        trainer.train(RUN_RECIPE, data_dir=data, out=tmp_path, device="cpu", report=False, resume=folder)
+
+
+def pid_of_rank(rank: int, torchrun: int) -> int:
+    """The process that torchrun started as this rank."""
+    for child in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError(f"torchrun has no child of rank {rank}")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the rank's process in Linux's /proc")
+def test_a_killed_rank_ends_the_job_with_its_reason(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "runs"
+    flags = ["--data-dir", data, "--out", out, "--device", "cpu", "--epochs", "1000", "--batch-size", "8"]
+    process = start("-m", "fasttrain", "train", *flags, "--save-every", "1")
+    try:
+        while not list(out.glob("*/previous.pt")):  # it trains
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        os.kill(pid_of_rank(1, process.pid), signal.SIGKILL)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert "Signal 9 (SIGKILL)" in errors  # torchrun's summary, of rank 1
+    [line] = [line for line in errors.splitlines() if line.startswith("fasttrain train:")]
+    assert "lost another rank" in line and "Connection" in line
+    assert "Traceback" not in errors.split("lost another rank")[0]
+    assert load_checkpoint(only(out) / "last.pt")["scheduler"]["step"] > 0
