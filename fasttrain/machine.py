@@ -179,9 +179,7 @@ def measure_matmul_tflops(device: torch.device, dtype: torch.dtype, seconds: flo
 
     float32 runs at whatever `set_fp32_precision` has allowed. Syncs with the device.
     """
-    side = 8192
-    if device.type == "cpu":
-        side = 2048 if dtype == torch.float32 else 4096
+    side = 2048 if device.type == "cpu" else 8192
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(left)
     best_seconds = _best_seconds(lambda: torch.mm(left, right, out=product), device, seconds)

@@ -1,7 +1,6 @@
 """All that a run is at one moment: saved as a checkpoint, checked against the run that goes on from it."""
 
 import dataclasses
-import hashlib
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -343,7 +341,7 @@ def fingerprint(
     """What decides a run's weights, under the names by which a difference is reported."""
     return _recipe_flags(recipe) | {
         "dataset": dataset.name,
-        "the images' SHA-256": _content_hash(dataset),
+        "the images' SHA-256": dataset.content_hash,
         "loader": loader,
         "precision": precision,
         "compile": compile_mode or "off",
@@ -375,14 +373,6 @@ def _max_lr(recipe: Recipe, rollbacks: int, found: float) -> float:
     if recipe.max_lr == "auto":
         return found if found > 0 else 1.0
     return recipe.max_lr / 2**rollbacks
-
-
-def _content_hash(dataset: Dataset) -> str:
-    digest = hashlib.sha256("\n".join(dataset.classes).encode())
-    for split in (dataset.train, dataset.test):
-        digest.update(np.ascontiguousarray(split.images).data)
-        digest.update(np.ascontiguousarray(split.labels).data)
-    return digest.hexdigest()
 
 
 def _rng_state(device: torch.device) -> dict[str, Tensor]:

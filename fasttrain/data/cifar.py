@@ -24,6 +24,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -162,6 +163,15 @@ class Dataset:
     mean: Channels
     std: Channels
     release: Release | None = None
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of the classes and of all images and labels: 0.2 s for CIFAR-10, once."""
+        digest = hashlib.sha256("\n".join(self.classes).encode())
+        for split in (self.train, self.test):
+            digest.update(np.ascontiguousarray(split.images).data)
+            digest.update(np.ascontiguousarray(split.labels).data)
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
