@@ -1,6 +1,7 @@
 """One training step: autocast, loss, backward, optimizer, schedule. Nothing in here waits for the device."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -145,7 +146,9 @@ class TrainStep:
         if not self._compiled and not self._records and self.world.size == 1:
             return 0.0
         start = time.perf_counter()
-        with self._untouched():
+        with self._untouched(), warnings.catch_warnings():
+            # The calls before the recording are what an optimizer made to be recorded warns of.
+            warnings.filterwarnings("ignore", message=".*capturable=True")
             if self._records:
                 self._recording = record(self._work, images_NCHW, labels_N)
             else:
