@@ -63,7 +63,7 @@ class Sample:
     key: str
     label: int
     in_test: bool
-    path: Path
+    path: str
     offset: int
     size: int
     mtime_ns: int
@@ -250,7 +250,7 @@ def _content(sample: Sample) -> bytes:
     if sample.size > FILE_BYTES_MAX:
         raise ValueError(f"{sample.size:,} bytes, over the limit of {FILE_BYTES_MAX:,}")
     try:
-        with sample.path.open("rb") as file:
+        with open(sample.path, "rb") as file:
             file.seek(sample.offset)
             return file.read(sample.size)
     except OSError as error:
