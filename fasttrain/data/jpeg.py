@@ -1,8 +1,8 @@
 """Plain JPEGs of just the size that is wanted, decoded many at a time by DALI, to Pillow's very pixels.
 
-DALI decodes small images several times as fast as Pillow, but takes files that Pillow refuses, and does not
-say which file it fails on. So it is given only what `is_plain` has walked through from start to end, and
-whatever it fails on Pillow judges. Both use libjpeg-turbo: of a plain file they make the same pixels.
+DALI decodes small images several times as fast as Pillow, but does not say which file it fails on, and need
+not refuse what Pillow refuses. So it is given only what `is_plain` has walked through from start to end, and
+where it fails Pillow judges. Both use libjpeg-turbo: of a plain file they make the same pixels.
 """
 
 import re
@@ -59,13 +59,17 @@ def is_plain(content: bytes, side: int) -> bool:
 def decode_plain(contents: Sequence[bytes]) -> np.ndarray:
     """(N, side, side, 3) uint8 of up to BATCH_SIZE plain JPEGs of one size, red, green, blue.
 
-    Each thread has a decoder of its own; the pixels hold until its next call.
+    Each thread has a pipeline of its own; one that failed is not used again.
     Raises ImportError where DALI is not installed, RuntimeError if any of the files cannot be decoded.
     """
     if not hasattr(_thread, "pipeline"):
         _thread.pipeline = _pipeline()
     _thread.pipeline.feed_input(FILES, [np.frombuffer(content, np.uint8) for content in contents])
-    (images,) = _thread.pipeline.run()
+    try:
+        (images,) = _thread.pipeline.run()
+    except RuntimeError:
+        del _thread.pipeline
+        raise
     return np.asarray(images.as_tensor())
 
 
