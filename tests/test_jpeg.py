@@ -74,6 +74,10 @@ def test_all_that_is_not_plain_is_left_to_pillow() -> None:
         plain + b"\0",
         plain + b"\xff\xd9",
         plain + plain,
+        plain[:-1] + b"\xd0",
+        plain[:-1] + b"\xfe",
+        plain[:20] + b"\xff\xfe\0\0" + plain[20:],
+        plain[:20] + b"\xff\xfe\xff\xff" + plain[20:],
         plain.replace(b"JFIF", b"JFXX"),
         plain[:2] + plain[20:],  # without JFIF its colours may be others
         plain[:-2] + b"\xff\xfe" + b"\0" * (1 << 20) + plain[-2:],

@@ -42,8 +42,6 @@ def is_plain(content: bytes, side: int) -> bool:
     while place + SEGMENT.size <= end:
         marker, length = SEGMENT.unpack_from(content, place)
         start, place = place + SEGMENT.size, place + 2 + length
-        if length < 2 or place > end:
-            return False
         if marker == SCAN:
             found = MARKER.search(content, place)
             return framed and found is not None and found.start() == end
