@@ -73,9 +73,9 @@ def _list(root: Path, place: str) -> Source:
             label, inside = classes.index(name), str((folder / name).relative_to(root))
             for entry in _entries(folder / name):
                 sample_name = os.path.join(inside, entry.name)
-                found = _examine(entry, real)
-                if isinstance(found, str):
-                    bad.append((sample_name, found))
+                status = _examine(entry, real)
+                if isinstance(status, str):
+                    bad.append((sample_name, status))
                     continue
                 sample = Sample(
                     name=sample_name,
@@ -84,8 +84,8 @@ def _list(root: Path, place: str) -> Source:
                     in_test=in_test,
                     path=entry.path,
                     offset=0,
-                    size=found.st_size,
-                    mtime_ns=found.st_mtime_ns,
+                    size=status.st_size,
+                    mtime_ns=status.st_mtime_ns,
                 )
                 samples.append(sample)
     return Source(
