@@ -23,6 +23,7 @@ FLOORS = [
         "fasttrain.data.sampler",
         "fasttrain.data.padding",
         "fasttrain.data.image",
+        "fasttrain.data.jpeg",
     },
     {
         "fasttrain.distributed",

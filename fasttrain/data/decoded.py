@@ -6,8 +6,8 @@ cannot be decoded is named before the training begins, and loaders, augmentation
 work as on CIFAR-10.
 
 Pillow decodes: it takes all four formats, says of each file what is wrong with it, and shrinks a large JPEG
-while decoding it. DALI stops at the first bad file without naming it, and decodes at full size. On a GPU it
-would give other pixels than those that predicting on a CPU sees.
+while decoding it. Plain JPEGs of the right size already are left to DALI's CPU decoder (data/jpeg.py), which
+is faster and makes the same pixels, so that predicting sees what was trained on.
 """
 
 import hashlib
@@ -30,6 +30,7 @@ import PIL
 
 from fasttrain.data.cifar import Channels, Dataset, Split, channel_statistics
 from fasttrain.data.image import decode
+from fasttrain.data.jpeg import BATCH_SIZE, decode_plain, is_plain
 from fasttrain.errors import UserError
 from fasttrain.files import write_atomically
 from fasttrain.machine import cpu_cores
@@ -37,8 +38,6 @@ from fasttrain.machine import cpu_cores
 CLASSES_MAX = 1000
 """Their confusion matrix has a million cells."""
 TEST_ONE_IN = 5
-CHUNK = 64
-"""Images that a thread decodes at a time."""
 FILE_BYTES_MAX = 1 << 28
 """Of one image; threads read it whole."""
 CACHE_VARIABLE = "FASTTRAIN_CACHE_GIB"
@@ -64,7 +63,7 @@ class Sample:
     key: str
     label: int
     in_test: bool
-    path: Path
+    path: str
     offset: int
     size: int
     mtime_ns: int
@@ -202,16 +201,34 @@ def _decode(samples: Sequence[Sample], images: np.ndarray, name: str) -> dict[in
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 
-    def decode_some(start: int) -> dict[int, str]:
-        bad = {}
-        for row, sample in enumerate(samples[start : start + CHUNK], start):
+    side = images.shape[-1]
+    bad: dict[int, str] = {}
+
+    def decode_one(row: int, content: bytes) -> None:
+        try:
+            images[row] = decode(io.BytesIO(content), side).transpose(2, 0, 1)
+        except ValueError as error:
+            bad[row] = str(error)
+
+    def decode_some(start: int) -> None:
+        plain: dict[int, bytes] = {}
+        for row, sample in enumerate(samples[start : start + BATCH_SIZE], start):
             try:
-                images[row] = decode(_content(sample), images.shape[-1]).transpose(2, 0, 1)
+                content = _content(sample)
             except ValueError as error:
                 bad[row] = str(error)
-        return bad
+                continue
+            if is_plain(content, side):
+                plain[row] = content
+            else:
+                decode_one(row, content)
+        try:
+            if plain:
+                images[list(plain)] = decode_plain([*plain.values()]).transpose(0, 3, 1, 2)
+        except (ImportError, RuntimeError):  # no DALI, or it fails on one of them
+            for row, content in plain.items():
+                decode_one(row, content)
 
-    bad: dict[int, str] = {}
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     executor = ThreadPoolExecutor(cpu_cores())  # Pillow's decoders let go of the interpreter lock
     with (
@@ -221,22 +238,21 @@ def _decode(samples: Sequence[Sample], images: np.ndarray, name: str) -> dict[in
         warnings.simplefilter("ignore")  # Pillow's, of odd metadata
         task = progress.add_task(name, total=len(samples))
         try:
-            for found in executor.map(decode_some, range(0, len(samples), CHUNK)):
-                bad.update(found)
-                progress.advance(task, CHUNK)
+            for _ in executor.map(decode_some, range(0, len(samples), BATCH_SIZE)):
+                progress.advance(task, BATCH_SIZE)
         finally:
             executor.shutdown(cancel_futures=True)  # Ctrl-C must not wait for the rest
     return bad
 
 
-def _content(sample: Sample) -> BinaryIO:
+def _content(sample: Sample) -> bytes:
     """The file's piece that is the image. Raises ValueError."""
     if sample.size > FILE_BYTES_MAX:
         raise ValueError(f"{sample.size:,} bytes, over the limit of {FILE_BYTES_MAX:,}")
     try:
-        with sample.path.open("rb") as file:
+        with open(sample.path, "rb") as file:
             file.seek(sample.offset)
-            return io.BytesIO(file.read(sample.size))
+            return file.read(sample.size)
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
 

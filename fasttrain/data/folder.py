@@ -70,13 +70,24 @@ def _list(root: Path, place: str) -> Source:
         if unknown:
             raise UserError(f"{folder / unknown[0]}: a class without training images; remove or move it")
         for name in present:
-            label = classes.index(name)
+            label, inside = classes.index(name), str((folder / name).relative_to(root))
             for entry in _entries(folder / name):
-                sample = _examine(entry, label, in_test, root, real)
-                if isinstance(sample, Sample):
-                    samples.append(sample)
-                else:
-                    bad.append((str(Path(entry.path).relative_to(root)), sample))
+                sample_name = os.path.join(inside, entry.name)
+                status = _examine(entry, real)
+                if isinstance(status, str):
+                    bad.append((sample_name, status))
+                    continue
+                sample = Sample(
+                    name=sample_name,
+                    key=f"{name}/{entry.name}",
+                    label=label,
+                    in_test=in_test,
+                    path=entry.path,
+                    offset=0,
+                    size=status.st_size,
+                    mtime_ns=status.st_mtime_ns,
+                )
+                samples.append(sample)
     return Source(
         name=f"folder:{root.name}",
         place=place,
@@ -106,14 +117,13 @@ def _folders(folder: Path, real: Path) -> list[str]:
     return names
 
 
-def _examine(entry: os.DirEntry[str], label: int, in_test: bool, root: Path, real: Path) -> Sample | str:
-    """An image to decode, or why it can be none."""
-    path = Path(entry.path)
+def _examine(entry: os.DirEntry[str], real: Path) -> os.stat_result | str:
+    """The size and time of an image to decode, or why it can be none."""
     try:
         status = entry.stat()
     except OSError as error:  # a link that leads nowhere, or in a circle
         return error.strerror or str(error)
-    if entry.is_symlink() and not path.resolve().is_relative_to(real):
+    if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(real):
         return "a link that leads out of the folder"
     if stat.S_ISDIR(status.st_mode):
         return "a folder inside a class"
@@ -121,13 +131,4 @@ def _examine(entry: os.DirEntry[str], label: int, in_test: bool, root: Path, rea
         return "no plain file"
     if status.st_size == 0:
         return "empty"
-    return Sample(
-        name=str(path.relative_to(root)),
-        key=f"{path.parent.name}/{path.name}",
-        label=label,
-        in_test=in_test,
-        path=path,
-        offset=0,
-        size=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-    )
+    return status

@@ -178,7 +178,7 @@ def _samples(shard: Path, name: str, in_test: bool, bad: list[tuple[str, str]]) 
                     key=f"{shard.name}/{key}",
                     label=0,
                     in_test=in_test,
-                    path=shard,
+                    path=str(shard),
                     offset=image.offset_data,
                     size=image.size,
                     mtime_ns=status.st_mtime_ns,
