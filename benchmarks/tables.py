@@ -138,6 +138,30 @@ def start_table(results: Path) -> str:
     )
 
 
+def folder_table(results: Path) -> str:
+    return rows_table(
+        results,
+        "folder",
+        {
+            "JPEG files": lambda row: row["images"],
+            "way": lambda row: row["way"],
+            "images/s": lambda row: f"{row['images_per_sec']:,.0f} ±{row['spread']:.1%}",
+            "times ImageFolder's": lambda row: f"{row['times_theirs']:.1f}",
+        },
+    )
+
+
+def designs_table(results: Path) -> str:
+    return rows_table(
+        results,
+        "designs",
+        {
+            "DALI pipeline": lambda row: row["design"],
+            "images/s": lambda row: f"{row['images_per_sec']:,.0f} ±{row['spread']:.1%}",
+        },
+    )
+
+
 def loader_table(results: Path) -> str:
     """Per machine: every loader on so many cores and in a step, then ours over batch sizes."""
     parts = []
@@ -284,6 +308,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "scaling": scaling_table,
     "paper model": lambda _: paper_model.table(markdown),
     "start": start_table,
+    "folder": folder_table,
+    "designs": designs_table,
     "reliability": reliability_table,
     "ablations": ablations_table,
     "final": final_table,
