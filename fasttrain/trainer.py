@@ -178,7 +178,7 @@ def train(
         cache = CompileCache(hardware_name(machine), dtype, mode, share, recipe.resolution)
         if checkpoints:
             begun_with = world.from_first(lambda: read_object(log.folder / MACHINE_FILE))
-            mode = begun_with.get("compile", mode)
+            mode = mode and begun_with.get("compile", mode)  # None where no compiler is there any more
         elif mode and recipe.compile == "auto":
             own = payoff(step, cache, matmul_tflops, *example)
             gain = world.from_first(lambda: own)
