@@ -179,9 +179,10 @@ def main(options: Options) -> None:
                 "" if row["times_theirs"] is None else f"{row['times_theirs']:.1f}",
             ]
             for row in rows
-        ]
-        + [["", f"{name}: {reason}", "", "", ""] for name, reason in missing.items()],
+        ],
     )
+    for name, reason in missing.items():
+        print(f"{name}: {reason}")
     print(path)
 
 

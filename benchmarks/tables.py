@@ -146,7 +146,7 @@ def folder_table(results: Path) -> str:
             "JPEG files": lambda row: row["images"],
             "way": lambda row: row["way"],
             "images/s": lambda row: f"{row['images_per_sec']:,.0f} ±{row['spread']:.1%}",
-            "times ImageFolder's": lambda row: f"{row['times_theirs']:.1f}",
+            "times ImageFolder's": lambda row: f"{row['times_theirs']:.1f}" if row["times_theirs"] else "-",
         },
     )
 
