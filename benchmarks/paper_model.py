@@ -6,9 +6,9 @@ A model and not a measurement: the data sheets' rates, NCCL's own latencies, not
 backward pass. DistributedDataParallel hides some of it, and real steps take longer than their least time.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from benchmarks.report import markdown
 from fasttrain.model import EPOCH_IMAGES, CustomResNet, training_flop_per_image
 
 GPU_FLOP_PER_SEC = 989.4e12
@@ -61,7 +61,7 @@ def all_reduce_seconds(cluster: Cluster, num_bytes: float) -> float:
     return min(ring, tree)
 
 
-def table(markdown: Callable[[list[str], list[list[str]]], str]) -> str:
+def table() -> str:
     """The model as a table with its caption."""
     model = CustomResNet()
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -101,6 +101,4 @@ def table(markdown: Callable[[list[str], list[list[str]]], str]) -> str:
 
 
 if __name__ == "__main__":
-    from benchmarks.tables import markdown
-
-    print(table(markdown))
+    print(table())

@@ -6,7 +6,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -123,6 +123,12 @@ def save(name: str, device: torch.device, values: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"benchmark": name, "time": time.strftime("%Y-%m-%d"), "machine": machine, **values})
     return path
+
+
+def markdown(columns: list[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table: text to the left, figures to the right."""
+    lines = [columns, ["---" if index == 0 else "---:" for index in range(len(columns))], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:

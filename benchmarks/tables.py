@@ -19,16 +19,10 @@ import tyro
 
 from benchmarks import paper_model, recipes
 from benchmarks.pictures import draw_scaling
-from benchmarks.report import RESULTS
+from benchmarks.report import RESULTS, markdown
 from fasttrain.machine import hardware_name
 
 README = Path(__file__).parents[1] / "README.md"
-
-
-def markdown(columns: list[str], rows: Iterable[list[str]]) -> str:
-    """A Markdown table: text to the left, figures to the right."""
-    lines = [columns, ["---" if index == 0 else "---:" for index in range(len(columns))], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def software(machine: dict[str, Any]) -> str:
@@ -306,7 +300,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "ladder": ladder_table,
     "loader": loader_table,
     "scaling": scaling_table,
-    "paper model": lambda _: paper_model.table(markdown),
+    "paper model": lambda _: paper_model.table(),
     "start": start_table,
     "folder": folder_table,
     "designs": designs_table,
