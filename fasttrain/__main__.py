@@ -124,6 +124,8 @@ class ExportOptions:
     """The file to write: .safetensors, .pt2 or .onnx. What it needs is told beside it, in a .json."""
     input: Literal["pixels", "normalized"] = "pixels"
     """pixels: uint8, and the network normalises them. normalized: float32, and the caller has."""
+    data: Annotated[str, tyro.conf.arg(metavar="auto|folder:PATH|webdataset:PATTERN")] = "auto"
+    """The test images to verify on. auto: what --data-dir holds, else random pixels."""
     data_dir: Path | None = None
     """Folder of the test images to verify on; by default $FASTTRAIN_DATA, else data/. Never downloaded."""
 
@@ -299,7 +301,12 @@ def export(args: Sequence[str]) -> int:
     from fasttrain.export import export
 
     card = export(
-        options.checkpoint, options.format, options.out, input=options.input, data_dir=options.data_dir
+        options.checkpoint,
+        options.format,
+        options.out,
+        input=options.input,
+        data=options.data,
+        data_dir=options.data_dir,
     )
     print(f"network -> {options.out}, described in {card}")
     return 0

@@ -36,13 +36,20 @@ Forward = Callable[[Tensor], Tensor]
 
 
 def export(
-    checkpoint: Path, format: Format, out: Path, *, input: Input = "pixels", data_dir: Path | None = None
+    checkpoint: Path,
+    format: Format,
+    out: Path,
+    *,
+    input: Input = "pixels",
+    data: str = "auto",
+    data_dir: Path | None = None,
 ) -> Path:
     """Write a checkpoint's network to `out`, and what a user must know of it to `out` + .json; returns that.
 
     input: pixels, and the network normalises them by itself (uint8 NCHW, 0 to 255), or normalized float32.
     The very bytes that will be written are loaded and held against the checkpoint: on the run's test images
     where they are on the disk, else on random pixels. Prints how far they differ.
+    data, data_dir: those images, as data.loader.open_dataset takes them; nothing is downloaded.
     Raises UserError, and writes nothing, if a logit differs by more than TOLERANCE, if the checkpoint cannot
     be read, if the suffix of `out` is not the format's, or if a package is missing.
     """
@@ -60,7 +67,7 @@ def export(
         warnings.simplefilter("ignore")
         content = encode(model if input == "pixels" else _without_normalize(model))
         forward = load(content, model.resolution)
-    images_NCHW, images_name = _images(state["dataset"], data_dir, model.resolution)
+    images_NCHW, images_name = _images(state["dataset"], data, data_dir, model.resolution)
     difference, limit, agreement = _compare(model, forward, images_NCHW, input)
     print(
         f"held against {checkpoint} on {len(images_NCHW):,} images ({images_name}): logits differ by at most "
@@ -186,16 +193,19 @@ def _without_normalize(model: CustomResNet) -> CustomResNet:
 # ------------------------------------------------------------------------------------------ the verification
 
 
-def _images(dataset_name: str, data_dir: Path | None, resolution: int) -> tuple[Tensor, str]:
+def _images(dataset_name: str, data: str, data_dir: Path | None, resolution: int) -> tuple[Tensor, str]:
     """What to verify on, uint8, and its name: the run's test images, or the same random pixels every time."""
     try:
-        dataset = find_dataset(dataset_name, "auto", data_dir)
+        dataset = find_dataset(dataset_name, data, data_dir, resolution=resolution)
     except UserError as error:
+        if data != "auto":
+            raise
         print(f"verified on random pixels: {error}")
         generator = torch.Generator().manual_seed(0)
         shape = (RANDOM_IMAGES, 3, resolution, resolution)
         return torch.randint(256, shape, dtype=torch.uint8, generator=generator), "random pixels"
-    return torch.from_numpy(dataset.test.images), f"test images of {dataset.name}"
+    # A copy, since torch warns of images that are mapped from a file and cannot be written.
+    return torch.from_numpy(dataset.test.images.copy()), f"test images of {dataset.name}"
 
 
 def _compare(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from fasttrain import export as export_module
 from fasttrain.checkpoint import REQUIRED, load_checkpoint, model_from_state, save_checkpoint
@@ -106,6 +107,18 @@ def test_without_the_images_random_pixels_do(checkpoint: Path, tmp_path: Path, c
     assert re.search(r"on 64 images \(random pixels\)", capsys.readouterr().out)
     assert json.loads(card.read_text())["verified"]["images"] == "random pixels"
     assert not (tmp_path / "none").exists()
+
+
+def test_images_that_are_named_but_not_the_runs_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    for label in ("cats", "dogs"):
+        for index in range(5):
+            path = tmp_path / "pets" / label / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (40 * index, 30 * index, 20 * index)).save(path)
+    target = tmp_path / "model.safetensors"
+    with pytest.raises(UserError, match="the run's images are synthetic"):
+        export(checkpoint, "safetensors", target, data=f"folder:{tmp_path / 'pets'}", data_dir=tmp_path)
+    assert not target.exists()
 
 
 def test_an_accuracy_of_other_weights_is_not_told(checkpoint: Path, tmp_path: Path) -> None:
