@@ -34,6 +34,7 @@ from fasttrain.data.synthetic import generate
 from fasttrain.distributed import join
 from fasttrain.machine import cpu_cores, pick_compute_dtype, pick_device
 from fasttrain.recipe import Recipe
+from fasttrain.step import TrainStep
 from fasttrain.trainer import train
 
 
@@ -81,13 +82,21 @@ def step_of(batch_size: int, width: int, device: torch.device) -> Workload:
     """Seconds of one step."""
     variant = dataclasses.replace(_variant(device), width=width)
     step, batch = build_step(variant, device), random_batch(batch_size, device, variant.layout)
+    return _timed(step, batch, device)
+
+
+def _timed(
+    step: TrainStep, batch: Any, device: torch.device, meet: Callable[[], object] = lambda: None
+) -> Workload:
+    """Seconds of a warm step on one batch. meet: called first, outside the clock."""
     repeats = 20 if device.type == "cuda" else 1
 
     def timed() -> float:
+        meet()
         start = time.perf_counter()
         for _ in range(repeats):
             step(*batch)
-        step.take_metrics()
+        step.take_metrics()  # waits for the device
         return (time.perf_counter() - start) / repeats
 
     timed()
@@ -130,18 +139,7 @@ def rank_step(rank: int, count: int, port: int, batch_size: int, device: torch.d
     variant = _variant(device)
     step = build_step(variant, world.device, world)
     batch = random_batch(world.share(batch_size), world.device, variant.layout)
-    repeats = 20 if device.type == "cuda" else 1
-
-    def timed() -> float:
-        world.maximum(0)  # all begin at the same time
-        start = time.perf_counter()
-        for _ in range(repeats):
-            step(*batch)
-        step.take_metrics()
-        return (time.perf_counter() - start) / repeats
-
-    timed()
-    return timed
+    return _timed(step, batch, device, meet=lambda: world.maximum(0))  # all begin at the same time
 
 
 def _variant(device: torch.device) -> Variant:
