@@ -83,13 +83,16 @@ def test_tf32_is_allowed_to_all_or_to_none() -> None:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_is_kept_so_that_large_tensors_come_without_page_faults() -> None:
-    """In a process of its own, since it holds for the whole process: allocate, free, allocate again."""
+    """In a process of its own, since it holds for the whole process: allocate, free, allocate again.
+
+    The heap grows until it holds a gap of the right size: small allocations split the first few.
+    """
     code = """
 import resource, sys, torch
 from fasttrain.machine import prepare
 if sys.argv[1] == "keep":
     prepare(torch.device("cpu"), "auto")
-for _ in range(3):
+for _ in range(20):
     torch.zeros(2**26, dtype=torch.uint8)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
@@ -100,7 +103,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         mode: int(subprocess.run([sys.executable, "-c", code, mode], capture_output=True, text=True).stdout)
         for mode in ("keep", "return")
     }
-    assert faults["keep"] < faults["return"] / 3
+    assert faults["keep"] < faults["return"] / 10
 
 
 def test_a_missing_compiler_is_named_with_its_remedy() -> None:
