@@ -2,10 +2,11 @@
 
     python -m benchmarks.folder [--rounds 3] [--cores 2] [--data PATH]
 
-Two questions, each beside torchvision's ImageFolder under torch's DataLoader, which decodes in every epoch.
-The first read lists, decodes and checks every file, computes the statistics and writes the cache. The epochs
-after it come from that cache, and ours are cropped, mirrored and cut as well; theirs are decoded, scaled,
-cropped to the centre and nothing more. Their worker processes are started before the clock.
+Two questions, each beside what decodes in every epoch: torchvision's ImageFolder under torch's DataLoader,
+and DALI's own reader and decoder, by nvJPEG too where there is an NVIDIA GPU. The first read lists, decodes
+and checks every file, computes the statistics and writes the cache. The epochs after it come from that cache,
+and ours are cropped, mirrored and cut as well; the others are decoded, scaled, cropped to the centre and
+nothing more. Workers and pipelines are started before the clock.
 
 Without --data the folder is generated: textures as JPEG of quality 75, small ones and photographs' size.
 """
@@ -21,20 +22,24 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.loader import endless, on_cores, rate
 from benchmarks.report import interleave, run, save, show, spread
 from fasttrain.data import folder, synthetic
+from fasttrain.data.image import decode
 from fasttrain.data.loader import build_loader, pick_loader
-from fasttrain.machine import cpu_cores
+from fasttrain.machine import cpu_cores, pick_device
 from fasttrain.recipe import Recipe
 
 CPU = torch.device("cpu")
 BATCH_SIZE = 512
-FIRST_READ, FROM_CACHE, THEIRS = (
+FIRST_READ, FROM_CACHE, DALI_READER, NVJPEG, THEIRS = (
     "fasttrain, first read",
     "fasttrain, from the cache",
+    "DALI, decoded in every epoch",
+    "DALI, decoded by nvJPEG in every epoch",
     "ImageFolder + DataLoader",
 )
 
@@ -100,6 +105,58 @@ def from_cache(root: Path, cache: Path, options: Options) -> Callable[[], float]
     return lambda: rate(stream, CPU, options.seconds)
 
 
+def dali_reader(root: Path, options: Options, device: torch.device) -> Callable[[], float]:
+    """Images per second of DALI's reader and decoder: nvJPEG on an NVIDIA GPU, libjpeg-turbo on a CPU."""
+    stream = dali_batches(sorted((root / "train").glob("*/*")), options, device)
+    next(stream)  # builds the pipeline, which raises ImportError where DALI is not installed
+    return lambda: rate(stream, device, options.seconds)
+
+
+def dali_batches(
+    files: list[Path], options: Options, device: torch.device, *, shuffle: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (N, side, side, 3) uint8 and labels on the device, epoch after epoch."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    on_gpu, side = device.type == "cuda", options.resolution
+    classes = {name: label for label, name in enumerate(sorted({file.parent.name for file in files}))}
+
+    @pipeline_def(
+        batch_size=min(BATCH_SIZE, len(files)),
+        num_threads=options.cores,
+        device_id=(device.index or 0) if on_gpu else None,
+    )
+    def pipeline() -> Any:
+        content, labels = fn.readers.file(
+            files=[str(file) for file in files],
+            labels=[classes[file.parent.name] for file in files],
+            random_shuffle=shuffle,
+            initial_fill=len(files),
+        )
+        images = fn.decoders.image(content, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
+        images = fn.resize(images, size=side, mode="not_smaller")
+        images = fn.crop(images, crop=(side, side))
+        return images, labels.gpu() if on_gpu else labels
+
+    built = pipeline()
+    stream = torch.cuda.current_stream(device) if on_gpu else None
+    while True:
+        images_NHWC, labels_N1 = (torch.from_dlpack(output.as_tensor()) for output in built.run(stream))
+        yield images_NHWC, labels_N1[:, 0].long()
+
+
+def pixel_differences(root: Path, options: Options, device: torch.device) -> dict[str, float]:
+    """How DALI's decoder differs from what training and predict see, over one batch of files.
+
+    share: of the bytes, those that differ. largest: of the differences, from 0 to 255.
+    """
+    files = sorted((root / "train").glob("*/*"))[:BATCH_SIZE]
+    images_NHWC, _ = next(dali_batches(files, options, device, shuffle=False))
+    expected_NHWC = np.stack([decode(file, options.resolution) for file in files])
+    difference = np.abs(images_NHWC.cpu().numpy().astype(int) - expected_NHWC)
+    return {"share": float((difference > 0).mean()), "largest": int(difference.max())}
+
+
 def image_folder(root: Path, options: Options) -> Callable[[], float]:
     """Images per second of one epoch of torchvision's. Raises ImportError where it is not installed."""
     peers.load("torchvision")
@@ -131,9 +188,10 @@ def image_folder(root: Path, options: Options) -> Callable[[], float]:
 
 
 def measure(options: Options, root: Path) -> dict[str, Any]:
-    """Samples in images per second by name, and why torchvision's are missing, if they are."""
+    """Samples in images per second by name, who is missing and why, and how DALI's pixels differ."""
     torch.set_num_threads(options.cores)
     missing: dict[str, str] = {}
+    differences: dict[str, dict[str, float]] = {}
     workloads: dict[str, Callable[[], float]] = {}
     try:  # first: its workers are forked, which hangs once DALI's threads are there
         workloads[THEIRS] = image_folder(root, options)
@@ -142,13 +200,23 @@ def measure(options: Options, root: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as cache:
         workloads[FIRST_READ] = read_anew(root, options.resolution)
         workloads[FROM_CACHE] = from_cache(root, Path(cache), options)
-        return {"samples": interleave(workloads, options.rounds), "missing": missing}
+        device = pick_device()
+        for name, where in {DALI_READER: CPU, NVJPEG: device}.items():
+            if name == DALI_READER or device.type == "cuda":
+                try:
+                    workloads[name] = dali_reader(root, options, where)
+                    differences[name] = pixel_differences(root, options, where)
+                except ImportError as error:
+                    missing[name] = str(error)
+        samples = interleave(workloads, options.rounds)
+        return {"samples": samples, "missing": missing, "pixel_differences": differences}
 
 
 def main(options: Options) -> None:
     cores = min(options.cores, cpu_cores())
     rows: list[dict[str, Any]] = []
     samples: dict[str, Any] = {}
+    differences: dict[str, Any] = {}
     missing: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:
         if options.data:
@@ -159,6 +227,7 @@ def main(options: Options) -> None:
         for name, root in folders.items():
             found = on_cores(cores, measure, options, root)
             samples[name], missing = found["samples"], found["missing"]
+            differences[name] = found["pixel_differences"]
             medians = {way: float(np.median(values)) for way, values in samples[name].items()}
             for way, values in samples[name].items():
                 theirs = medians.get(THEIRS)
@@ -166,7 +235,8 @@ def main(options: Options) -> None:
                 rows.append(row | {"times_theirs": medians[way] / theirs if theirs else None})
     facts = {"rounds": options.rounds, "cores": cores, "resolution": options.resolution}
     facts |= {"small": options.small, "photos": options.photos}
-    path = save("folder", CPU, facts | {"rows": rows, "missing": missing, "samples": samples})
+    figures = {"rows": rows, "missing": missing, "samples": samples, "pixel_differences": differences}
+    path = save("folder", CPU, facts | figures)
     show(
         f"JPEG files on {cores} cores, median of {options.rounds}",
         ["images", "way", "images/s", "spread", "times ImageFolder's"],
@@ -181,6 +251,12 @@ def main(options: Options) -> None:
             for row in rows
         ],
     )
+    for images, ways in differences.items():
+        for way, difference in ways.items():
+            print(
+                f"{images}, {way}: {difference['share']:.1%} of the bytes differ from what training and "
+                f"predict see, by {difference['largest']} at most"
+            )
     for name, reason in missing.items():
         print(f"{name}: {reason}")
     print(path)

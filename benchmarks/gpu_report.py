@@ -57,6 +57,11 @@ def parts(options: Options) -> list[tuple[str, int, list[str]]]:
     # Compiled whatever auto would say of one run: the figures are those of a machine whose cache is warm.
     compiled = [] if small else ["--compile", "default"]
     train = ["train", *of_recipe("default"), *data, "--out", str(options.out / "runs"), *compiled]
+    # Both want more than every machine has: a GPU and its package, or the images as files too.
+    airbench = [("airbench", 120, module("benchmarks.airbench", *data, *compiled))] * (not small)
+    images = options.data_dir / "images"
+    of_files = ["--data", f"folder:{images}", *data, "--out", str(options.out / "runs"), "--epochs", "1"]
+    folder_run = [("folder run", 90, module("fasttrain", "train", *of_files))] * images.is_dir()
     return [
         ("machine", 60, module("benchmarks.machine")),
         ("tests", 200, module("pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider")),
@@ -84,6 +89,7 @@ def parts(options: Options) -> list[tuple[str, int, list[str]]]:
                 "benchmarks.train", *of_recipe("fast"), *data, *compiled, "--seeds", "1" if small else "10"
             ),
         ),
+        *airbench,
         (
             "profile",
             90,
@@ -107,6 +113,7 @@ def parts(options: Options) -> list[tuple[str, int, list[str]]]:
             60,
             module("benchmarks.folder", tiny="--rounds 1 --cores 1 --small 1000 --photos 20 --seconds 0.1"),
         ),
+        *folder_run,
         ("start", 90, module("benchmarks.start", tiny="--rounds 1 --images 100")),
         (
             "scaling",

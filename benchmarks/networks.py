@@ -67,6 +67,34 @@ class WindowedPool(nn.Module):
         return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).amax((3, 5))
 
 
+class TwoStageBatchNorm(nn.BatchNorm2d):
+    """BatchNorm's sums over each image first and over the images then: as many sums at once as (N, C) has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        assert self.momentum is not None and self.num_batches_tracked is not None
+        assert self.running_mean is not None and self.running_var is not None
+        values, count = x.float(), x.numel() // x.shape[1]
+        mean_C = values.mean((2, 3)).mean(0)
+        var_C = values.square().mean((2, 3)).mean(0) - mean_C.square()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean_C, self.momentum)
+            self.running_var.lerp_(var_C * (count / (count - 1)), self.momentum)
+            self.num_batches_tracked.add_(1)
+        scale_C = self.weight * (var_C + self.eps).rsqrt()
+        shift_C = self.bias - mean_C * scale_C
+        return (values * scale_C[:, None, None] + shift_C[:, None, None]).to(x.dtype)
+
+
+class LibraryBatchNorm(nn.BatchNorm2d):
+    """BatchNorm by cuDNN's or torch's own kernel: a compiler leaves it out of what it fuses."""
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 class PaddedInput(CustomResNet):
     """The first convolution sees eight channels."""
 
@@ -94,12 +122,28 @@ class WindowedPools(SlicedPools):
     pooling = WindowedPool
 
 
+class TwoStageNorms(CustomResNet):
+    norm: type[nn.BatchNorm2d] = TwoStageBatchNorm
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width=width)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.__class__ = self.norm
+
+
+class LibraryNorms(TwoStageNorms):
+    norm = LibraryBatchNorm
+
+
 NETWORKS: dict[str, Callable[..., CustomResNet]] = {
     "as it is": CustomResNet,
     "first convolution padded to 8 channels": PaddedInput,
     "first convolution padded to 4 channels": PaddedInput4,
     "pooling by maxima of slices": SlicedPools,
     "pooling by a maximum over windows": WindowedPools,
+    "BatchNorm's sums in two stages": TwoStageNorms,
+    "BatchNorm left to the library": LibraryNorms,
 }
 
 

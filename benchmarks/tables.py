@@ -17,7 +17,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import paper_model, recipes
+from benchmarks import airbench, paper_model, recipes
 from benchmarks.pictures import draw_scaling
 from benchmarks.report import RESULTS, markdown
 from fasttrain.machine import hardware_name
@@ -285,6 +285,19 @@ def final_table(results: Path) -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def airbench_table(results: Path) -> str:
+    """Per machine: our recipe and the fastest public trainer."""
+    parts = [
+        f"{markdown(*airbench.table(values))}\n\n{values['dataset']}. Mean ± standard deviation of n "
+        "trainings, in turn, after one of each that warms up: the first call, with all that it compiles. "
+        "Averaged predictions: ours over an image and its mirror image, airbench's over shifted ones too. "
+        "Seconds to an accuracy: median, by the plain predictions after whole epochs. "
+        f"Machine: {hardware_name(values['machine'])}; {software(values['machine'])}."
+        for values in results_of(results, "airbench")
+    ]
+    return "\n\n".join(parts) or "Not measured yet."
+
+
 def recipes_caption(values: dict[str, Any]) -> str:
     """Images, machines and what the brackets are, in the middle of a caption."""
     return (
@@ -307,6 +320,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "reliability": reliability_table,
     "ablations": ablations_table,
     "final": final_table,
+    "airbench": airbench_table,
 }
 
 

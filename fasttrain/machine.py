@@ -289,10 +289,15 @@ def _version(distribution: str) -> str | None:
 
 
 def _source_revision() -> tuple[str | None, bool | None]:
-    """Commit of the checkout that this package lies in, and whether its sources were changed since."""
+    """Commit of the checkout that this package lies in, and whether its sources were changed since.
+
+    Of a copy without its .git, FASTTRAIN_COMMIT tells the commit: output of git describe --always --abbrev=40
+    --dirty where it was copied.
+    """
     checkout = Path(__file__).resolve().parents[1]
-    if not (checkout / ".git").exists():  # Installed, perhaps within someone else's repository.
-        return None, None
+    if not (checkout / ".git").exists():  # A copy; or installed, perhaps within someone else's repository.
+        told = os.environ.get("FASTTRAIN_COMMIT")
+        return (told.removesuffix("-dirty"), told.endswith("-dirty")) if told else (None, None)
     git = ("git", "-C", str(checkout))
     commit = _output(*git, "rev-parse", "HEAD")
     if commit is None:

@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu_report, peers, pictures, report, scaling, tables, train
+from benchmarks import airbench, gpu_report, peers, pictures, report, scaling, tables, train
 from benchmarks.peers import check
 from fasttrain.data.cifar import Dataset, Split
 from fasttrain.data.loader import build_loader
@@ -109,7 +110,7 @@ def test_jpeg_files_are_timed_or_the_peers_absence_is_told(tmp_path: Path) -> No
     tiny = ["--rounds", "1", "--small", "100", "--photos", "100", "--seconds", "0.1", "--cores", "1"]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.folder", *tiny],
-        env=os.environ | {"FASTTRAIN_RESULTS": str(tmp_path)},
+        env=os.environ | {"FASTTRAIN_RESULTS": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -119,7 +120,9 @@ def test_jpeg_files_are_timed_or_the_peers_absence_is_told(tmp_path: Path) -> No
     [path] = tmp_path.glob("folder-*.json")
     values = json.loads(path.read_text())
     found = {(row["images"], row["way"]) for row in values["rows"]}
-    assert len(found) + 2 * len(values["missing"]) == 6
+    assert len(found) + 2 * len(values["missing"]) == 8
+    of_small = values["pixel_differences"]["32x32"]
+    assert all(found == {"share": 0.0, "largest": 0} for found in of_small.values())  # libjpeg-turbo both
     assert all(row["images_per_sec"] > 0 for row in values["rows"])
     for name in values["missing"]:
         assert name in done.stdout
@@ -201,3 +204,45 @@ def test_the_check_of_peers_names_what_differs() -> None:
 def test_exponents_are_the_slopes_of_every_round() -> None:
     values = [2, 4, 8]
     assert scaling.exponents(values, [[4.0, 2.0], [16.0, 4.0], [64.0, 8.0]]) == pytest.approx([2.0, 1.0])
+
+
+class FakeAirbench:
+    """Prints what airbench 0.1.8 prints of a training of two epochs."""
+
+    utils = SimpleNamespace(
+        logging_columns_list=["run   ", "epoch", "val_acc", "tta_val_acc", "total_time_seconds"]
+    )
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def train94(self, run: int) -> None:
+        self.seen.append(torch.load("cifar10/train.pt") | {"test": torch.load("cifar10/test.pt")})
+        print("-" * 40)
+        print(f"|  {run:>6}  |      0  |   0.8000  |               |              1.5000  |")
+        print("|          |      1  |   0.9100  |               |              3.0000  |")
+        print("|          |   eval  |   0.9100  |       0.9200  |              3.2000  |")
+
+
+def test_the_public_trainer_sees_the_same_images_and_is_read_as_it_prints(dataset: Dataset, tmp_path) -> None:
+    package = FakeAirbench()
+    airbench.write_images(dataset, tmp_path / "cifar10")
+    trainings = {
+        "ours": lambda seed: airbench.ours(
+            Recipe(batch_size=32, epochs=1, seed=seed, test_flip=True), dataset, torch.device("cpu")
+        ),
+        "theirs": lambda seed: airbench.theirs(package, 94, tmp_path),
+    }
+    [samples] = airbench.in_turn(trainings, seeds=1)
+    assert len(package.seen) == 2  # the first one warms up
+    images = package.seen[0]
+    assert torch.equal(images["images"].permute(0, 3, 1, 2), torch.from_numpy(dataset.train.images))
+    assert images["labels"].tolist() == dataset.train.labels.tolist()
+    assert len(images["test"]["labels"]) == len(dataset.test.labels)
+    ours, theirs = airbench.summarize(samples)
+    assert theirs["seconds"]["mean"] == 3.0 and theirs["epochs"] == 2  # without its last evaluation
+    assert (theirs["accuracy"]["mean"], theirs["accuracy_tta"]["mean"]) == (0.91, 0.92)
+    assert theirs["to_90%"] == {"seconds": 3.0, "n": 1} and theirs["to_94%"] == {"seconds": None, "n": 0}
+    assert ours["n"] == 1 and ours["seconds"]["mean"] > 0
+    columns, rows = airbench.table({"rows": [ours, theirs]})
+    assert len(columns) == len(rows[0]) and "91.00" in rows[1]

@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +126,18 @@ def test_describe_is_json_and_names_nobody(monkeypatch: pytest.MonkeyPatch) -> N
     assert json.loads(text)["torch"] == torch.__version__
     assert platform.node() not in text
     assert str(machine.Path.home()) not in text
+
+
+@pytest.mark.parametrize(
+    ("told", "commit", "dirty"), [("0123abc", "0123abc", False), ("0123abc-dirty", "0123abc", True)]
+)
+def test_a_copy_without_git_is_told_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, commit: str, dirty: bool
+) -> None:
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "fasttrain" / "machine.py"))
+    assert machine.describe(CPU)["git_commit"] is None
+    monkeypatch.setenv("FASTTRAIN_COMMIT", told)
+    assert (machine.describe(CPU)["git_commit"], machine.describe(CPU)["git_dirty"]) == (commit, dirty)
 
 
 def test_rates_are_positive() -> None:
