@@ -6,11 +6,13 @@ Each changes one thing. Images per second as delivered, and with --step the cost
 take turns. Random pixels stand for CIFAR-10.
 """
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from benchmarks.step import Variant, build_step, random_batch
 from fasttrain.data import dali
 from fasttrain.data.cifar import Dataset
 from fasttrain.data.loader import build_loader
-from fasttrain.data.padding import pad
+from fasttrain.data.padding import pad, windows
 from fasttrain.data.sampler import Augmentation, Sampler
 from fasttrain.machine import cpu_cores, pick_compute_dtype, pick_device, prepare
 from fasttrain.recipe import Recipe
@@ -80,11 +82,8 @@ def all_in_one_operator(dataset: Dataset, recipe: Recipe, device: torch.device, 
     on_gpu = device.type == "cuda"
     images_NHWC = pad(dataset.train.images, recipe.crop_padding)
     labels_N = dataset.train.labels.astype(np.int64)
-    sampler = Sampler(len(labels_N), recipe.batch_size, train=True, seed=recipe.seed)
-    room, side = 2 * recipe.crop_padding, dataset.train.images.shape[-1]
-    augmentation = Augmentation(
-        crop=side, room=room, flip=recipe.flip, cutout=recipe.cutout, seed=recipe.seed
-    )
+    augmentation, sampler = choices(recipe, dataset)
+    room, side = augmentation.room, augmentation.crop
 
     def source(info: Any) -> list[np.ndarray]:
         indices = sampler(info.iteration)
@@ -131,6 +130,52 @@ def all_in_one_operator(dataset: Dataset, recipe: Recipe, device: torch.device, 
         yield images.permute(0, 3, 1, 2), labels
 
 
+def dynamic_mode(dataset: Dataset, recipe: Recipe, device: torch.device) -> Stream:
+    """Operators called from Python, captured as a pipeline on the first turn; a batch is a run.
+
+    A captured loop knows no condition of each image, so flip takes a scalar of each.
+    """
+    import nvidia.dali.experimental.dynamic as dynamic
+
+    augmentation, sampler = choices(recipe, dataset)
+    cut = windows(pad(dataset.train.images, recipe.crop_padding), augmentation.crop)
+    labels_N = dataset.train.labels.astype(np.int64)
+    fill = [float(round(255 * value)) for value in dataset.mean]
+    steps = count()
+
+    def source() -> tuple[Any, ...]:
+        step = next(steps)
+        indices = sampler(step)
+        draws = augmentation.draw(step, sampler.epoch(step), indices)
+        images = dynamic.as_batch(cut[indices, draws.rows, draws.columns], layout="HWC")
+        others = (labels_N[indices], draws.mirrored.astype(np.int32), draws.holes.astype(np.float32))
+        return images, *map(dynamic.as_batch, others)
+
+    for images, labels, mirrored, corners in dynamic.ExternalSource(source, num_outputs=4).captured(
+        recipe.batch_size
+    ):
+        if device.type == "cuda":
+            images, labels = images.gpu(device.index or 0), labels.gpu(device.index or 0)
+        images = dynamic.flip(images, horizontal=mirrored)
+        images = dynamic.erase(
+            images, anchor=corners, shape=[float(recipe.cutout)] * 2, axis_names="HW", fill_value=fill
+        )
+        yield images.torch().permute(0, 3, 1, 2), labels.torch()
+
+
+def choices(recipe: Recipe, dataset: Dataset) -> tuple[Augmentation, Sampler]:
+    """What the recipe draws for every batch of the training images."""
+    sampler = Sampler(len(dataset.train.labels), recipe.batch_size, train=True, seed=recipe.seed)
+    augmentation = Augmentation(
+        crop=dataset.train.images.shape[-1],
+        room=2 * recipe.crop_padding,
+        flip=recipe.flip,
+        cutout=recipe.cutout,
+        seed=recipe.seed,
+    )
+    return augmentation, sampler
+
+
 def designs(dataset: Dataset, recipe: Recipe, device: torch.device) -> dict[str, Stream]:
     """Every design's batches, without an end."""
     found = {
@@ -139,6 +184,8 @@ def designs(dataset: Dataset, recipe: Recipe, device: torch.device) -> dict[str,
         "runs of 8,192 images": ours(dataset, recipe, device, RUN_BYTES=4 * dali.RUN_BYTES),
         "one run ahead, not two": ours(dataset, recipe, device, PREFETCH=1),
         "four runs ahead": ours(dataset, recipe, device, PREFETCH=4),
+        "one thread": ours(dataset, dataclasses.replace(recipe, loader_threads=1), device),
+        "dynamic mode, captured": dynamic_mode(dataset, recipe, device),
         "crop_mirror_normalize, float16": all_in_one_operator(dataset, recipe, device, recipe.loader_threads),
     }
     if device.type == "cuda":

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import airbench, gpu_report, peers, pictures, report, scaling, tables, train
+from benchmarks import airbench, designs, gpu_report, peers, pictures, report, scaling, tables, train
 from benchmarks.peers import check
 from fasttrain.data.cifar import Dataset, Split
 from fasttrain.data.loader import build_loader
@@ -94,6 +94,15 @@ def test_one_command_runs_every_benchmark(dataset_dir: Path, tmp_path: Path) -> 
         assert values["rows"] and values["machine"]["torch"], benchmark
     assert "conv" in (tmp_path / "profile.log").read_text() and (tmp_path / "profile" / "trace.json").exists()
     assert len(list(tmp_path.glob("runs/*-default/result.json"))) == 2
+
+
+def test_the_dynamic_mode_makes_the_same_batches(dataset: Dataset) -> None:
+    recipe, device = Recipe(batch_size=16), torch.device("cpu")
+    theirs = designs.dynamic_mode(dataset, recipe, device)
+    ours = build_loader(dataset, recipe, train=True, kind="dali", device=device)
+    for _ in range(2):  # two epochs, so beyond what was captured
+        for (expected_images, expected_labels), (images, labels) in zip(ours, theirs, strict=False):
+            assert torch.equal(images, expected_images) and torch.equal(labels, expected_labels)
 
 
 def test_what_does_not_fit_into_the_minutes_is_left_out_and_named(tmp_path, monkeypatch, capsys) -> None:
