@@ -1,6 +1,6 @@
 """Everything worth measuring on a GPU in one visit, the most important first.
 
-    python -m benchmarks.gpu_report --data-dir data --out benchmarks/results
+    python -m benchmarks.gpu_report --data-dir data --out benchmarks/results [--only designs step]
 
 Each part is a process of its own with a time limit, writes its JSON at once, and cannot stop the next one.
 All together keep within --minutes: whatever does not fit any more is left out, and named. On a machine
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.report import run, show
+from fasttrain.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class Options:
     """Where JSON files, logs, the run and the trace go."""
     minutes: float = 8.0
     """For all parts together."""
+    only: tuple[str, ...] = ()
+    """Parts to run, by name, as after a change that concerns them; by default all."""
     small: bool = False
     """Tiny sizes that prove the script on a CPU; the figures mean nothing."""
 
@@ -130,7 +133,14 @@ def main(options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     rows = []
     deadline = time.perf_counter() + 60 * options.minutes
-    for name, limit, command in parts(options):
+    everything = parts(options)
+    names = [name for name, *_ in everything]
+    for name in options.only:
+        if name not in names:
+            raise UserError(f"--only {name!r}: expected some of {', '.join(map(repr, names))}")
+    for name, limit, command in everything:
+        if options.only and name not in options.only:
+            continue
         log = options.out / f"{name.replace(', ', '-')}.log"
         left = deadline - time.perf_counter()
         if left < ENOUGH_SECONDS:

@@ -16,6 +16,7 @@ from benchmarks import airbench, designs, gpu_report, peers, pictures, report, s
 from benchmarks.peers import check
 from fasttrain.data.cifar import Dataset, Split
 from fasttrain.data.loader import build_loader
+from fasttrain.errors import UserError
 from fasttrain.model import CustomResNet
 from fasttrain.recipe import Recipe
 
@@ -149,6 +150,15 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path: Path, monke
     out = capsys.readouterr().out
     assert "exit status 3" in out and "stopped after 1 s" in out and "done" in out
     assert (tmp_path / "works.log").read_text() == "1\n"
+
+
+def test_parts_are_run_again_by_name(tmp_path: Path, monkeypatch, capsys) -> None:
+    done = [sys.executable, "-c", "print(1)"]
+    monkeypatch.setattr(gpu_report, "parts", lambda options: [("one", 60, done), ("two", 60, done)])
+    gpu_report.main(gpu_report.Options(out=tmp_path, only=("two",)))
+    assert (tmp_path / "two.log").exists() and not (tmp_path / "one.log").exists()
+    with pytest.raises(UserError, match="--only 'three': expected some of 'one', 'two'"):
+        gpu_report.main(gpu_report.Options(out=tmp_path, only=("three",)))
 
 
 def test_a_summary_keeps_every_seed_apart_from_its_mean() -> None:
