@@ -55,7 +55,7 @@ class TrainOptions(RunOptions):
     resume: str | None = None
     """Go on with an unfinished run: its folder, a checkpoint in it, or auto for the newest under --out."""
     save_every: str = "60s"
-    """Steps, as 500, or seconds, as 60s, between two checkpoints; every epoch ends with one."""
+    """Steps, as 500, or seconds, as 60s, between two checkpoints; epochs of 10 s and more end with one."""
     on_nan: Literal["stop", "rollback"] = "stop"
     """A loss that is no finite number: stop, or go back to the last checkpoint with half the rate, thrice."""
     tensorboard: bool = False

@@ -124,11 +124,24 @@ class CheckpointWriter:
         self.folder, self._device = folder, device
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._held_best: dict[str, Any] | None = None
 
     def write(self, state: dict[str, Any], *, best: bool = False) -> None:
-        """Save a copy of the state as last.pt, and as best.pt too if it is the best so far."""
+        """Save a copy of the state as last.pt, and as best.pt too if it is the best so far.
+
+        A state that is held becomes best.pt unless this one does.
+        """
         self.wait()
-        self._pending = self._thread.submit(self._write, snapshot(state, self._device), best)
+        held, self._held_best = None if best else self._held_best, None
+        self._pending = self._thread.submit(self._write, snapshot(state, self._device), best, held)
+
+    def hold_best(self, state: dict[str, Any]) -> None:
+        """Keep a copy of the best state so far in memory: the next write makes it best.pt."""
+        self._held_best = snapshot(state, self._device)
+
+    def forget_best(self) -> None:
+        """Drop what is held: the run goes back to before it."""
+        self._held_best = None
 
     def wait(self) -> None:
         """Return when the state given last is on the disk. Raises UserError if it could not be written."""
@@ -146,8 +159,10 @@ class CheckpointWriter:
         if error is None:
             self.wait()
 
-    def _write(self, state: dict[str, Any], best: bool) -> None:
+    def _write(self, state: dict[str, Any], best: bool, held_best: dict[str, Any] | None) -> None:
         last, previous = self.folder / LAST, self.folder / PREVIOUS
+        if held_best is not None:
+            save_checkpoint(self.folder / BEST, held_best)
         if last.exists():
             link_atomically(last, previous)
         if best:

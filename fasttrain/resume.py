@@ -265,6 +265,13 @@ def _first_sound(
     raise UserError("; ".join(str(reason) for _, reason in unusable))
 
 
+EPOCH_PAUSE = 10.0
+"""Seconds. An epoch that ends sooner after a checkpoint gets none of its own, unless it is the last one.
+
+Writing one takes as long as an epoch does on a fast GPU.
+"""
+
+
 class Saver:
     """Saves a run where it is time to, where an epoch ends, and where a signal asks the training to stop.
 
@@ -298,17 +305,41 @@ class Saver:
 
     def save(self) -> None:
         """Write the run's state in the background; as best.pt too after the best epoch so far."""
+        state = self._state()
+        if self._run.world.is_first:
+            self._writer.write(state, best=self._after_best_epoch())
+        self._step, self._time = self._run.step.step, time.perf_counter()
+
+    def end_epoch(self) -> None:
+        """Save the run after an epoch, or hold its state if it is the best one and a checkpoint is young.
+
+        Waits for the disk, lest serialising takes its share of the next epoch's seconds.
+        """
+        run, steps = self._run, self._run.step.step - self._step
+        over = run.epoch == run.step.recipe.epochs or self._signalled() is not None
+        over = over or self._interval.over(steps, 0.0) or time.perf_counter() - self._time >= EPOCH_PAUSE
+        if run.world.maximum(int(over)) == [1]:
+            self.save()
+            self._writer.wait()
+        elif self._after_best_epoch():
+            state = self._state()
+            if run.world.is_first:
+                self._writer.hold_best(state)
+
+    def _after_best_epoch(self) -> bool:
         run, rows = self._run, self._run.progress.epochs
         epoch_is_over = run.epoch > 0 and run.step.step == run.epoch * len(run.loader)
-        _, *others = run.world.gather(run.own_state())
-        if run.world.is_first:
-            state = run.state_dict() | {"ranks": others}
-            self._writer.write(state, best=epoch_is_over and run.progress.best_epoch is rows[-1])
-        self._step, self._time = run.step.step, time.perf_counter()
+        return epoch_is_over and run.progress.best_epoch is rows[-1]
+
+    def _state(self) -> dict[str, Any]:
+        """The run's state on the first rank, with what the others have for themselves; {} on the others."""
+        _, *others = self._run.world.gather(self._run.own_state())
+        return self._run.state_dict() | {"ranks": others} if self._run.world.is_first else {}
 
     def roll_back(self) -> None:
         """Go back to the last checkpoint, halve the peak rate, and save that."""
         self._writer.wait()
+        self._writer.forget_best()
         run = self._run
         run.restore(run.world.from_first(lambda: run.read(self._writer.folder / LAST)))
         self._run.progress.rollbacks += 1

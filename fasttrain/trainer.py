@@ -83,7 +83,8 @@ def train(
     data, data_dir, skip_bad: the images, as data.loader.open_dataset takes them; or data is a Dataset.
     resume: go on with an unfinished run of this recipe: its folder, a checkpoint in it, or auto for the
     newest under `out`.
-    save_every: steps, as 500, or seconds, as 60s, between two checkpoints; every epoch ends with one.
+    save_every: steps, as 500, or seconds, as 60s, between two checkpoints; an epoch ends with one too, unless
+    the one before is younger than 10 s.
     on_nan: what follows a loss that is no finite number: an error, or up to three times the last checkpoint
     again at half the rate.
     tensorboard: leave event files in the folder: every epoch's metrics, and a grid of augmented images.
@@ -232,8 +233,7 @@ def train(
                 test, test_figures = _test_epoch(step, test_loader)
                 run.progress.finish_epoch({"epoch": run.epoch + 1, **train_figures, **test_figures})
                 log.epoch(run.progress.epochs[-1])
-                saver.save()
-                writer.wait()  # now, lest serialising takes its share of the next epoch's seconds
+                saver.end_epoch()
                 saver.stop_if_asked()
             if report and test is None:  # resumed after its last epoch
                 test, _ = _test_epoch(step, test_loader)

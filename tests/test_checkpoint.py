@@ -116,6 +116,24 @@ def test_the_writer_keeps_the_last_two_and_the_best(tmp_path) -> None:
     assert (tmp_path / "previous.pt").samefile(tmp_path / "best.pt")  # serialised and stored once
 
 
+def test_what_the_writer_holds_becomes_the_best_with_the_next_write(tmp_path) -> None:
+    best, state = tmp_path / "best.pt", numbered(1)
+    with CheckpointWriter(tmp_path, CPU) as writer:
+        writer.hold_best(state)
+        state["model"]["w"].zero_()
+        writer.write(numbered(2))
+        writer.wait()
+        assert load_checkpoint(best)["epoch"] == 1 and load_checkpoint(best)["model"]["w"][0] == 1
+        writer.hold_best(numbered(3))
+        writer.write(numbered(4), best=True)
+        writer.wait()
+        assert load_checkpoint(best)["epoch"] == 4
+        writer.hold_best(numbered(5))
+        writer.forget_best()
+        writer.write(numbered(6))
+    assert load_checkpoint(best)["epoch"] == 4
+
+
 def test_the_writer_copies_before_it_returns(tmp_path, monkeypatch) -> None:
     changed = threading.Event()
 

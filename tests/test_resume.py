@@ -12,15 +12,16 @@ import pytest
 import torch
 
 from benchmarks.soak import TinyNet, outcome, same
-from fasttrain import trainer
+from fasttrain import resume, trainer
 from fasttrain.__main__ import main
-from fasttrain.checkpoint import load_checkpoint, save_checkpoint
+from fasttrain.checkpoint import CheckpointWriter, load_checkpoint, save_checkpoint
 from fasttrain.data import cifar
 from fasttrain.data.loader import build_loader
 from fasttrain.errors import DivergedError, Interrupted, UserError
 from fasttrain.evaluate import evaluate
 from fasttrain.files import hold_folder
 from fasttrain.recipe import Recipe, flag
+from fasttrain.resume import Progress
 from fasttrain.step import TrainStep
 
 RECIPE = Recipe(name="tiny", epochs=3, batch_size=16, dropout=0.1, compute_dtype="fp32", loader="tensor")
@@ -255,6 +256,7 @@ def test_another_version_is_said_and_kept(dataset_dir, tmp_path, monkeypatch, ca
 def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(
     whole, dataset_dir, tmp_path, monkeypatch, capsys
 ) -> None:
+    monkeypatch.setattr(resume, "EPOCH_PAUSE", 0.0)
     folder = stop_at(dataset_dir, tmp_path, 6, monkeypatch)
     torn = (folder / "last.pt").read_bytes()[:-100]
     (folder / "last.pt").write_bytes(torn)
@@ -288,6 +290,7 @@ def poison(step: TrainStep) -> None:
 
 
 def test_a_nan_stops_the_run_and_keeps_the_good_checkpoint(dataset_dir, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(resume, "EPOCH_PAUSE", 0.0)
     after_step(monkeypatch, 6, poison)  # so that step 7 is the first with a NaN loss
     with pytest.raises(DivergedError, match="epoch 2, step 7"):
         train(dataset_dir, tmp_path)
@@ -312,6 +315,42 @@ def test_rollback_goes_on_from_the_good_checkpoint_at_half_the_rate(
     result = json.loads((folder / "result.json").read_text())
     assert (result["rollbacks"], result["max_lr"]) == (1, RECIPE.max_lr / 2)
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("best_epoch", [1, 2, 3])
+def test_short_epochs_share_a_checkpoint_and_the_best_one_is_kept(
+    dataset_dir, tmp_path, monkeypatch, best_epoch: int
+) -> None:
+    """Two writes, before the first step and after the last one, whichever epoch was the best."""
+    writes: list[dict[str, Any]] = []
+    write = CheckpointWriter.write
+    monkeypatch.setattr(
+        CheckpointWriter,
+        "write",
+        lambda self, state, **best: (writes.append(state), write(self, state, **best)),
+    )
+    monkeypatch.setattr(Progress, "best_epoch", property(lambda self: self.epochs[:best_epoch][-1]))
+    folder = train(dataset_dir, tmp_path)
+    assert [state["epoch"] for state in writes] == [0, 3]
+    assert load_checkpoint(folder / "best.pt")["epoch"] == best_epoch
+    assert load_checkpoint(folder / "last.pt")["epoch"] == 3
+
+
+def test_a_rollback_drops_a_best_epoch_that_no_checkpoint_holds(dataset_dir, tmp_path, monkeypatch) -> None:
+    """Epoch 1 is held as the best when epoch 2 fails; the run goes on from before both, and so does best.pt."""
+    after_step(monkeypatch, 6, poison)
+    best: list[dict[str, Any]] = []
+    write = CheckpointWriter._write
+
+    def noted(
+        self: CheckpointWriter, state: dict[str, Any], is_best: bool, held: dict[str, Any] | None
+    ) -> None:
+        best.extend([held] * (held is not None) + [state] * is_best)
+        write(self, state, is_best, held)
+
+    monkeypatch.setattr(CheckpointWriter, "_write", noted)
+    train(dataset_dir, tmp_path, on_nan="rollback")
+    assert best and all(state["progress"]["rollbacks"] == 1 for state in best)
 
 
 def test_rollback_gives_up_after_three(dataset_dir, tmp_path) -> None:
