@@ -337,7 +337,7 @@ def test_short_epochs_share_a_checkpoint_and_the_best_one_is_kept(
 
 
 def test_a_rollback_drops_a_best_epoch_that_no_checkpoint_holds(dataset_dir, tmp_path, monkeypatch) -> None:
-    """Epoch 1 is held as the best when epoch 2 fails; the run goes on from before both, and so does best.pt."""
+    """Epoch 1 is held as the best when epoch 2 fails; the run goes on from before both."""
     after_step(monkeypatch, 6, poison)
     best: list[dict[str, Any]] = []
     write = CheckpointWriter._write
