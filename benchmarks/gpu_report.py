@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.report import run, show
 from fasttrain.errors import UserError
+from fasttrain.machine import cpu_cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,8 @@ def parts(options: Options) -> list[tuple[str, int, list[str]]]:
     """
     small = options.small
 
-    def module(name: str, *arguments: str, tiny: str = "") -> list[str]:
-        return [sys.executable, "-m", name, *arguments, *(tiny.split() if small else [])]
+    def module(name: str, *arguments: str, full: str = "", tiny: str = "") -> list[str]:
+        return [sys.executable, "-m", name, *arguments, *(tiny if small else full).split()]
 
     data = ["--data-dir", str(options.data_dir)]
     recipe = options.out / "small.json"
@@ -58,57 +59,52 @@ def parts(options: Options) -> list[tuple[str, int, list[str]]]:
         return ["--recipe", str(recipe) if small else name]
 
     # Compiled whatever auto would say of one run: the figures are those of a machine whose cache is warm.
-    compiled = [] if small else ["--compile", "default"]
-    train = ["train", *of_recipe("default"), *data, "--out", str(options.out / "runs"), *compiled]
-    # Both want more than every machine has: a GPU and its package, or the images as files too.
-    airbench = [("airbench", 120, module("benchmarks.airbench", *data, *compiled))] * (not small)
+    compiled = "--compile default"
+    runs = ["--out", str(options.out / "runs")]
+    train = module("fasttrain", "train", *of_recipe("default"), *data, *runs, full=compiled)
+
+    def seeds(recipe: str) -> list[str]:
+        return module(
+            "benchmarks.train", *of_recipe(recipe), *data, full=f"--seeds 5 {compiled}", tiny="--seeds 1"
+        )
+
+    # The first wants a GPU and a package, the second the images as files too.
+    airbench = [("airbench", 120, module("benchmarks.airbench", *data, full=f"--seeds 5 {compiled}"))]
     images = options.data_dir / "images"
-    of_files = ["--data", f"folder:{images}", *data, "--out", str(options.out / "runs"), "--epochs", "1"]
-    folder_run = [("folder run", 90, module("fasttrain", "train", *of_files))] * images.is_dir()
+    of_files = module("fasttrain", "train", "--data", f"folder:{images}", *data, *runs, "--epochs", "1")
     return [
         ("machine", 60, module("benchmarks.machine")),
-        ("tests", 200, module("pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider")),
-        ("run, cold", 150, module("fasttrain", *train)),
-        ("run, warm", 90, module("fasttrain", *train)),
-        (
-            "seeds",
-            120,
-            module(
-                "benchmarks.train", *of_recipe("default"), *data, *compiled, "--seeds", "1" if small else "5"
-            ),
-        ),
-        (
-            "designs",
-            90,
-            module("benchmarks.designs", tiny="--rounds 1 --seconds 0.1 --images 64 --batch-size 8"),
-        ),
-        ("step", 120, module("benchmarks.step", tiny="--rounds 1 --batch-sizes 8")),
-        ("networks", 120, module("benchmarks.networks", tiny="--rounds 1 --batch-size 8 --width 8")),
-        ("ladder", 120, module("benchmarks.ladder", tiny="--rounds 1 --batch-size 8 --images 64")),
-        (
-            "fast",
-            120,
-            module(
-                "benchmarks.train", *of_recipe("fast"), *data, *compiled, "--seeds", "1" if small else "10"
-            ),
-        ),
-        *airbench,
-        (
-            "profile",
-            90,
-            module(
-                *("fasttrain", "profile", *of_recipe("default"), *data, *compiled),
-                *("--out", str(options.out / "profile")),
-                tiny="--active 1",
-            ),
-        ),
+        # -v: each outcome is told at once, whatever ends the tests early.
+        ("tests", 200, module("pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider")),
+        ("run, cold", 150, train),
+        ("run, warm", 90, train),
+        ("seeds", 120, seeds("default")),
         (
             "loader",
             120,
             module(
                 "benchmarks.loader",
+                full=f"--cores {cpu_cores()} --batch-sizes 512",
                 tiny="--rounds 1 --images 64 --seconds 0.1 --cores 1 --no-peers "
                 "--batch-size 8 --batch-sizes 8 --step-batch-size 8",
+            ),
+        ),
+        (
+            "step",
+            120,
+            module("benchmarks.step", full="--batch-sizes 512", tiny="--rounds 1 --batch-sizes 8"),
+        ),
+        ("ladder", 120, module("benchmarks.ladder", tiny="--rounds 1 --batch-size 8 --images 64")),
+        ("fast", 120, seeds("fast")),
+        *airbench * (not small),
+        (
+            "profile",
+            90,
+            module(
+                *("fasttrain", "profile", *of_recipe("default"), *data),
+                *("--out", str(options.out / "profile")),
+                full=compiled,
+                tiny="--active 1",
             ),
         ),
         (
@@ -116,8 +112,19 @@ def parts(options: Options) -> list[tuple[str, int, list[str]]]:
             60,
             module("benchmarks.folder", tiny="--rounds 1 --cores 1 --small 1000 --photos 20 --seconds 0.1"),
         ),
-        *folder_run,
+        *[("folder run", 90, of_files)] * images.is_dir(),
+        (
+            "designs",
+            120,
+            module(
+                "benchmarks.designs",
+                full="--rounds 3",
+                tiny="--rounds 1 --seconds 0.1 --images 64 --batch-size 8",
+            ),
+        ),
         ("start", 90, module("benchmarks.start", tiny="--rounds 1 --images 100")),
+        # Compiles each of its networks anew.
+        ("networks", 300, module("benchmarks.networks", tiny="--rounds 1 --batch-size 8 --width 8")),
         (
             "scaling",
             120,
@@ -162,7 +169,8 @@ def run_part(command: list[str], limit: float, log: Path, results: Path) -> str:
             command,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"FASTTRAIN_RESULTS": str(results.resolve())},
+            # Unbuffered: what a part said stays in its log when it is killed.
+            env=os.environ | {"FASTTRAIN_RESULTS": str(results.resolve()), "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
         try:
