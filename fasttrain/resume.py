@@ -290,7 +290,7 @@ class Saver:
     ) -> None:
         self._run, self._writer, self._interval = run, writer, interval
         self._signalled, self._resume_command = signalled, resume_command
-        self._step, self._time = run.step.step, time.perf_counter()
+        self._step, self._epoch, self._time = run.step.step, run.epoch, time.perf_counter()
         self._pace = Pace(run.world, run.step.step)
 
     def wanted(self) -> bool:
@@ -308,7 +308,7 @@ class Saver:
         state = self._state()
         if self._run.world.is_first:
             self._writer.write(state, best=self._after_best_epoch())
-        self._step, self._time = self._run.step.step, time.perf_counter()
+        self._step, self._epoch, self._time = self._run.step.step, self._run.epoch, time.perf_counter()
 
     def end_epoch(self) -> None:
         """Save the run after an epoch, or hold its state if it is the best one and a checkpoint is young.
@@ -347,11 +347,13 @@ class Saver:
         self.save()
 
     def stop_if_asked(self) -> None:
-        """After a signal to any rank, raise Interrupted once what was saved is on the disk."""
+        """After a signal to any rank, raise Interrupted once the run as it is now is on the disk."""
         [signum] = self._run.world.maximum(self._signalled() or 0)
         if signum:
-            self._writer.wait()
             step = self._run.step
+            if (self._step, self._epoch) != (step.step, self._run.epoch):  # after end_epoch
+                self.save()
+            self._writer.wait()
             raise Interrupted(
                 f"{signal.Signals(signum).name}: saved at step {step.step} of {step.total_steps}; "
                 f"go on with: {self._resume_command}",

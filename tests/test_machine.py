@@ -135,6 +135,7 @@ def test_a_copy_without_git_is_told_its_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, commit: str, dirty: bool
 ) -> None:
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "fasttrain" / "machine.py"))
+    monkeypatch.delenv("FASTTRAIN_COMMIT", raising=False)
     assert machine.describe(CPU)["git_commit"] is None
     monkeypatch.setenv("FASTTRAIN_COMMIT", told)
     assert (machine.describe(CPU)["git_commit"], machine.describe(CPU)["git_dirty"]) == (commit, dirty)

@@ -336,6 +336,20 @@ def test_short_epochs_share_a_checkpoint_and_the_best_one_is_kept(
     assert load_checkpoint(folder / "last.pt")["epoch"] == 3
 
 
+def test_a_signal_right_after_a_short_epoch_still_saves_it(dataset_dir, tmp_path, monkeypatch) -> None:
+    end_epoch = resume.Saver.end_epoch
+
+    def signalled_late(self: resume.Saver) -> None:
+        end_epoch(self)  # the checkpoint is young: none is written
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(resume.Saver, "end_epoch", signalled_late)
+    with pytest.raises(Interrupted, match=f"saved at step {STEPS_PER_EPOCH} "):
+        train(dataset_dir, tmp_path)
+    state = load_checkpoint(only(tmp_path) / "last.pt")
+    assert (state["epoch"], state["scheduler"]["step"]) == (1, STEPS_PER_EPOCH)
+
+
 def test_a_rollback_drops_a_best_epoch_that_no_checkpoint_holds(dataset_dir, tmp_path, monkeypatch) -> None:
     """Epoch 1 is held as the best when epoch 2 fails; the run goes on from before both."""
     after_step(monkeypatch, 6, poison)
