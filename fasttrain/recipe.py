@@ -176,7 +176,7 @@ PRESETS: dict[str, Recipe] = {
         ),
         # The shortest schedule: more of what helps when there is little time, and no cutout, which needs more
         # of it. That was chosen by ablation (python -m benchmarks.recipes); the other values are still the
-        # literature's (arXiv:2404.00498), since the ablation could not tell them from chance.
+        # literature's (arXiv:2404.00498): those tried so far could not be told from chance.
         Recipe(
             name="fast",
             epochs=6,
