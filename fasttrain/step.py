@@ -201,7 +201,8 @@ class TrainStep:
         self._sums += torch.stack([loss_sum, hits, (self._sums[0] + loss_sum).isfinite()])
 
     def _update(self) -> None:
-        self.scaler.step(self.optimizer)
+        with autocast(self.device, self.compute_dtype):  # of an optimizer's matrix products
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average:
             self.average.update()

@@ -5,7 +5,7 @@ import torch
 from torch.optim.lr_scheduler import OneCycleLR
 
 from fasttrain.model import CustomResNet
-from fasttrain.optim import build_optimizer, one_cycle, set_schedule
+from fasttrain.optim import build_optimizer, one_cycle, orthogonalize, set_schedule
 from fasttrain.recipe import PRESETS, Recipe
 
 
@@ -84,3 +84,40 @@ def test_biases_of_batch_norm_learn_at_their_own_multiple_of_the_rate() -> None:
         group = groups[id(parameter)]
         assert group["lr"] == (2.0 if id(parameter) in biases else 0.5), name
         assert group["weight_decay"] == (0.1 if parameter.dim() > 1 else 0.0), name
+
+
+@pytest.mark.parametrize("shape", [(16, 144), (64, 27), (32, 32)])
+def test_orthogonalize_keeps_the_directions_and_brings_their_sizes_near_one(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    sizes = torch.linspace(1, 0.2, len(right))
+    along = left.T @ orthogonalize(left * sizes @ right) @ right.T
+    assert along.diag().min() > 0.5 and along.diag().max() < 1.3
+    torch.testing.assert_close(along, along.diag().diag(), rtol=0, atol=1e-4)
+
+
+def test_muon_renews_a_share_of_the_filters_and_leaves_the_rest_to_adamw() -> None:
+    recipe = Recipe(optimizer="muon", bn_bias_lr_scale=4.0, muon_lr_scale=10.0, weight_decay=0.1)
+    model, twin = CustomResNet(width=8), CustomResNet(width=8)
+    twin.load_state_dict(model.state_dict())
+    muon = build_optimizer(model, recipe, lr=0.01)
+    adamw = build_optimizer(twin, dataclasses.replace(recipe, optimizer="adamw"), lr=0.01)
+    before = [p.detach().clone() for p in model.parameters()]
+    generator = torch.Generator().manual_seed(0)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        ours.grad = torch.randn(ours.shape, generator=generator)
+        theirs.grad = ours.grad.clone()
+    for optimizer in (muon, adamw):
+        set_schedule(optimizer, 0.02, None)
+        optimizer.step()
+    for ours, theirs, old in zip(model.parameters(), twin.parameters(), before, strict=True):
+        if ours.dim() != 4:
+            assert torch.equal(ours, theirs)
+            continue
+        rows = len(ours)
+        unit = old * rows**0.5 / old.norm()
+        step = (unit - ours).flatten(1) / (0.02 * 10)
+        values = torch.linalg.svdvals(step)
+        assert values.max() < 1.3 and values.median() > 0.5
+        assert (step * ours.grad.flatten(1)).sum() > 0  # downhill
+    assert len(muon.state) == len(adamw.state) == len(before)

@@ -17,6 +17,11 @@ def test_the_assignment_is_faithful() -> None:
     assert not recipe.test_flip
 
 
+def test_only_the_record_has_another_optimizer_than_adams() -> None:
+    others = {name for name, recipe in PRESETS.items() if recipe.optimizer not in ("adam", "adamw")}
+    assert others == {"record"}
+
+
 def test_a_field_that_a_file_lacks_is_off() -> None:
     """Files of finished runs must not change their meaning when a field is added."""
     values = Recipe().to_dict()
@@ -37,7 +42,8 @@ def test_a_field_that_a_file_lacks_is_off() -> None:
         ({"max_lr": -1.0}, "--max-lr -1.0"),
         ({"weight_decay": float("inf")}, "--weight-decay inf"),
         ({"pct_start": 1.0}, "--pct-start 1.0"),
-        ({"optimizer": "sgd"}, "adam or adamw"),
+        ({"optimizer": "sgd"}, "adam or adamw or muon"),
+        ({"muon_lr_scale": 0.0}, "--muon-lr-scale 0.0"),
         ({"flip": 1}, "--flip"),
         ({"flip_order": "sometimes"}, "random or alternating"),
         ({"init": "zeros"}, "default or dirac"),
