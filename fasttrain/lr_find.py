@@ -22,7 +22,7 @@ from fasttrain.errors import UserError
 from fasttrain.files import write_atomically
 from fasttrain.machine import fork_rng, pick_compute_dtype, pick_device, prepare
 from fasttrain.model import CustomResNet
-from fasttrain.optim import build_optimizer
+from fasttrain.optim import build_optimizer, set_schedule
 from fasttrain.recipe import Recipe
 
 SKIP_START, SKIP_END = 10, 5
@@ -189,9 +189,14 @@ def _curve(
         len(dataset.classes), mean=dataset.mean, std=dataset.std, **recipe.network_settings()
     ).to(device)
     loader = build_loader(dataset, recipe, train=True, kind=kind, device=device)
+    optimizer = build_optimizer(model, recipe, lr=start_lr)
+    # The library gives all groups one rate; some learn at a multiple of it.
+    optimizer.register_step_pre_hook(
+        lambda *_: set_schedule(optimizer, optimizer.param_groups[0]["lr"], None)
+    )
     finder = LRFinder(
         model,
-        build_optimizer(model, recipe, lr=start_lr),
+        optimizer,
         _FiniteLoss(recipe.label_smoothing),
         device=device,
         amp_backend="torch",

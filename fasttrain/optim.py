@@ -83,6 +83,18 @@ class Muon(torch.optim.AdamW):
         filters_FCHW.sub_(update * lr)
 
 
+def state_example(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    """What the optimizer keeps of every parameter after a step, by its place: names and shapes alone."""
+    places = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    by_muon = optimizer.param_groups[-1] if isinstance(optimizer, Muon) else None
+    return {
+        place: {"momentum": parameter}
+        if group is by_muon
+        else {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+        for place, (group, parameter) in enumerate(places)
+    }
+
+
 def orthogonalize(matrix_MN: Tensor) -> Tensor:
     """The matrix with its singular values brought near 1, between about 0.7 and 1.2; float32.
 

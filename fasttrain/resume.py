@@ -18,6 +18,7 @@ from fasttrain.distributed import Pace
 from fasttrain.errors import DivergedError, Interrupted, UserError
 from fasttrain.files import set_aside
 from fasttrain.machine import hardware_name
+from fasttrain.optim import state_example
 from fasttrain.recipe import Recipe, flag, load_recipe
 from fasttrain.runlog import RECIPE_FILE
 from fasttrain.step import TrainStep
@@ -180,7 +181,10 @@ class RunState:
         example = self.state_dict()
         require_like(state["scheduler"], example["scheduler"], "scheduler")
         step, total_steps, max_lr = (state["scheduler"][key] for key in ("step", "total_steps", "max_lr"))
-        example["optimizer"] = {"state": self._optimizer_example() if step else {}, "param_groups": []}
+        example["optimizer"] = {
+            "state": state_example(self.step.optimizer) if step else {},
+            "param_groups": [],
+        }
         for key in (
             "model",
             *(("trained_model",) if self.step.average else ()),
@@ -221,18 +225,11 @@ class RunState:
                 finite_steps == step - first and 0 <= hits <= metrics["images"]
                 for _, hits, finite_steps in all_sums
             ),
-            "optimizer.state": all(s["step"] <= step for s in state["optimizer"]["state"].values()),
+            "optimizer.state": all(s.get("step", 0) <= step for s in state["optimizer"]["state"].values()),
         }
         for place, fits in agree.items():
             if not fits:
                 raise UserError(f"{place} does not agree with the rest of it")
-
-    def _optimizer_example(self) -> dict[int, dict[str, Tensor]]:
-        parameters = [p for group in self.step.optimizer.param_groups for p in group["params"]]
-        return {
-            index: {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-            for index, parameter in enumerate(parameters)
-        }
 
 
 def resume_from(paths: Sequence[Path], run: RunState, say: Callable[[str], object]) -> None:

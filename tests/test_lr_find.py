@@ -12,6 +12,8 @@ from fasttrain.__main__ import main
 from fasttrain.data.loader import pick_loader
 from fasttrain.errors import UserError
 from fasttrain.lr_find import LrCurve, LrSearch, find_max_lr
+from fasttrain.model import CustomResNet
+from fasttrain.optim import build_optimizer
 from fasttrain.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -61,6 +63,23 @@ def test_a_search_says_its_spread_and_which_tries_failed() -> None:
     assert "no spread is known" in str(LrSearch(tries[:1], [0.01]))
     assert str(tries[1]) == f"{tries[1].suggestion:.3g} (diverged after 90 steps)"
     assert str(tries[2]) == "nothing: diverged after 9 steps, too short to tell"
+
+
+def test_groups_learn_at_their_multiple_of_the_rate_in_a_search_too(dataset, monkeypatch) -> None:
+    taken: list[list[float]] = []
+
+    def build(*args, **settings):
+        optimizer = build_optimizer(*args, **settings)
+        optimizer.register_step_post_hook(lambda *_: taken.append([g["lr"] for g in optimizer.param_groups]))
+        return optimizer
+
+    monkeypatch.setattr(lr_find, "build_optimizer", build)
+    monkeypatch.setattr(lr_find, "CustomResNet", functools.partial(CustomResNet, width=8))
+    found = search(dataset, Recipe(batch_size=16, optimizer="muon", muon_lr_scale=2.0), repeats=1)
+    rates = found.curves[0].lrs
+    steps = list(dict.fromkeys(map(tuple, taken)))
+    assert [step[0] for step in steps[: len(rates)]] == pytest.approx(rates)
+    assert all(step[-1] == pytest.approx(2 * step[0]) for step in steps)
 
 
 def test_real_search_leaves_the_generators_alone(dataset) -> None:

@@ -97,6 +97,14 @@ def test_the_loader_of_dali_resumes_too(dataset_dir, tmp_path, monkeypatch) -> N
     assert same(outcome(folder), outcome(undisturbed))
 
 
+def test_a_run_with_muon_ends_with_the_same_bits(dataset_dir, tmp_path, monkeypatch) -> None:
+    recipe = dataclasses.replace(RECIPE, optimizer="muon")
+    undisturbed = train(dataset_dir, tmp_path / "whole", recipe)
+    folder = stop_at(dataset_dir, tmp_path / "stopped", 6, monkeypatch, recipe=recipe)
+    train(dataset_dir, tmp_path / "stopped", recipe, resume=folder)
+    assert same(outcome(folder), outcome(undisturbed))
+
+
 def test_an_averaged_run_ends_with_the_same_bits_and_ships_the_average(
     dataset_dir, tmp_path, monkeypatch
 ) -> None:
