@@ -30,7 +30,7 @@ from benchmarks.report import run, save, show
 from fasttrain import lr_find, trainer
 from fasttrain.data.cifar import Dataset, Split, channel_statistics
 from fasttrain.data.loader import open_dataset
-from fasttrain.errors import Interrupted, UserError
+from fasttrain.errors import UserError
 from fasttrain.machine import pick_device
 from fasttrain.model import CustomResNet
 from fasttrain.recipe import Recipe, flag, load_recipe
@@ -341,11 +341,7 @@ def main(options: Options) -> None:
         for number, (name, recipe) in enumerate(recipes.items(), start=1):
             print(f"seed {seed}, recipe {number}/{len(recipes)}: {name}", file=sys.stderr)
             seeded = dataclasses.replace(recipe, seed=seed)
-            try:
-                found = trained(seeded, dataset, out / name / f"seed-{seed}", options.device)
-            except Interrupted as stopped:
-                print("saved; the same command goes on from here", file=sys.stderr)
-                sys.exit(stopped.status)
+            found = trained(seeded, dataset, out / name / f"seed-{seed}", options.device)
             runs.setdefault(name, {})[seed] = found
             values = collect(options, dataset, recipes, runs)
             path = save(benchmark, device, values)

@@ -1,0 +1,142 @@
+"""What the quality of the images costs: the same training on images encoded once more, ever more coarsely.
+
+    python -m benchmarks.quality --data-dir data
+    python -m benchmarks.quality --data-dir data --qualities 50 25 --seeds 5
+
+Training images and the held-out ones that measure it are encoded alike. Of images that are JPEGs already it
+shows the slope below their quality, and hints at what lies above: the cost of the first encoding itself
+cannot be seen. Runs are paired by seed, as in benchmarks/recipes.py, and it goes on where it stopped.
+"""
+
+import dataclasses
+import functools
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.recipes import held_out, points, summarize, trained
+from benchmarks.report import run, save, show
+from fasttrain import lr_find, trainer
+from fasttrain.data.cifar import Dataset, Split, channel_statistics
+from fasttrain.data.loader import open_dataset
+from fasttrain.errors import UserError
+from fasttrain.machine import pick_device
+from fasttrain.model import CustomResNet
+from fasttrain.recipe import load_recipe
+from fasttrain.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Train on the same images at several JPEG qualities, over the same seeds."""
+
+    qualities: tuple[int, ...] = (75, 50, 25)
+    """JPEG qualities that the images are encoded with once more, from 1 to 95."""
+    base: str = "fast"
+    """The recipe: a preset or a recipe's JSON file."""
+    seeds: int = 3
+    """Seeds 0, 1, ... train at every quality once each."""
+    epochs: int = 3
+    """Instead of the recipe's own."""
+    width: int = 16
+    """Channels of the network's first convolution."""
+    out: Path = Path("runs/quality")
+    """Where the runs' folders are, and are made."""
+    data: Literal["auto", "cifar10", "cifar100", "synthetic"] = "auto"
+    """As in fasttrain train."""
+    data_dir: Path | None = None
+    """As in fasttrain train."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("seeds", self.seeds), ("epochs", self.epochs), ("width", self.width)):
+            if value < 1:
+                raise UserError(f"--{name} {value}: expected at least 1")
+        for quality in self.qualities:
+            if not 1 <= quality <= 95:
+                raise UserError(f"--qualities {quality}: expected from 1 to 95")
+
+
+def encode(images_NCHW: np.ndarray, quality: int) -> np.ndarray:
+    """The images (N, 3, H, W) uint8 after a JPEG encoder of this quality, with halved colour (4:2:0)."""
+    encoded_NCHW = np.empty_like(images_NCHW)
+    for image_CHW, encoded_CHW in zip(images_NCHW, encoded_NCHW, strict=True):
+        file = io.BytesIO()
+        Image.fromarray(image_CHW.transpose(1, 2, 0)).save(file, "JPEG", quality=quality, subsampling="4:2:0")
+        encoded_CHW[:] = np.asarray(Image.open(file)).transpose(2, 0, 1)
+    return encoded_NCHW
+
+
+def at_quality(dataset: Dataset, quality: int) -> Dataset:
+    """The data set with all its images encoded once more."""
+    train, test = (
+        Split(encode(split.images, quality), split.labels) for split in (dataset.train, dataset.test)
+    )
+    mean, std = channel_statistics(train.images)
+    name = f"{dataset.name}, encoded once more at q{quality}"
+    return dataclasses.replace(dataset, name=name, train=train, test=test, mean=mean, std=std)
+
+
+def rows(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
+    """Per quality, the images as they are first: the accuracy, and how it differs on the seeds of both."""
+    accuracy = {
+        name: {seed: one.result["test_accuracy"] for seed, one in by_seed.items()}
+        for name, by_seed in runs.items()
+    }
+    base = next(iter(accuracy.values()))
+    found = []
+    for name, by_seed in accuracy.items():
+        pairs = [by_seed[seed] - base[seed] for seed in by_seed]
+        difference = None if by_seed is base else summarize(pairs)
+        found.append(
+            {"quality": name, "accuracy": summarize(list(by_seed.values())), "difference": difference}
+        )
+    return found
+
+
+def main(options: Options) -> None:
+    device = pick_device(options.device)
+    recipe = dataclasses.replace(load_recipe(options.base), epochs=options.epochs)
+    original = held_out(open_dataset(options.data, options.data_dir, print))
+    for module in (trainer, lr_find):
+        module.CustomResNet = functools.partial(CustomResNet, width=options.width)  # type: ignore
+    runs: dict[str, dict[int, Run]] = {}
+    for quality in (None, *options.qualities):
+        name = "as they are" if quality is None else f"q{quality}"
+        dataset = original if quality is None else at_quality(original, quality)
+        for seed in range(options.seeds):
+            print(f"{name}, seed {seed}", file=sys.stderr)
+            seeded = dataclasses.replace(recipe, seed=seed)
+            folder = options.out / recipe.name / name.replace(" ", "-") / f"seed-{seed}"
+            runs.setdefault(name, {})[seed] = trained(seeded, dataset, folder, options.device)
+    values = {
+        "dataset": original.name,
+        "recipe": recipe.to_dict(),
+        "width": options.width,
+        "hardware": sorted(
+            {f"{one.hardware}, {one.result['precision']}" for s in runs.values() for one in s.values()}
+        ),
+        "rows": rows(runs),
+        "runs": [
+            {"quality": name, "seed": seed, "test_accuracy": one.result["test_accuracy"]}
+            for name, by_seed in runs.items()
+            for seed, one in by_seed.items()
+        ],
+    }
+    path = save("quality", device, values)
+    table = [
+        [row["quality"], points(row["accuracy"]), points(row["difference"], "+"), str(row["accuracy"]["n"])]
+        for row in values["rows"]
+    ]
+    show(f"{original.name}; mean (95% interval)", ["images", "accuracy, %", "difference, points", "n"], table)
+    print(path)
+
+
+if __name__ == "__main__":
+    run(main, Options)
