@@ -44,7 +44,7 @@ class Recipe:
     """Share of each batch in BatchNorm's running mean and variance."""
     bn_bias_lr_scale: float = 1.0
     """BatchNorm's biases learn at the schedule's rate times this."""
-    muon_lr_scale: float = 24.0
+    muon_lr_scale: float = 10.0
     """With muon, convolutions learn at the schedule's rate times this: a step renews that share."""
     logit_scale: float = 1.0
     """The last layer's outputs are multiplied by this."""
@@ -195,7 +195,7 @@ PRESETS: dict[str, Recipe] = {
         ),
         _FAST,
         # `fast` with another optimizer than the one that the project is about.
-        dataclasses.replace(_FAST, name="record", optimizer="muon"),
+        dataclasses.replace(_FAST, name="record", epochs=5, optimizer="muon"),
         # For a machine without a GPU: few epochs, and smaller batches so that they hold enough steps.
         Recipe(name="laptop", epochs=3, batch_size=256, pct_start=0.3),
     )
