@@ -9,7 +9,6 @@ cannot be seen. Runs are paired by seed, as in benchmarks/recipes.py, and it goe
 """
 
 import dataclasses
-import functools
 import io
 import sys
 from dataclasses import dataclass
@@ -19,14 +18,12 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from benchmarks.recipes import held_out, points, summarize, trained
+from benchmarks.recipes import held_out, points, summarize, trained, use_width
 from benchmarks.report import run, save, show
-from fasttrain import lr_find, trainer
 from fasttrain.data.cifar import Dataset, Split, channel_statistics
 from fasttrain.data.loader import open_dataset
 from fasttrain.errors import UserError
 from fasttrain.machine import pick_device
-from fasttrain.model import CustomResNet
 from fasttrain.recipe import load_recipe
 from fasttrain.run import Run
 
@@ -100,12 +97,20 @@ def rows(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
     return found
 
 
+def table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows, as text, of what the JSON file holds."""
+    lines = [
+        [row["quality"], points(row["accuracy"]), points(row["difference"], "+"), str(row["accuracy"]["n"])]
+        for row in values["rows"]
+    ]
+    return ["images", "accuracy, %", "difference, points", "n"], lines
+
+
 def main(options: Options) -> None:
     device = pick_device(options.device)
     recipe = dataclasses.replace(load_recipe(options.base), epochs=options.epochs)
     original = held_out(open_dataset(options.data, options.data_dir, print))
-    for module in (trainer, lr_find):
-        module.CustomResNet = functools.partial(CustomResNet, width=options.width)  # type: ignore
+    use_width(options.width)
     runs: dict[str, dict[int, Run]] = {}
     for quality in (None, *options.qualities):
         name = "as they are" if quality is None else f"q{quality}"
@@ -117,6 +122,8 @@ def main(options: Options) -> None:
             runs.setdefault(name, {})[seed] = trained(seeded, dataset, folder, options.device)
     values = {
         "dataset": original.name,
+        "train_images": len(original.train.labels),
+        "test_images": len(original.test.labels),
         "recipe": recipe.to_dict(),
         "width": options.width,
         "hardware": sorted(
@@ -130,11 +137,7 @@ def main(options: Options) -> None:
         ],
     }
     path = save("quality", device, values)
-    table = [
-        [row["quality"], points(row["accuracy"]), points(row["difference"], "+"), str(row["accuracy"]["n"])]
-        for row in values["rows"]
-    ]
-    show(f"{original.name}; mean (95% interval)", ["images", "accuracy, %", "difference, points", "n"], table)
+    show(f"{original.name}; mean (95% interval)", *table(values))
     print(path)
 
 

@@ -138,6 +138,13 @@ def held_out(dataset: Dataset) -> Dataset:
     )
 
 
+def use_width(width: int) -> None:
+    """Let all trainings of this process take a network of this width; 64 is the one that there is."""
+    if width != 64:
+        for module in (trainer, lr_find):
+            module.CustomResNet = functools.partial(CustomResNet, width=width)  # type: ignore
+
+
 def trained(recipe: Recipe, dataset: Dataset, folder: Path, device: str) -> Run:
     """The finished run of this recipe in a folder of its own: read, resumed or trained.
 
@@ -326,9 +333,7 @@ def main(options: Options) -> None:
     dataset = open_dataset(options.data, options.data_dir, print)
     if options.mode == "ablations":
         dataset = held_out(dataset)
-    if options.width != 64:
-        for module in (trainer, lr_find):
-            module.CustomResNet = functools.partial(CustomResNet, width=options.width)  # type: ignore
+    use_width(options.width)
     cheap = [f"{options.epochs}-epochs"] * (options.epochs is not None)
     cheap += [f"width-{options.width}"] * (options.width != 64)
     out = options.out / "-".join([options.mode, *cheap])

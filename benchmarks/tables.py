@@ -17,7 +17,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import airbench, paper_model, recipes
+from benchmarks import airbench, paper_model, quality, recipes
 from benchmarks.pictures import draw_scaling
 from benchmarks.report import RESULTS, markdown
 from fasttrain.machine import hardware_name
@@ -285,6 +285,17 @@ def final_table(results: Path) -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def quality_table(results: Path) -> str:
+    """Per machine: what encoding the images more coarsely does to the accuracy on held-out ones."""
+    parts = [
+        f"{markdown(*quality.table(values))}\n\n`{values['recipe']['name']}`, "
+        f"{values['recipe']['epochs']} epochs, width {values['width']}, {recipes_caption(values)} "
+        "Difference: mean over pairs of runs of one seed."
+        for values in results_of(results, "quality")
+    ]
+    return "\n\n".join(parts) or "Not measured yet."
+
+
 def airbench_table(results: Path) -> str:
     """Per machine: our recipe and the fastest public trainer."""
     parts = [
@@ -320,6 +331,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "reliability": reliability_table,
     "ablations": ablations_table,
     "final": final_table,
+    "quality": quality_table,
     "airbench": airbench_table,
 }
 
