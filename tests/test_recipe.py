@@ -83,5 +83,5 @@ def test_a_bad_recipe_file_is_refused_with_its_name(tmp_path, content: str) -> N
 
 @pytest.mark.parametrize("name", ["fastest", "missing.json", ""])
 def test_an_unknown_recipe_is_refused_with_the_names_that_exist(name: str) -> None:
-    with pytest.raises(UserError, match="auto, default, assignment, fast, laptop"):
+    with pytest.raises(UserError, match="auto, default, assignment, fast, record, laptop"):
         load_recipe(name)
