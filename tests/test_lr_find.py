@@ -77,7 +77,8 @@ def test_groups_learn_at_their_multiple_of_the_rate_in_a_search_too(dataset, mon
     monkeypatch.setattr(lr_find, "CustomResNet", functools.partial(CustomResNet, width=8))
     found = search(dataset, Recipe(batch_size=16, optimizer="muon", muon_lr_scale=2.0), repeats=1)
     rates = found.curves[0].lrs
-    steps = list(dict.fromkeys(map(tuple, taken)))
+    # torch may call the hooks within Muon's step for AdamW's part too, which has a group less.
+    steps = list(dict.fromkeys(tuple(step) for step in taken if len(step) == 3))
     assert [step[0] for step in steps[: len(rates)]] == pytest.approx(rates)
     assert all(step[-1] == pytest.approx(2 * step[0]) for step in steps)
 
