@@ -40,7 +40,7 @@ class DataOptions:
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(DataOptions):
     recipe: str = "auto"
-    """assignment, default, fast, record, laptop, or a recipe's file; auto: default with a GPU, else laptop."""
+    """assignment, default, fast, record, laptop, or a JSON file; auto: default with a GPU, else laptop."""
     settings: tyro.conf.OmitArgPrefixes[Recipe] = field(default_factory=Recipe)
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
