@@ -30,7 +30,7 @@ from benchmarks.report import run, save, show
 from fasttrain import lr_find, trainer
 from fasttrain.data.cifar import Dataset, Split, channel_statistics
 from fasttrain.data.loader import open_dataset
-from fasttrain.errors import UserError
+from fasttrain.errors import Interrupted, UserError
 from fasttrain.machine import pick_device
 from fasttrain.model import CustomResNet
 from fasttrain.recipe import Recipe, flag, load_recipe
@@ -148,6 +148,7 @@ def use_width(width: int) -> None:
 def trained(recipe: Recipe, dataset: Dataset, folder: Path, device: str) -> Run:
     """The finished run of this recipe in a folder of its own: read, resumed or trained.
 
+    A signal ends the process after the run's state was saved.
     Raises UserError if a run of another recipe or of other images lies there.
     """
     begun = sorted(path.parent for path in folder.glob(f"*/{RECIPE_FILE}"))
@@ -160,7 +161,13 @@ def trained(recipe: Recipe, dataset: Dataset, folder: Path, device: str) -> Run:
         if begun:  # a resumed run keeps its own test_flip
             recipe = load_recipe(str(begun[-1] / RECIPE_FILE))
         resume = begun[-1] if begun else None
-        found = trainer.train(recipe, data=dataset, out=folder, device=device, resume=resume, report=False)
+        try:
+            found = trainer.train(
+                recipe, data=dataset, out=folder, device=device, resume=resume, report=False
+            )
+        except Interrupted as stopped:
+            print("saved; the same command goes on from here", file=sys.stderr)
+            sys.exit(stopped.status)
         gc.collect()  # a loader's callbacks refer to it: its images would stay for a while
         for checkpoint in found.folder.glob("*.pt"):
             checkpoint.unlink()  # those of hundreds of runs would fill the disk

@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fasttrain.errors import Interrupted, UserError
+from fasttrain.errors import UserError
 from fasttrain.files import write_json
 from fasttrain.machine import describe
 
@@ -27,17 +27,11 @@ RESULTS = Path(os.environ.get("FASTTRAIN_RESULTS") or Path(__file__).parent / "r
 
 
 def run(main: Callable[[T], object], options: type[T]) -> None:
-    """Call a benchmark with the options from the command line; a user's mistake ends it with one line.
-
-    A signal during a training of its ends it after that training's state was saved.
-    """
+    """Call a benchmark with the options from the command line; a user's mistake ends it with one line."""
     try:
         main(tyro.cli(options))
     except UserError as error:
         sys.exit(str(error))
-    except Interrupted as stopped:
-        print("saved; the same command goes on from here", file=sys.stderr)
-        sys.exit(stopped.status)
 
 
 def interleave(workloads: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +20,6 @@ from fasttrain.data import cifar
 from fasttrain.errors import UserError
 from fasttrain.recipe import PRESETS, Recipe, load_recipe
 from fasttrain.step import TrainStep
-
-
-@dataclasses.dataclass
-class NoFlags:
-    """For a benchmark that is given its options."""
 
 
 @pytest.fixture(autouse=True)
@@ -118,9 +112,8 @@ def test_it_goes_on_where_it_stopped(base, dataset_dir, tmp_path, tiny, monkeypa
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(TrainStep, "__call__", stepped)
-    monkeypatch.setattr(sys, "argv", ["recipes"])
     with pytest.raises(SystemExit) as stopped:
-        report.run(lambda _: recipes.main(options(base, dataset_dir, tmp_path)), NoFlags)
+        recipes.main(options(base, dataset_dir, tmp_path))
     assert stopped.value.code == 143 and "the same command goes on" in capsys.readouterr().err
     assert len(result(tmp_path, "ablations-tiny")["runs"]) == 2
     recipes.main(options(base, dataset_dir, tmp_path))
