@@ -13,12 +13,20 @@ import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.recipes import held_out, points, summarize, trained, use_width
+from benchmarks.recipes import (
+    accuracies,
+    compare,
+    compared_table,
+    hardware,
+    held_out,
+    trained,
+    use_width,
+)
 from benchmarks.report import run, save, show
 from fasttrain.data.cifar import Dataset, Split, channel_statistics
 from fasttrain.data.loader import open_dataset
@@ -80,32 +88,6 @@ def at_quality(dataset: Dataset, quality: int) -> Dataset:
     return dataclasses.replace(dataset, name=name, train=train, test=test, mean=mean, std=std)
 
 
-def rows(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
-    """Per quality, the images as they are first: the accuracy, and how it differs on the seeds of both."""
-    accuracy = {
-        name: {seed: one.result["test_accuracy"] for seed, one in by_seed.items()}
-        for name, by_seed in runs.items()
-    }
-    base = next(iter(accuracy.values()))
-    found = []
-    for name, by_seed in accuracy.items():
-        pairs = [by_seed[seed] - base[seed] for seed in by_seed]
-        difference = None if by_seed is base else summarize(pairs)
-        found.append(
-            {"quality": name, "accuracy": summarize(list(by_seed.values())), "difference": difference}
-        )
-    return found
-
-
-def table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows, as text, of what the JSON file holds."""
-    lines = [
-        [row["quality"], points(row["accuracy"]), points(row["difference"], "+"), str(row["accuracy"]["n"])]
-        for row in values["rows"]
-    ]
-    return ["images", "accuracy, %", "difference, points", "n"], lines
-
-
 def main(options: Options) -> None:
     device = pick_device(options.device)
     recipe = dataclasses.replace(load_recipe(options.base), epochs=options.epochs)
@@ -126,10 +108,8 @@ def main(options: Options) -> None:
         "test_images": len(original.test.labels),
         "recipe": recipe.to_dict(),
         "width": options.width,
-        "hardware": sorted(
-            {f"{one.hardware}, {one.result['precision']}" for s in runs.values() for one in s.values()}
-        ),
-        "rows": rows(runs),
+        "hardware": hardware(runs),
+        "rows": compare({name: accuracies(by_seed) for name, by_seed in runs.items()}),
         "runs": [
             {"quality": name, "seed": seed, "test_accuracy": one.result["test_accuracy"]}
             for name, by_seed in runs.items()
@@ -137,7 +117,7 @@ def main(options: Options) -> None:
         ],
     }
     path = save("quality", device, values)
-    show(f"{original.name}; mean (95% interval)", *table(values))
+    show(f"{original.name}; mean (95% interval)", *compared_table("images", values["rows"]))
     print(path)
 
 

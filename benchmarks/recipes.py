@@ -39,7 +39,7 @@ from fasttrain.runlog import RECIPE_FILE, RESULT_FILE
 
 CHANGES: dict[str, tuple[Any, ...]] = {
     "label_smoothing": (0.0, 0.1, 0.2),
-    "weight_decay": (0.0, 0.05),
+    "weight_decay": (0.0, 0.05, 0.2, 0.8),
     "ema_epochs": (0.0, 0.5, 1.0),
     "flip_order": ("random", "alternating"),
     "cutout": (0, 8),
@@ -225,29 +225,44 @@ def summarize(values: list[float]) -> dict[str, Any]:
     return {"mean": mean, "interval": interval, "n": n}
 
 
+def compare(accuracy: dict[str, dict[int, float]]) -> list[dict[str, Any]]:
+    """Per name its accuracy, given by seed, and how it differs from the first name's on the seeds of both."""
+    base = next(iter(accuracy.values()))
+    rows = []
+    for name, by_seed in accuracy.items():
+        pairs = [by_seed[seed] - base[seed] for seed in by_seed if seed in base]
+        if pairs:
+            difference = None if by_seed is base else summarize(pairs)
+            rows.append(
+                {"name": name, "accuracy": summarize(list(by_seed.values())), "difference": difference}
+            )
+    return rows
+
+
 def ablation_rows(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
-    """Per variant its accuracy, and how it differs from the base, the first one, on the seeds of both."""
-    base, *others = runs
+    """Per variant its accuracy, and how it differs from the base, the first one."""
+    base = next(iter(runs))
     accuracy = {
-        name: {seed: one.result["test_accuracy"] for seed, one in by_seed.items()}
+        f"none, {name}" if name == base else name.removeprefix(f"{base}-"): accuracies(by_seed)
         for name, by_seed in runs.items()
     }
     # Where the very same runs are looked at both ways round: a second figure of each, and a pair by itself.
-    flip = {
+    accuracy["test_flip"] = {
         seed: one.result["test_accuracy_flip"]
         for seed, one in runs[base].items()
         if "test_accuracy_flip" in one.result
     }
-    compared = [(name.removeprefix(f"{base}-"), accuracy[name]) for name in others]
-    rows: list[dict[str, Any]] = [
-        {"change": None, "accuracy": summarize(list(accuracy[base].values())), "difference": None}
-    ]
-    for change, by_seed in [*compared, ("test_flip", flip)]:
-        pairs = [by_seed[seed] - accuracy[base][seed] for seed in by_seed if seed in accuracy[base]]
-        if pairs:
-            figures = {"accuracy": summarize(list(by_seed.values())), "difference": summarize(pairs)}
-            rows.append({"change": change, **figures})
-    return rows
+    return compare(accuracy)
+
+
+def accuracies(runs: dict[int, Run]) -> dict[int, float]:
+    return {seed: one.result["test_accuracy"] for seed, one in runs.items()}
+
+
+def hardware(runs: dict[str, dict[int, Run]]) -> list[str]:
+    """The machines and precisions that trained them."""
+    everything = [one for by_seed in runs.values() for one in by_seed.values()]
+    return sorted({f"{one.hardware}, {one.result['precision']}" for one in everything})
 
 
 def final_rows(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
@@ -282,7 +297,7 @@ def collect(options: Options, dataset: Dataset, recipes: dict[str, Recipe], runs
         "epochs": {name: recipes[name].epochs for name in runs},
         "n": min(len(by_seed) for by_seed in runs.values()),
         "recipes": {name: recipes[name].to_dict() for name in runs},
-        "hardware": sorted({f"{one.hardware}, {one.result['precision']}" for _, _, one in everything}),
+        "hardware": hardware(runs),
         "rows": rows,
         "runs": [
             {
@@ -307,19 +322,24 @@ def points(figure: dict[str, Any] | None, sign: str = "") -> str:
     return text
 
 
+def compared_table(what: str, rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows, as text, of what `compare` gives; `what` is the names' column."""
+    cells = [
+        [
+            row["name"],
+            points(row["accuracy"]),
+            points(row["difference"], "+"),
+            str((row["difference"] or row["accuracy"])["n"]),
+        ]
+        for row in rows
+    ]
+    return [what, "accuracy, %", "difference, points", "n"], cells
+
+
 def table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows, as text, of what `collect` gives."""
     if values["mode"] == "ablations":
-        rows = [
-            [
-                row["change"] or f"none, {next(iter(values['recipes']))}",
-                points(row["accuracy"]),
-                points(row["difference"], "+"),
-                str((row["difference"] or row["accuracy"])["n"]),
-            ]
-            for row in values["rows"]
-        ]
-        return ["change", "accuracy, %", "difference, points", "n"], rows
+        return compared_table("change", values["rows"])
     rows = [
         [
             row["recipe"],

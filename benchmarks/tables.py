@@ -17,7 +17,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import airbench, paper_model, quality, recipes
+from benchmarks import airbench, paper_model, recipes
 from benchmarks.pictures import draw_scaling
 from benchmarks.report import RESULTS, markdown
 from fasttrain.machine import hardware_name
@@ -288,7 +288,7 @@ def final_table(results: Path) -> str:
 def quality_table(results: Path) -> str:
     """Per machine: what encoding the images more coarsely does to the accuracy on held-out ones."""
     parts = [
-        f"{markdown(*quality.table(values))}\n\n`{values['recipe']['name']}`, "
+        f"{markdown(*recipes.compared_table('images', values['rows']))}\n\n`{values['recipe']['name']}`, "
         f"{values['recipe']['epochs']} epochs, width {values['width']}, {recipes_caption(values)} "
         "Difference: mean over pairs of runs of one seed."
         for values in results_of(results, "quality")

@@ -47,7 +47,7 @@ def test_it_trains_at_every_quality_and_goes_on_where_it_stopped(
     quality.main(options)
     [path] = (tmp_path / "results").glob("quality-*.json")
     values = json.loads(path.read_text())
-    assert [row["quality"] for row in values["rows"]] == ["as they are", "q25"]
+    assert [row["name"] for row in values["rows"]] == ["as they are", "q25"]
     assert values["rows"][0]["difference"] is None and values["rows"][1]["difference"]["n"] == 2
     assert len(values["runs"]) == 4
     assert "| q25 |" in tables.quality_table(tmp_path / "results")

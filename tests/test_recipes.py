@@ -72,8 +72,8 @@ def test_ablations_pair_the_seeds_and_change_one_field(base, dataset_dir, tmp_pa
     assert (values["train_images"], values["test_images"], values["n"], values["width"]) == (58, 6, 2, 64)
     assert set(values["epochs"].values()) == {2}
     accuracy = {(run["variant"], run["seed"]): run["test_accuracy"] for run in values["runs"]}
-    changed = {row["change"]: row for row in values["rows"]}
-    assert list(changed) == [None, "flip_order=alternating", "ema_epochs=0.5", "test_flip"]
+    changed = {row["name"]: row for row in values["rows"]}
+    assert list(changed) == ["none, tiny", "flip_order=alternating", "ema_epochs=0.5", "test_flip"]
     for change in ("flip_order=alternating", "ema_epochs=0.5"):
         pairs = [accuracy[f"tiny-{change}", seed] - accuracy["tiny", seed] for seed in (0, 1)]
         assert changed[change]["difference"] == recipes.summarize(pairs)
@@ -94,10 +94,10 @@ def test_a_difference_is_that_of_the_pairs_that_both_have() -> None:
 
     base, other = runs(s0=0.5, s1=0.7, s2=0.9), runs(s0=0.6, s1=0.9)
     first, changed, flip = recipes.ablation_rows({"tiny": base, "tiny-cutout=4": other})
-    assert first["change"] is None and first["accuracy"]["mean"] == pytest.approx(0.7)
-    assert changed["change"] == "cutout=4" and changed["difference"]["n"] == 2
+    assert first["name"] == "none, tiny" and first["accuracy"]["mean"] == pytest.approx(0.7)
+    assert changed["name"] == "cutout=4" and changed["difference"]["n"] == 2
     assert changed["difference"]["mean"] == pytest.approx(0.15)  # of +0.1 and +0.2
-    assert flip["change"] == "test_flip" and flip["difference"]["mean"] == pytest.approx(0.25)
+    assert flip["name"] == "test_flip" and flip["difference"]["mean"] == pytest.approx(0.25)
 
 
 def test_it_goes_on_where_it_stopped(base, dataset_dir, tmp_path, tiny, monkeypatch, capsys) -> None:
