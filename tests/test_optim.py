@@ -121,3 +121,19 @@ def test_muon_renews_a_share_of_the_filters_and_leaves_the_rest_to_adamw() -> No
         assert values.max() < 1.3 and values.median() > 0.5
         assert (step * ours.grad.flatten(1)).sum() > 0  # downhill
     assert len(muon.state) == len(adamw.state) == len(before)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_muon_turns_round_once_the_new_gradient_outweighs_the_momentum(share: float) -> None:
+    """A gradient, then `share` of it the other way: 0.6 of the first is left, looked at 0.6 of a step ahead."""
+    model = CustomResNet(width=8)
+    muon = build_optimizer(model, Recipe(optimizer="muon"), lr=0.01)
+    filters = model.res1[0].weight
+    first = torch.randn(filters.shape, generator=torch.Generator().manual_seed(0))
+    filters.grad = first
+    muon.step()
+    unit = filters.detach() * len(filters) ** 0.5 / filters.detach().norm()
+    filters.grad = -share * first
+    muon.step()
+    downhill = ((unit - filters.detach()) * first).sum().item()
+    assert (downhill > 0) == (0.36 - 1.6 * share > 0)
