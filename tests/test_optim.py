@@ -125,7 +125,7 @@ def test_muon_renews_a_share_of_the_filters_and_leaves_the_rest_to_adamw() -> No
 
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_muon_turns_round_once_the_new_gradient_outweighs_the_momentum(share: float) -> None:
-    """A gradient, then `share` of it the other way: 0.6 of the first is left, looked at 0.6 of a step ahead."""
+    """A gradient, then `share` of it the other way: 0.6 of the first is left, seen 0.6 of a step ahead."""
     model = CustomResNet(width=8)
     muon = build_optimizer(model, Recipe(optimizer="muon"), lr=0.01)
     filters = model.res1[0].weight
