@@ -13,7 +13,7 @@ import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -102,7 +102,7 @@ def main(options: Options) -> None:
             seeded = dataclasses.replace(recipe, seed=seed)
             folder = options.out / recipe.name / name.replace(" ", "-") / f"seed-{seed}"
             runs.setdefault(name, {})[seed] = trained(seeded, dataset, folder, options.device)
-    values = {
+    values: dict[str, Any] = {
         "dataset": original.name,
         "train_images": len(original.train.labels),
         "test_images": len(original.test.labels),
