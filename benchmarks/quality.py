@@ -24,6 +24,7 @@ from benchmarks.recipes import (
     compared_table,
     hardware,
     held_out,
+    require_counts,
     trained,
     use_width,
 )
@@ -60,9 +61,7 @@ class Options:
     """auto, cpu, cuda, ..."""
 
     def __post_init__(self) -> None:
-        for name, value in (("seeds", self.seeds), ("epochs", self.epochs), ("width", self.width)):
-            if value < 1:
-                raise UserError(f"--{name} {value}: expected at least 1")
+        require_counts(seeds=self.seeds, epochs=self.epochs, width=self.width)
         for quality in self.qualities:
             if not 1 <= quality <= 95:
                 raise UserError(f"--qualities {quality}: expected from 1 to 95")

@@ -79,9 +79,14 @@ class Options:
     """auto, cpu, cuda, ..."""
 
     def __post_init__(self) -> None:
-        for name, value in (("seeds", self.seeds), ("epochs", self.epochs), ("width", self.width)):
-            if value is not None and value < 1:
-                raise UserError(f"--{name} {value}: expected at least 1")
+        require_counts(seeds=self.seeds, epochs=self.epochs, width=self.width)
+
+
+def require_counts(**counts: int | None) -> None:
+    """Raise UserError, naming the flag, for a number below 1."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: expected at least 1")
 
 
 # --------------------------------------------------------------------------------------------- what to train

@@ -164,8 +164,9 @@ def _require_type(field: str, value: object, wanted: Any) -> None:
 
 
 # The shortest schedule: more of what helps when there is little time, and no cutout, which needs more of it.
-# That and the weight decay were chosen by ablation (python -m benchmarks.recipes); the other values are still
-# the literature's (arXiv:2404.00498): those tried so far could not be told from chance.
+# That was chosen by ablation (python -m benchmarks.recipes). The weight decay follows two pairs of runs and
+# the length of the schedule. The other values are still the literature's (arXiv:2404.00498): those tried so
+# far could not be told from chance.
 _FAST = Recipe(
     name="fast",
     epochs=6,
