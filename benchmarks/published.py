@@ -83,15 +83,16 @@ def on_cpu(package: Any) -> Iterator[None]:
         return module
 
     made = package.utils.CifarLoader
+    replacements: list[tuple[Any, str, Any]] = [
+        (package.utils, "CifarLoader", loader),
+        (package.lib_airbench94, "CifarLoader", loader),
+        (torch.cuda, "Event", _Clock),
+        (torch.cuda, "synchronize", lambda: None),
+        (nn.Module, "half", unchanged),
+        (nn.Module, "cuda", unchanged),
+    ]
     with contextlib.ExitStack() as patches:
-        for owner, name, value in [
-            (package.utils, "CifarLoader", loader),
-            (package.lib_airbench94, "CifarLoader", loader),
-            (torch.cuda, "Event", _Clock),
-            (torch.cuda, "synchronize", lambda: None),
-            (nn.Module, "half", unchanged),
-            (nn.Module, "cuda", unchanged),
-        ]:
+        for owner, name, value in replacements:
             patches.enter_context(mock.patch.object(owner, name, value))
         yield
 

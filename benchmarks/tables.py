@@ -17,7 +17,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import airbench, paper_model, recipes
+from benchmarks import airbench, paper_model, published, recipes
 from benchmarks.pictures import draw_scaling
 from benchmarks.report import RESULTS, markdown
 from fasttrain.machine import hardware_name
@@ -296,6 +296,20 @@ def quality_table(results: Path) -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def published_table(results: Path) -> str:
+    """Per machine: a published recipe on these images, beside its figure on the original ones."""
+    parts = []
+    for values in results_of(results, "published"):
+        first = values["samples"][0]
+        parts.append(
+            f"{markdown(*published.table(values))}\n\nairbench94, {first['epochs']} epochs, the last cut short. "
+            "In brackets: 95% confidence interval of the mean (Student's t, over seeds); a difference takes the "
+            f"published mean as exact. Machine: {hardware_name(first['machine'])}, {first['precision']}; "
+            f"{software(first['machine'])}."
+        )
+    return "\n\n".join(parts) or "Not measured yet."
+
+
 def airbench_table(results: Path) -> str:
     """Per machine: our recipe and the fastest public trainer."""
     parts = [
@@ -332,6 +346,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "ablations": ablations_table,
     "final": final_table,
     "quality": quality_table,
+    "published": published_table,
     "airbench": airbench_table,
 }
 

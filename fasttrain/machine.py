@@ -5,6 +5,7 @@
 """
 
 import ctypes
+import functools
 import importlib
 import importlib.metadata
 import os
@@ -25,6 +26,8 @@ from fasttrain import __version__
 from fasttrain.errors import UserError
 
 GIB = 2**30
+BF16_PAYS_FROM = 0.8
+"""Bf16's rate in float32's from which a CPU's step takes bf16: all else in it moves half of the bytes."""
 DATA_GIB = 0.5
 """Room that the download (0.16 GiB) and the unpacked images (0.17 GiB) need, rounded up."""
 
@@ -71,18 +74,32 @@ def has_native_bf16(device: torch.device) -> bool:
     return False
 
 
+@functools.cache
+def bf16_speedup_on_cpu() -> float:
+    """How many times as fast the CPU multiplies matrices in bf16 as in float32; a tenth of a second, once."""
+    device = torch.device("cpu")
+    rates = {
+        dtype: measure_matmul_tflops(device, dtype, seconds=0.05, side=512)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    return rates[torch.bfloat16] / rates[torch.float32]
+
+
 def pick_compute_dtype(
     requested: Literal["auto", "bf16", "fp16", "fp32", "tf32"], device: torch.device
 ) -> torch.dtype:
     """The dtype of the matrix products: auto takes the fastest that the hardware has.
 
+    On a CPU a short measurement tells it: of processors with bf16 products some have them at twice float32's
+    rate and more, others at half (benchmarks/LOG.md).
     tf32 is float32 here; `set_fp32_precision(True)` makes the difference.
     Raises UserError for a precision that this device lacks, emulated ones included.
     """
     if requested == "auto":
-        if has_native_bf16(device):
-            return torch.bfloat16
-        return torch.float16 if device.type == "cuda" else torch.float32
+        if device.type == "cuda":
+            return torch.bfloat16 if has_native_bf16(device) else torch.float16
+        pays = has_native_bf16(device) and bf16_speedup_on_cpu() > BF16_PAYS_FROM
+        return torch.bfloat16 if pays else torch.float32
     if requested == "bf16" and not has_native_bf16(device):
         raise UserError(f"--compute-dtype bf16: {device} has no bf16 arithmetic; use auto or fp32")
     if requested == "fp16" and device.type == "cpu":
@@ -174,12 +191,15 @@ def compiler_available(device: torch.device) -> str | None:
 # ---------------------------------------------------------------------------------------------- peak rates
 
 
-def measure_matmul_tflops(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+def measure_matmul_tflops(
+    device: torch.device, dtype: torch.dtype, seconds: float = 0.5, side: int | None = None
+) -> float:
     """The best rate of a large square matrix product, in TFLOP/s: the peak that MFU is a share of.
 
+    side: rows and columns of the matrices; by default 2,048 on a CPU and 8,192 on a GPU.
     float32 runs at whatever `set_fp32_precision` has allowed. Syncs with the device.
     """
-    side = 2048 if device.type == "cpu" else 8192
+    side = side or (2048 if device.type == "cpu" else 8192)
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(left)
     best_seconds = _best_seconds(lambda: torch.mm(left, right, out=product), device, seconds)

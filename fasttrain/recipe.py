@@ -74,7 +74,7 @@ class Recipe:
     """Give a second test accuracy, of the mean logits of each image and its mirror image."""
 
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32", "tf32"] = "auto"
-    """Precision of the matrix products; auto takes bf16 where the hardware has it."""
+    """Precision of the matrix products; auto takes bf16 where the hardware is fast in it."""
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = "auto"
     """torch.compile's mode; auto compiles on a GPU where it can pay within the run, and not on a CPU."""
     cuda_graph: bool = True

@@ -106,7 +106,8 @@ def train(
     world = join(pick_device(device))
     run_device = world.device
     share = world.share(recipe.batch_size)
-    dtype = pick_compute_dtype(recipe.compute_dtype, run_device)
+    picked = pick_compute_dtype(recipe.compute_dtype, run_device)
+    dtype = world.from_first(lambda: picked)  # a CPU measures it: let no two ranks differ
     precision = precision_name(recipe.compute_dtype, dtype)
     prepare(run_device, recipe.compute_dtype)
 

@@ -5,18 +5,31 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from benchmarks import airbench, designs, gpu_report, peers, pictures, report, scaling, tables, train
+from benchmarks import (
+    airbench,
+    designs,
+    gpu_report,
+    peers,
+    pictures,
+    published,
+    report,
+    scaling,
+    tables,
+    train,
+)
 from benchmarks.peers import check
 from fasttrain.data.cifar import Dataset, Split
 from fasttrain.data.loader import build_loader
 from fasttrain.errors import UserError
+from fasttrain.machine import describe
 from fasttrain.model import CustomResNet
 from fasttrain.recipe import Recipe
 
@@ -241,6 +254,74 @@ class FakeAirbench:
         print(f"|  {run:>6}  |      0  |   0.8000  |               |              1.5000  |")
         print("|          |      1  |   0.9100  |               |              3.0000  |")
         print("|          |   eval  |   0.9100  |       0.9200  |              3.2000  |")
+
+
+class HalfPrecisionAirbench(FakeAirbench):
+    """One that asks for a GPU and float16 in the places where airbench 0.1.8 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.utils = self.lib_airbench94 = SimpleNamespace(
+            CifarLoader=self.loader, logging_columns_list=FakeAirbench.utils.logging_columns_list
+        )
+        self.draws: list[float] = []
+
+    @staticmethod
+    def loader(path: str, gpu: int | str = 0) -> SimpleNamespace:
+        return SimpleNamespace(
+            images=torch.load(f"{path}/test.pt", map_location=torch.device(gpu))["images"].half()
+        )
+
+    def train94(self, run: int) -> None:
+        network = nn.Linear(2, 2).half().cuda()
+        assert network.weight.dtype == torch.float32 and network.weight.device == torch.device("cpu")
+        for module in (self.utils, self.lib_airbench94):
+            assert module.CifarLoader("cifar10").images.dtype == torch.float32
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        end.record()
+        torch.cuda.synchronize()
+        assert 0 <= start.elapsed_time(end) < 10_000
+        self.draws.append(torch.rand(()).item())
+        super().train94(run)
+
+
+def test_a_published_recipe_trains_on_a_cpu_as_if_it_had_its_gpu(dataset: Dataset) -> None:
+    package = HalfPrecisionAirbench()
+    samples = [published.trained(package, dataset, seed, torch.device("cpu")) for seed in (0, 1, 0)]
+    assert package.draws[0] == package.draws[2] != package.draws[1]
+    assert samples[0]["precision"] == "fp32" and samples[0]["dataset"] == dataset.name
+    assert torch.cuda.Event.__module__.startswith("torch")  # all is as it was before
+    values = published.collect(dataset, samples[:2])
+    assert values["cost"]["mean"] == pytest.approx(0.92 - 0.9401)
+    original, ours = published.table(values)[1]
+    assert original[2] == "94.01" and ours[3] == "-2.01 (-2.01 to -2.01)" and ours[4] == "2"
+
+
+def test_trainings_of_a_published_recipe_are_read_where_they_are_and_refused_for_other_images(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def training(package: object, dataset: Dataset, seed: int, device: torch.device) -> dict[str, Any]:
+        trained.append(seed)
+        figures = {"epochs": 10, "accuracy": 0.9, "accuracy_tta": 0.91, "machine": describe(device)}
+        return {"dataset": dataset.name, "seed": seed, "precision": "fp32", **figures}
+
+    trained: list[int] = []
+    monkeypatch.setattr(published, "trained", training)
+    monkeypatch.setattr(peers, "load", lambda peer: None)
+    monkeypatch.setitem(sys.modules, "airbench", ModuleType("airbench"))
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    options = {"data": "synthetic", "data_dir": tmp_path / "data", "device": "cpu", "out": tmp_path / "runs"}
+    published.main(published.Options(seeds=1, **options))  # type: ignore[arg-type]
+    published.main(published.Options(seeds=3, **options))  # type: ignore[arg-type]
+    assert trained == [0, 1, 2]
+    assert "91.00 (91.00 to 91.00)" in tables.published_table(tmp_path / "results")
+    file = tmp_path / "runs" / "seed-1.json"
+    file.write_text(file.read_text().replace("synthetic", "others"))
+    with pytest.raises(
+        UserError, match=r"seed-1.json: its images are .*others.*, not .*synthetic.*; move it away"
+    ):
+        published.main(published.Options(seeds=3, **options))  # type: ignore[arg-type]
 
 
 def test_the_public_trainer_sees_the_same_images_and_is_read_as_it_prints(dataset: Dataset, tmp_path) -> None:

@@ -56,7 +56,20 @@ def test_auto_takes_bf16_where_the_cpu_has_it(
     monkeypatch: pytest.MonkeyPatch, instruction: str, dtype: torch.dtype
 ) -> None:
     give_cpu_instructions(monkeypatch, **{instruction: True})
+    monkeypatch.setattr(machine, "bf16_speedup_on_cpu", lambda: 2.4)
     assert machine.pick_compute_dtype("auto", CPU) == dtype
+
+
+def test_auto_leaves_bf16_where_the_cpu_is_slower_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    give_cpu_instructions(monkeypatch, avx512_bf16=True)
+    rates = {torch.float32: 0.28, torch.bfloat16: 0.16}
+    monkeypatch.setattr(machine, "measure_matmul_tflops", lambda device, dtype, **_: rates[dtype])
+    machine.bf16_speedup_on_cpu.cache_clear()
+    try:
+        assert machine.pick_compute_dtype("auto", CPU) == torch.float32
+        assert machine.pick_compute_dtype("bf16", CPU) == torch.bfloat16  # who asks for it gets it
+    finally:
+        machine.bf16_speedup_on_cpu.cache_clear()
 
 
 @pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
@@ -148,7 +161,7 @@ def test_rates_are_positive() -> None:
 
 @pytest.fixture
 def quick_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "measure_matmul_tflops", lambda device, dtype: 1.0)
+    monkeypatch.setattr(machine, "measure_matmul_tflops", lambda *_, **__: 1.0)
     monkeypatch.setattr(machine, "measure_copy_gbps", lambda device: 1.0)
 
 
