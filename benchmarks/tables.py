@@ -302,10 +302,10 @@ def published_table(results: Path) -> str:
     for values in results_of(results, "published"):
         first = values["samples"][0]
         parts.append(
-            f"{markdown(*published.table(values))}\n\nairbench94, {first['epochs']} epochs, the last cut short. "
-            "In brackets: 95% confidence interval of the mean (Student's t, over seeds); a difference takes the "
-            f"published mean as exact. Machine: {hardware_name(first['machine'])}, {first['precision']}; "
-            f"{software(first['machine'])}."
+            f"{markdown(*published.table(values))}\n\nairbench94, {first['epochs']} epochs, the last cut "
+            "short. In brackets: 95% confidence interval of the mean (Student's t, over seeds); a difference "
+            "takes the published mean as exact. Machine: "
+            f"{hardware_name(first['machine'])}, {first['precision']}; {software(first['machine'])}."
         )
     return "\n\n".join(parts) or "Not measured yet."
 
