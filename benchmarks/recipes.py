@@ -5,7 +5,7 @@
     python -m benchmarks.recipes --data-dir data --mode final              # the presets, on the test images
 
 Ablations change one field at a time and train on the same seeds, hence from the same first weights and on the
-same batches in the same order; what counts is the difference of each pair. They never see the test images:
+same images in the same order; what counts is the difference of each pair. They never see the test images:
 the last tenth of the training images, in stored order (the release's is random), is held out and measured on.
 The final runs train on all training images and are measured on the test images; nothing is chosen by them.
 
@@ -38,6 +38,7 @@ from fasttrain.run import Run, load_run
 from fasttrain.runlog import RECIPE_FILE, RESULT_FILE
 
 CHANGES: dict[str, tuple[Any, ...]] = {
+    "batch_size": (256, 512),
     "label_smoothing": (0.0, 0.1, 0.2),
     "weight_decay": (0.0, 0.05, 0.2, 0.8),
     "ema_epochs": (0.0, 0.5, 1.0),

@@ -269,8 +269,8 @@ def ablations_table(results: Path) -> str:
         parts.append(
             f"{markdown(*recipes.table(values))}\n\n{epochs} epochs, width {values['width']}, "
             f"{recipes_caption(values)} Difference: mean over pairs of runs of one seed, hence with the same "
-            "first weights and batches. test_flip is the second figure of the very runs of the first row. "
-            "The intervals are not widened for the number of rows: about one in twenty misses."
+            "first weights and order of images. test_flip is the second figure of the very runs of the first "
+            "row. The intervals are not widened for the number of rows: about one in twenty misses."
         )
     return "\n\n".join(parts) or "Not measured yet."
 
