@@ -1,5 +1,6 @@
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from fasttrain import step as step_module
 from fasttrain.model import CustomResNet
+from fasttrain.optim import one_cycle
 from fasttrain.recipe import Recipe
 from fasttrain.step import TrainStep
 
@@ -266,7 +268,15 @@ def addresses(step: TrainStep) -> list[int]:
 
 @pytest.mark.parametrize("fields", [{}, {"cycle_momentum": True}, {"optimizer": "muon"}])
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.float16])
-def test_a_recorded_step_trains_as_an_eager_one(recordings, compute_dtype, fields: dict) -> None:
+def test_a_recorded_step_trains_as_an_eager_one(
+    recordings, compute_dtype, fields: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rounded(*args: Any) -> tuple[float, float | None]:
+        """The schedule in the float32 of a recorded step's rate: a batch of eight magnifies its rounding."""
+        lr, beta1 = one_cycle(*args)
+        return torch.tensor(lr).item(), beta1
+
+    monkeypatch.setattr(step_module, "one_cycle", rounded)
     fields = {"dropout": 0.1, "width": 8, "ema_epochs": 4.0} | fields
     eager, recorded = (build(compute_dtype, cuda_graph=graph, **fields) for graph in (False, True))
     images, labels = batch()
@@ -278,7 +288,7 @@ def test_a_recorded_step_trains_as_an_eager_one(recordings, compute_dtype, field
             step(images.roll(shift, 0), labels)
             losses[-1].append(step.take_metrics()[0])
     assert len(recordings) == 1
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert eager.lr == recorded.lr
     for models in ((recorded.model, eager.model), (recorded.shipped_model, eager.shipped_model)):
         ours, reference = (model.state_dict() for model in models)
