@@ -337,7 +337,7 @@ def test_runs_that_differ_in_the_seed_alone_form_a_group(runs: list[Path]) -> No
     ("file", "change"),
     [
         ("result.json", {"dataset": "other"}),
-        ("result.json", {"precision": "fp32"}),
+        ("result.json", {"precision": "fp16"}),
         ("machine.json", {"cpu_cores": 99}),
     ],
 )
