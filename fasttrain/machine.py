@@ -200,7 +200,8 @@ def measure_matmul_tflops(
     float32 runs at whatever `set_fp32_precision` has allowed. Syncs with the device.
     """
     side = side or (2048 if device.type == "cpu" else 8192)
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    noise = torch.Generator(device)  # torch's global one is the caller's
+    left, right = (torch.randn(side, side, generator=noise, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(left)
     best_seconds = _best_seconds(lambda: torch.mm(left, right, out=product), device, seconds)
     return 2 * side**3 / best_seconds / 1e12

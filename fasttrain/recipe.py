@@ -164,9 +164,9 @@ def _require_type(field: str, value: object, wanted: Any) -> None:
 
 
 # The shortest schedule: more of what helps when there is little time, small batches for more steps, and no
-# cutout, which needs more of them. Batch and cutout were chosen by ablation (python -m benchmarks.recipes);
-# the weight decay follows the number of steps. The other values are still the literature's
-# (arXiv:2404.00498): those tried so far could not be told from chance.
+# cutout, which needs more of them. The cutout was chosen by ablation (python -m benchmarks.recipes); the
+# batches follow two pairs of runs, the weight decay the number of steps. The other values are still the
+# literature's (arXiv:2404.00498): those tried so far could not be told from chance.
 _FAST = Recipe(
     name="fast",
     epochs=6,

@@ -299,7 +299,7 @@ def test_a_published_recipe_trains_on_a_cpu_as_if_it_had_its_gpu(dataset: Datase
 
 
 def test_trainings_of_a_published_recipe_are_read_where_they_are_and_refused_for_other_images(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def training(package: object, dataset: Dataset, seed: int, device: torch.device) -> dict[str, Any]:
         trained.append(seed)

@@ -155,7 +155,9 @@ def test_a_copy_without_git_is_told_its_commit(
 
 
 def test_rates_are_positive() -> None:
+    before = torch.get_rng_state()
     assert machine.measure_matmul_tflops(CPU, torch.float32, seconds=0.05) > 0
+    assert torch.equal(torch.get_rng_state(), before)  # what a caller draws does not hang on it
     assert machine.measure_copy_gbps(CPU, seconds=0.05) > 0
 
 
