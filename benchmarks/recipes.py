@@ -44,6 +44,8 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "ema_epochs": (0.0, 0.5, 1.0),
     "flip_order": ("random", "alternating"),
     "cutout": (0, 8),
+    "crop_padding": (2, 4),
+    "activation": ("relu", "gelu"),
     "init": ("default", "dirac"),
     "bn_momentum": (0.1, 0.3),
     "bn_bias_lr_scale": (1.0, 4.0),

@@ -16,18 +16,27 @@ POOLED_STEM_FROM = 128
 """Resolution from which the first block pools as well, or an image would cost four times as much."""
 
 
-def _block(
-    in_channels: int, out_channels: int, *, pool: bool, dropout: float, bn_momentum: float
-) -> list[nn.Module]:
-    """Convolution, max pooling where asked for, BatchNorm, ReLU, dropout.
+Activation = Literal["relu", "gelu"]
 
-    Pooling stands before BatchNorm and ReLU, so that both touch a quarter of the elements.
+
+def _block(
+    in_channels: int,
+    out_channels: int,
+    *,
+    pool: bool,
+    dropout: float,
+    bn_momentum: float,
+    activation: Activation,
+) -> list[nn.Module]:
+    """Convolution, max pooling where asked for, BatchNorm, activation, dropout.
+
+    Pooling stands before BatchNorm and the activation, so that both touch a quarter of the elements.
     """
     layers: list[nn.Module] = [nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)]
     if pool:
         layers.append(nn.MaxPool2d(2))
     norm = nn.BatchNorm2d(out_channels, momentum=bn_momentum)
-    return [*layers, norm, nn.ReLU(inplace=True), nn.Dropout(dropout)]
+    return [*layers, norm, nn.ReLU(inplace=True) if activation == "relu" else nn.GELU(), nn.Dropout(dropout)]
 
 
 class CustomResNet(nn.Module):
@@ -40,6 +49,7 @@ class CustomResNet(nn.Module):
     resolution: pixels of a side, at least 16. The last pooling spans what is left of the image, an eighth of
     its side; from 128 on the first block pools too, and a sixteenth is left. The parameters stay the same.
     mean, std: of each channel of the training images, for pixels from 0 to 1.
+    activation: after every BatchNorm; gelu is smooth (arXiv:1606.08415).
     init: dirac lets the first filters of every convolution pass its input on, as many as it has channels.
     bn_momentum: share of a batch in BatchNorm's running statistics. logit_scale: factor of the last layer's
     outputs; a buffer like mean and std, so that the state alone gives the logits.
@@ -60,6 +70,7 @@ class CustomResNet(nn.Module):
         resolution: int = 32,
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.25, 0.25, 0.25),
+        activation: Activation = "relu",
         init: Literal["default", "dirac"] = "default",
         bn_momentum: float = 0.1,
         logit_scale: float = 1.0,
@@ -71,7 +82,14 @@ class CustomResNet(nn.Module):
         self.register_buffer("logit_scale", torch.tensor(float(logit_scale)))
 
         def block(in_channels: int, out_channels: int, *, pool: bool) -> list[nn.Module]:
-            return _block(in_channels, out_channels, pool=pool, dropout=dropout, bn_momentum=bn_momentum)
+            return _block(
+                in_channels,
+                out_channels,
+                pool=pool,
+                dropout=dropout,
+                bn_momentum=bn_momentum,
+                activation=activation,
+            )
 
         x1, x2, x4, x8 = width, 2 * width, 4 * width, 8 * width
         pooled_stem = resolution >= POOLED_STEM_FROM

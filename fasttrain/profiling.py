@@ -43,7 +43,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "pooling": ("pool",),
     "copies and fills": ("copy", "memcpy", "memset", "fill", "zero_"),
     MATRIX: ("conv", "mm", "gemm", "xmma", "cutlass", "nvjet", "wgrad", "dgrad", "fprop"),
-    "element by element": ("clamp", "relu", "threshold", "add", "mul", "sub", "elementwise"),
+    "element by element": ("clamp", "relu", "gelu", "threshold", "add", "mul", "sub", "elementwise"),
 }
 """Parts of the names of operators and kernels, by what they do; the first group that fits counts."""
 

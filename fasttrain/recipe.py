@@ -36,8 +36,10 @@ class Recipe:
     label_smoothing: float = 0.1
     """Share of the target spread evenly over all classes (arXiv:1512.00567)."""
     dropout: float = 0.0
-    """Dropout after every ReLU; the modules stay in the network at 0."""
+    """Dropout after every activation; the modules stay in the network at 0."""
 
+    activation: Literal["relu", "gelu"] = "relu"
+    """What stands after every BatchNorm; gelu is smooth (arXiv:1606.08415)."""
     init: Literal["default", "dirac"] = "default"
     """dirac: of every convolution, the first filters pass its input channels on (arXiv:1706.00388)."""
     bn_momentum: float = 0.1
@@ -127,7 +129,7 @@ class Recipe:
 
     def network_settings(self) -> dict[str, Any]:
         """The fields that CustomResNet takes, under its own names."""
-        names = ("dropout", "init", "bn_momentum", "logit_scale", "resolution")
+        names = ("dropout", "activation", "init", "bn_momentum", "logit_scale", "resolution")
         return {name: getattr(self, name) for name in names}
 
     @classmethod
@@ -165,8 +167,8 @@ def _require_type(field: str, value: object, wanted: Any) -> None:
 
 # The shortest schedule: more of what helps when there is little time, small batches for more steps, no cutout
 # and few positions of the crop, which need more of them, and a last layer that AdamW cannot throw about. The
-# cutout was chosen by ablation (python -m benchmarks.recipes); batches, crop and logit_scale follow a few pairs
-# of runs, the weight decay the number of steps. The other values are still the literature's
+# cutout was chosen by ablation (python -m benchmarks.recipes); batches, crop and logit_scale follow a few
+# pairs of runs, the weight decay the number of steps. The other values are still the literature's
 # (arXiv:2404.00498): those tried so far could not be told from chance.
 _FAST = Recipe(
     name="fast",

@@ -102,6 +102,18 @@ def test_width_multiplies_every_layers_channels() -> None:
     assert ratio == pytest.approx(4, rel=0.01)
 
 
+def test_gelu_takes_the_place_of_every_relu_and_changes_no_weight() -> None:
+    torch.manual_seed(0)
+    smooth = CustomResNet(width=8, activation="gelu").eval()
+    torch.manual_seed(0)
+    plain = CustomResNet(width=8).eval()
+    kinds = [type(module) for module in smooth.modules()]
+    assert kinds.count(nn.GELU) == 8 and nn.ReLU not in kinds
+    smooth.load_state_dict(plain.state_dict())
+    assert (smooth.prep(smooth.normalize(pixels(2))) < 0).any()
+    assert not torch.allclose(smooth(pixels(2)), plain(pixels(2)))
+
+
 @pytest.mark.parametrize("resolution", [16, 24, 32, 64, 120, 128, 200, 256])
 def test_every_resolution_ends_in_one_pixel(resolution: int) -> None:
     model = CustomResNet(resolution=resolution, width=8)

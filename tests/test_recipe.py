@@ -25,7 +25,15 @@ def test_only_the_record_has_another_optimizer_than_adams() -> None:
 def test_a_field_that_a_file_lacks_is_off() -> None:
     """Files of finished runs must not change their meaning when a field is added."""
     values = Recipe().to_dict()
-    for name in ("init", "flip_order", "bn_momentum", "logit_scale", "bn_bias_lr_scale", "ema_epochs"):
+    for name in (
+        "activation",
+        "init",
+        "flip_order",
+        "bn_momentum",
+        "logit_scale",
+        "bn_bias_lr_scale",
+        "ema_epochs",
+    ):
         del values[name]
         assert getattr(Recipe.from_dict(values), name) == getattr(PRESETS["assignment"], name)
 
