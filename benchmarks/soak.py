@@ -212,10 +212,11 @@ class TinyNet(nn.Module):
     def __init__(self, num_classes: int, dropout: float, **_: object) -> None:
         super().__init__()
         self.features = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU())
+        self.size = nn.AdaptiveAvgPool2d(8)
         self.fc = nn.Sequential(nn.Dropout(dropout), nn.Linear(4 * 8 * 8, num_classes))
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        return self.fc(self.features(images_NCHW / 255).flatten(1))
+        return self.fc(self.size(self.features(images_NCHW / 255)).flatten(1))
 
 
 def tiny_run(dataset: cifar.Dataset, recipe: Recipe, steps: int) -> RunState:

@@ -73,7 +73,7 @@ def watch(timer: WaitTimer[Any], warn: Callable[[float], object], seconds: float
 
 
 def model_flops_utilization(
-    images_per_sec: float, flop_per_image: int, matmul_tflops: float | None
+    images_per_sec: float, flop_per_image: float, matmul_tflops: float | None
 ) -> float | None:
     """Share of the measured matmul rate that the training's own operations reach; None without a rate.
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 EPOCH_IMAGES = 50_000
@@ -39,6 +40,14 @@ def _block(
     return [*layers, norm, nn.ReLU(inplace=True) if activation == "relu" else nn.GELU(), nn.Dropout(dropout)]
 
 
+class GlobalMaxPool2d(nn.Module):
+    """The maximum of each channel, of any size: (N, C, H, W) to (N, C, 1, 1)."""
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        # Not nn.AdaptiveMaxPool2d: on a GPU its gradient is summed in any order.
+        return F.max_pool2d(images_NCHW, images_NCHW.shape[2:])
+
+
 class CustomResNet(nn.Module):
     """A nine-layer residual network, made for 32x32 images: 6,573,130 parameters with ten classes.
 
@@ -47,7 +56,8 @@ class CustomResNet(nn.Module):
     preprocessing, loaders move a byte a channel, and a compiler can fuse it with what follows.
     width: channels of the first convolution; the others have two, four and eight times as many.
     resolution: pixels of a side, at least 16. The last pooling spans what is left of the image, an eighth of
-    its side; from 128 on the first block pools too, and a sixteenth is left. The parameters stay the same.
+    its side; from 128 on the first block pools too, and a sixteenth is left. The parameters stay the same. So
+    images of another size can be trained on for a while, as a recipe's early_resolution does.
     mean, std: of each channel of the training images, for pixels from 0 to 1.
     activation: after every BatchNorm; gelu is smooth (arXiv:1606.08415).
     init: dirac lets the first filters of every convolution pass its input on, as many as it has channels.
@@ -99,7 +109,7 @@ class CustomResNet(nn.Module):
         self.layer2 = nn.Sequential(*block(x2, x4, pool=True))
         self.layer3 = nn.Sequential(*block(x4, x8, pool=True))
         self.res2 = nn.Sequential(*block(x8, x8, pool=False), *block(x8, x8, pool=False))
-        self.pool = nn.MaxPool2d(resolution // (16 if pooled_stem else 8))
+        self.pool = GlobalMaxPool2d()
         self.fc = nn.Linear(x8, num_classes)
         if init == "dirac":
             self._init_dirac()
@@ -130,8 +140,8 @@ class CustomResNet(nn.Module):
         return self.fc(self.pool(x).flatten(1)) * self.logit_scale
 
 
-def _one_image(model: CustomResNet) -> tuple[int, int, int, int]:
-    return 1, 3, model.resolution, model.resolution
+def _one_image(resolution: int) -> tuple[int, int, int, int]:
+    return 1, 3, resolution, resolution
 
 
 def block_shapes(model: CustomResNet) -> list[tuple[str, tuple[int, ...]]]:
@@ -159,12 +169,14 @@ def block_shapes(model: CustomResNet) -> list[tuple[str, tuple[int, ...]]]:
     after(probe.pool, "Max Pooling")
     before(probe.fc, "Reshape before FC")
     after(probe.fc, "After FC")
-    probe(torch.empty(_one_image(model), device="meta"))
+    probe(torch.empty(_one_image(model.resolution), device="meta"))
     return shapes
 
 
-def multiply_adds(model: CustomResNet) -> int:
+def multiply_adds(model: CustomResNet, resolution: int | None = None) -> int:
     """Multiply-adds of the convolutions and the linear layer for one image, forward.
+
+    resolution: pixels of the image's side; the model's own, if not given.
 
     A training step costs three times as many (forward, gradient of the input, gradient of the weights), and
     each is two floating-point operations.
@@ -181,13 +193,13 @@ def multiply_adds(model: CustomResNet) -> int:
     for module in probe.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(count)
-    probe(torch.empty(_one_image(model), device="meta"))
+    probe(torch.empty(_one_image(resolution or model.resolution), device="meta"))
     return total
 
 
-def training_flop_per_image(model: CustomResNet) -> int:
-    """Floating-point operations of one training step for one image."""
-    return 2 * 3 * multiply_adds(model)
+def training_flop_per_image(model: CustomResNet, resolution: int | None = None) -> int:
+    """Floating-point operations of one training step for one image of so many pixels a side."""
+    return 2 * 3 * multiply_adds(model, resolution)
 
 
 def summary(model: CustomResNet) -> str:
@@ -197,7 +209,7 @@ def summary(model: CustomResNet) -> str:
     with torch.random.fork_rng():  # torchinfo draws its input from the global generator
         table = torchinfo.summary(
             copy.deepcopy(model).cpu(),
-            input_size=_one_image(model),
+            input_size=_one_image(model.resolution),
             col_names=("input_size", "kernel_size", "output_size", "num_params", "trainable"),
             col_width=16,
             verbose=0,

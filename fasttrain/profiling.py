@@ -92,12 +92,14 @@ def profile_training(
     """Train a few steps under the profiler; returns the figures and the table of operators.
 
     wait, warmup, active: steps that run unwatched, that warm the profiler up, and that count; by default 20
-    count on a GPU and 3 without one. Leaves trace.json, operators.txt and profile.json in the folder `out`.
+    count on a GPU and 3 without one. All train on whole images. Leaves trace.json, operators.txt and
+    profile.json in the folder `out`.
     Raises UserError if a batch is larger than the training set, or if `out` cannot be written.
     """
     from torch.profiler import ProfilerActivity, profile, schedule
 
     on_gpu = device.type == "cuda"
+    recipe = dataclasses.replace(recipe, early_resolution=0)
     active = active or (20 if on_gpu else 3)
     dtype = pick_compute_dtype(recipe.compute_dtype, device)
     prepare(device, recipe.compute_dtype)

@@ -64,6 +64,10 @@ class Recipe:
 
     resolution: int = 32
     """Pixels of a side that your own images are scaled to; CIFAR's have 32."""
+    early_resolution: int = 0
+    """Pixels of a side that the images of the first steps are shrunk to; 0 switches it off."""
+    early_share: float = 0.6
+    """With early_resolution: share of all steps that the shrunk images get."""
     crop_padding: int = 4
     """Reflect-pad by this many pixels, then crop at a random offset; 0 switches it off."""
     flip: bool = True
@@ -109,6 +113,12 @@ class Recipe:
             ("final_div_factor", 1 <= self.final_div_factor < float("inf"), "1 or more"),
             ("resolution", self.resolution in range(16, 257, 8), "a multiple of 8 from 16 to 256 pixels"),
             (
+                "early_resolution",
+                self.early_resolution == 0 or self.early_resolution in range(16, self.resolution, 8),
+                f"0, or a multiple of 8 from 16 to below --resolution {self.resolution}",
+            ),
+            ("early_share", 0 < self.early_share < 1, "between 0 and 1"),
+            (
                 "crop_padding",
                 0 <= self.crop_padding <= self.resolution // 2,
                 f"from 0 to {self.resolution // 2} pixels, half of --resolution",
@@ -126,6 +136,11 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def training_resolution(self, step: int, total_steps: int) -> int:
+        """Pixels of a side that this step, counted from 0, trains on."""
+        early = self.early_resolution and step < self.early_share * total_steps
+        return self.early_resolution if early else self.resolution
 
     def network_settings(self) -> dict[str, Any]:
         """The fields that CustomResNet takes, under its own names."""

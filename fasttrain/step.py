@@ -1,5 +1,6 @@
 """One training step: autocast, loss, backward, optimizer, schedule. Nothing in here waits for the device."""
 
+import functools
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasttrain.average import WeightAverage
@@ -52,6 +54,7 @@ class TrainStep:
         self.loss_fn = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
         self._records = cuda_graph
         self._recording: Callable[[Tensor, Tensor], None] | None = None
+        self._recorded_side = 0
         # A recorded update reads its rate from a tensor. Fused Adam takes beta1 as a number alone, and a
         # scaler counts on the host: where either changes from step to step, the update follows the recording.
         self._updates_in_work = not cuda_graph or not (self.scaler.is_enabled() or recipe.cycle_momentum)
@@ -73,6 +76,11 @@ class TrainStep:
         return self._lr
 
     @property
+    def resolution(self) -> int:
+        """Pixels of a side that the next step trains on; it shrinks larger images."""
+        return self.recipe.training_resolution(self.step, self.total_steps)
+
+    @property
     def shipped_model(self) -> CustomResNet:
         """The network to evaluate and to ship: the averaged one, if there is one, else the trained one."""
         return self.average.model if self.average else self.model  # type: ignore[return-value]  # a copy
@@ -81,13 +89,14 @@ class TrainStep:
         """One optimizer step on one batch. Raises ValueError past the schedule's end."""
         if self.step >= self.total_steps:
             raise ValueError(f"step {self.step} is past the schedule's {self.total_steps} steps")
-        if self._records and self._recording is None:
+        side = self.resolution
+        if self._records and (self._recording is None or self._recorded_side != side):
             self.warm_up(images_NCHW, labels_N)
         self._lr, beta1 = one_cycle(self.step, self.total_steps, self.max_lr, self.recipe)
         set_schedule(self.optimizer, self._lr, beta1)
         if self.average:
             self.average.set_step(self.step)
-        work = self._recording or self._work
+        work = self._recording or functools.partial(self._work, side=side)
         work(images_NCHW, labels_N)
         if not self._updates_in_work:
             self._update()
@@ -123,10 +132,10 @@ class TrainStep:
         self._compiled, self._recording = True, None
 
     def measure_seconds(self, images_NCHW: Tensor, labels_N: Tensor) -> float:
-        """Seconds of one step on this batch, the mean of twenty. Changes nothing; waits for the device."""
-        repeats = 20
-        self.warm_up(images_NCHW, labels_N)
-        work = self._recording or self._work
+        """Seconds of a step on whole images, the mean of twenty. Changes nothing; waits for the device."""
+        repeats, side = 20, self.recipe.resolution
+        self.warm_up(images_NCHW, labels_N, side)
+        work = self._recording or functools.partial(self._work, side=side)
         with self._untouched():
             work(images_NCHW, labels_N)
             self._sums.tolist()  # waits for the device
@@ -136,9 +145,11 @@ class TrainStep:
             self._sums.tolist()
             return (time.perf_counter() - start) / repeats
 
-    def warm_up(self, images_NCHW: Tensor, labels_N: Tensor) -> float:
+    def warm_up(self, images_NCHW: Tensor, labels_N: Tensor, side: int | None = None) -> float:
         """Compile and record on one batch like those to come; returns the seconds it took, 0 for neither.
 
+        side: the resolution to record; that of the next step, if not given. All later ones are compiled too,
+        but recorded when their time comes: a recording takes a few steps, and holds a step's memory.
         With several ranks a step is taken in any case: DistributedDataParallel orders its sums by the first
         backward pass, and a resumed run has to add up in the same order as one that nobody stopped.
         Leaves weights, statistics, the optimizer's state and random generators as they were.
@@ -146,13 +157,18 @@ class TrainStep:
         if not self._compiled and not self._records and self.world.size == 1:
             return 0.0
         start = time.perf_counter()
+        side = side or self.resolution
         with self._untouched(), warnings.catch_warnings():
             # The calls before the recording are what an optimizer made to be recorded warns of.
             warnings.filterwarnings("ignore", message=".*capturable=True")
+            if self._compiled and side != self.recipe.resolution:
+                self._work(images_NCHW, labels_N, self.recipe.resolution)
             if self._records:
-                self._recording = record(self._work, images_NCHW, labels_N)
+                self._recording = None  # its memory is free for the next
+                self._recording = record(functools.partial(self._work, side=side), images_NCHW, labels_N)
+                self._recorded_side = side
             else:
-                self._work(images_NCHW, labels_N)
+                self._work(images_NCHW, labels_N, side)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - start if self._compiled or self._records else 0.0
@@ -190,9 +206,9 @@ class TrainStep:
         self._peek.forget()
         self._recording = None  # it goes on with the optimizer's former tensors: record anew
 
-    def _work(self, images_NCHW: Tensor, labels_N: Tensor) -> None:
+    def _work(self, images_NCHW: Tensor, labels_N: Tensor, side: int) -> None:
         """What the device does in a step, but for an update that cannot be recorded."""
-        logits_NK, loss = self._forward_backward(images_NCHW, labels_N)
+        logits_NK, loss = self._forward_backward(shrink(images_NCHW, side), labels_N)
         if self._updates_in_work:
             self._update()
         hits = (logits_NK.argmax(1) == labels_N).sum()
@@ -273,6 +289,16 @@ class _Peek:
         arrived.record(torch.cuda.current_stream(self._device))
         self._under_way = arrived, images
         return self._newest
+
+
+def shrink(images_NCHW: Tensor, side: int) -> Tensor:
+    """The images with so many pixels a side, each the mean of what it covers; as they are, if they have it.
+
+    Returns float32 of the same range (0 to 255).
+    """
+    if images_NCHW.shape[3] == side:
+        return images_NCHW
+    return F.interpolate(images_NCHW.float(), size=(side, side), mode="bilinear", antialias=True)
 
 
 def _means(sums: Tensor, images: int) -> tuple[float, float]:

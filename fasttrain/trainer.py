@@ -8,6 +8,7 @@ import os
 import shlex
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -292,10 +293,17 @@ def _figures(run: RunState, matmul_tflops: float) -> dict[str, Any]:
         "images_per_sec": images_per_sec,
         "data_wait_share": sum(row["data_wait_share"] * row["seconds"] for row in rows) / train_seconds,
         "mfu": model_flops_utilization(
-            images_per_sec, training_flop_per_image(run.step.model), matmul_tflops * run.world.size
+            images_per_sec, _flop_per_image(run.step), matmul_tflops * run.world.size
         ),
         "matmul_tflops_measured": matmul_tflops,
     }
+
+
+def _flop_per_image(step: TrainStep) -> float:
+    """What a training step does for an image, the mean over all steps."""
+    total = step.total_steps
+    sides = Counter(step.recipe.training_resolution(number, total) for number in range(total))
+    return sum(n * training_flop_per_image(step.model, side) for side, n in sides.items()) / total
 
 
 def _said_of_flip(result: dict[str, Any]) -> str:
@@ -326,8 +334,7 @@ def _train_epoch(run: RunState, log: RunLog, saver: Saver) -> dict[str, float]:
         for images_NCHW, labels_N in log.steps(timer, left, title, figures):
             step(images_NCHW, labels_N)
             if step.recipe.name == "laptop" and step.step == min(FIRST_STEPS, step.total_steps):
-                seconds_per_step = (time.perf_counter() - start) / step.step
-                _announce_full_recipe(log, loader, step.recipe.batch_size, seconds_per_step)
+                _announce_full_recipe(log, loader, step, (time.perf_counter() - start) / step.step)
             if saver.wanted():
                 run.require_finite()  # waits for the device: the clock below is the device's
                 progress.seconds, progress.wait_seconds = time.perf_counter() - start, timer.wait_seconds
@@ -346,9 +353,12 @@ def _train_epoch(run: RunState, log: RunLog, saver: Saver) -> dict[str, float]:
     }
 
 
-def _announce_full_recipe(log: RunLog, loader: Loader, batch_size: int, seconds_per_step: float) -> None:
+def _announce_full_recipe(log: RunLog, loader: Loader, step: TrainStep, seconds: float) -> None:
+    """Say what the full recipe would take, from the seconds of one of the first steps."""
     full, images = PRESETS["default"], loader.sampler.count
-    minutes = full.epochs * images * seconds_per_step / batch_size / 60
+    side = step.recipe.training_resolution(0, step.total_steps)
+    seconds *= training_flop_per_image(step.model) / training_flop_per_image(step.model, side)
+    minutes = full.epochs * images * seconds / step.recipe.batch_size / 60
     log.say(
         f"No GPU: this is the short laptop recipe. The full one, {full.epochs} epochs, would take about "
         f"{minutes:.0f} minutes here: fasttrain train --recipe {full.name}"

@@ -120,7 +120,9 @@ def test_every_resolution_ends_in_one_pixel(resolution: int) -> None:
     shapes = dict(block_shapes(model))
     assert shapes["Max Pooling"] == (1, 64, 1, 1)
     left = shapes["Layer 3, X + R2"][2]
-    assert model.pool.kernel_size == left  # the last pooling leaves nothing out
+    block_NCHW = torch.zeros(1, 64, left, left)
+    block_NCHW[0, 0, -1, -1] = 1
+    assert model.pool(block_NCHW)[0, 0, 0, 0] == 1  # the last pooling leaves nothing out
     stem = resolution // 2 if resolution >= 128 else resolution
     assert shapes["PrepLayer"] == (1, 8, stem, stem)
     assert sum(p.numel() for p in model.parameters()) == sum(
@@ -130,6 +132,14 @@ def test_every_resolution_ends_in_one_pixel(resolution: int) -> None:
     assert model.eval()(images).shape == (2, 10)
     flop = training_flop_per_image(CustomResNet(resolution=64)) / training_flop_per_image(CustomResNet())
     assert flop == pytest.approx(4, rel=0.01)
+
+
+def test_a_network_takes_smaller_images_as_the_one_that_was_made_for_them() -> None:
+    model, smaller = CustomResNet(width=8).eval(), CustomResNet(width=8, resolution=24).eval()
+    smaller.load_state_dict(model.state_dict())
+    images = torch.randint(256, (2, 3, 24, 24), dtype=torch.uint8)
+    assert torch.equal(model(images), smaller(images))
+    assert training_flop_per_image(model, 24) == training_flop_per_image(smaller)
 
 
 def test_number_of_classes_is_the_last_layers() -> None:

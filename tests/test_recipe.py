@@ -14,7 +14,7 @@ def test_the_assignment_is_faithful() -> None:
     assert recipe.label_smoothing == 0 and recipe.weight_decay == 0 and recipe.cycle_momentum
     assert (recipe.init, recipe.flip_order, recipe.bn_momentum) == ("default", "random", 0.1)
     assert recipe.logit_scale == recipe.bn_bias_lr_scale == 1 and recipe.ema_epochs == 0
-    assert not recipe.test_flip
+    assert not recipe.test_flip and recipe.early_resolution == 0
 
 
 def test_only_the_record_has_another_optimizer_than_adams() -> None:
@@ -33,6 +33,7 @@ def test_a_field_that_a_file_lacks_is_off() -> None:
         "logit_scale",
         "bn_bias_lr_scale",
         "ema_epochs",
+        "early_resolution",
     ):
         del values[name]
         assert getattr(Recipe.from_dict(values), name) == getattr(PRESETS["assignment"], name)
@@ -65,6 +66,9 @@ def test_a_field_that_a_file_lacks_is_off() -> None:
         ({"resolution": 8}, "--resolution 8"),
         ({"resolution": 36}, "--resolution 36: expected a multiple of 8 from 16 to 256"),
         ({"resolution": 264}, "--resolution 264"),
+        ({"early_resolution": 32}, "--early-resolution 32: expected 0, or a multiple of 8 from 16 to below"),
+        ({"early_resolution": 20}, "--early-resolution 20"),
+        ({"early_share": 1.0}, "--early-share 1.0"),
         ({"seed": -1}, "--seed -1"),
         ({"learning_rate": 0.1}, "unknown recipe key 'learning_rate'"),
     ],

@@ -97,8 +97,10 @@ def test_the_loader_of_dali_resumes_too(dataset_dir, tmp_path, monkeypatch) -> N
     assert same(outcome(folder), outcome(undisturbed))
 
 
-def test_a_run_with_muon_ends_with_the_same_bits(dataset_dir, tmp_path, monkeypatch) -> None:
-    recipe = dataclasses.replace(RECIPE, optimizer="muon")
+def test_a_run_with_muon_and_shrunk_images_ends_with_the_same_bits(
+    dataset_dir, tmp_path, monkeypatch
+) -> None:
+    recipe = dataclasses.replace(RECIPE, optimizer="muon", early_resolution=16, early_share=0.6)
     undisturbed = train(dataset_dir, tmp_path / "whole", recipe)
     folder = stop_at(dataset_dir, tmp_path / "stopped", 6, monkeypatch, recipe=recipe)
     train(dataset_dir, tmp_path / "stopped", recipe, resume=folder)

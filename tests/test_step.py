@@ -10,7 +10,7 @@ from fasttrain import step as step_module
 from fasttrain.model import CustomResNet
 from fasttrain.optim import one_cycle
 from fasttrain.recipe import Recipe
-from fasttrain.step import TrainStep
+from fasttrain.step import TrainStep, shrink
 
 CPU = torch.device("cpu")
 GPU = pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)
@@ -266,7 +266,15 @@ def addresses(step: TrainStep) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors]
 
 
-@pytest.mark.parametrize("fields", [{}, {"cycle_momentum": True}, {"optimizer": "muon"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"cycle_momentum": True},
+        {"optimizer": "muon"},
+        {"early_resolution": 16, "early_share": 0.15},  # 3 of 20 steps
+    ],
+)
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.float16])
 def test_a_recorded_step_trains_as_an_eager_one(
     recordings, compute_dtype, fields: dict, monkeypatch: pytest.MonkeyPatch
@@ -287,7 +295,7 @@ def test_a_recorded_step_trains_as_an_eager_one(
         for shift in range(6):
             step(images.roll(shift, 0), labels)
             losses[-1].append(step.take_metrics()[0])
-    assert len(recordings) == 1
+    assert len(recordings) == (2 if "early_resolution" in fields else 1)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert eager.lr == recorded.lr
     for models in ((recorded.model, eager.model), (recorded.shipped_model, eager.shipped_model)):
@@ -308,6 +316,37 @@ def test_a_recorded_update_takes_its_rate_from_a_tensor_and_no_address_ever_chan
         assert [group["lr"].item() for group in groups] == pytest.approx([step.lr * rate for rate in rates])
         assert [group["betas"] for group in groups] == [(0.9, 0.999)] * len(rates)
     assert addresses(step) == before
+
+
+def test_the_first_share_of_the_steps_sees_shrunk_images() -> None:
+    step, (images, labels) = build(early_resolution=24, early_share=0.2, width=8), batch()
+    sides = []
+    step.model.prep.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[2:]))
+    for _ in range(6):
+        step(images, labels)
+    assert sides == 4 * [(24, 24)] + 2 * [(32, 32)]
+    assert step.warm_up(images, labels) == 0.0
+    step.measure_seconds(images, labels)
+    assert sides[6:] == 21 * [(32, 32)]
+
+
+def test_a_shrunk_image_has_the_means_of_what_its_pixels_cover_and_the_whole_one_is_left_alone() -> None:
+    images, _ = batch()
+    halves = shrink(images, 16).mean((2, 3))
+    torch.testing.assert_close(halves, images.float().mean((2, 3)), rtol=0.02, atol=0)
+    assert shrink(images, 32) is images
+    checks = torch.tensor([0, 255], dtype=torch.uint8).repeat(16).expand(1, 3, 32, 32)
+    assert (shrink(checks, 16)[..., 1:-1] - 127.5).abs().max() < 1  # no pixel is skipped
+
+
+def test_compiling_covers_both_resolutions_before_the_first_step(monkeypatch) -> None:
+    step, (images, labels) = build(early_resolution=16, width=8), batch()
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda network, **_: network)
+    step.compile("default")
+    step.model.prep.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[2]))
+    step.warm_up(images, labels)
+    assert set(seen) == {16, 32}
 
 
 def test_recording_leaves_no_trace(recordings) -> None:
@@ -445,6 +484,25 @@ def test_a_step_never_waits_for_the_gpu(
         step.peek_metrics()
     torch.cuda.synchronize()
     assert step.peek_metrics() == pytest.approx(step.take_metrics())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile_mode", [None, "default"])
+@pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float16])
+def test_a_step_is_recorded_anew_where_the_images_grow(compute_dtype, compile_mode) -> None:
+    device, losses = torch.device("cuda"), []
+    images, labels = batch(device, count=64)
+    for graph in (False, True):
+        fields = {"early_resolution": 16, "early_share": 0.15}  # 3 of 20 steps
+        step = build(compute_dtype, device, compile_mode if graph else None, graph, **fields)
+        step.warm_up(images, labels)
+        compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        losses.append([])
+        for _ in range(6):
+            step(images, labels)
+            losses[-1].append(step.take_metrics()[0])
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
 @pytest.mark.gpu

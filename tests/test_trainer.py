@@ -15,8 +15,9 @@ from fasttrain.checkpoint import load_checkpoint
 from fasttrain.compiling import Payoff
 from fasttrain.data import cifar
 from fasttrain.machine import cpu_cores
-from fasttrain.model import CustomResNet
+from fasttrain.model import CustomResNet, training_flop_per_image
 from fasttrain.recipe import Recipe
+from fasttrain.step import TrainStep
 from fasttrain.trainer import train
 
 RESULT_KEYS = {
@@ -123,6 +124,20 @@ def test_flip_at_test_time_is_a_second_figure_everywhere(dataset_dir: Path, tmp_
     (folder / "result.json").write_text(json.dumps(result | {"test_accuracy_flip": "high"}))
     assert main(["report", str(folder)]) == 2
     assert "test_accuracy_flip is 'high'" in capsys.readouterr().err
+
+
+def test_the_share_of_the_matmul_rate_counts_shrunk_images_as_what_they_are() -> None:
+    model = CustomResNet(width=8)
+    step = TrainStep(
+        model,
+        Recipe(early_resolution=16, early_share=0.5),
+        max_lr=0.01,
+        total_steps=4,
+        device=torch.device("cpu"),
+        compute_dtype=torch.float32,
+    )
+    expected = (training_flop_per_image(model, 16) + training_flop_per_image(model)) / 2
+    assert trainer._flop_per_image(step) == expected < 0.7 * training_flop_per_image(model)
 
 
 def test_evaluate_refuses_another_data_set(run: Path, dataset_dir: Path, tmp_path, capsys) -> None:
