@@ -165,7 +165,7 @@ class RunState:
         return [f"{key} {then[key]}, now {now}" for key, now in self.environment.items() if then[key] != now]
 
     def _require_same_run(self, then: Any) -> None:
-        if not isinstance(then, dict):
+        if not isinstance(then, dict) or any(isinstance(value, Tensor) for value in then.values()):
             raise UserError("it does not say what run it is of")
         then = _recipe_flags(Recipe()) | then  # a recipe has its defaults where it says nothing
         differing = [

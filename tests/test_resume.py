@@ -287,6 +287,16 @@ def test_without_a_sound_checkpoint_nothing_is_begun(dataset_dir, tmp_path, monk
     assert (folder / "last.pt").read_bytes() == b"torn"
 
 
+def test_a_tensor_in_the_place_of_a_flag_is_refused(dataset_dir, tmp_path, monkeypatch) -> None:
+    folder = stop_at(dataset_dir, tmp_path, 6, monkeypatch)
+    state = load_checkpoint(folder / "last.pt")
+    state["fingerprint"]["--max-lr"] = torch.ones(3)
+    for name in ("last.pt", "previous.pt"):
+        save_checkpoint(folder / name, state)
+    with pytest.raises(UserError, match=r"last\.pt: it does not say what run it is of"):
+        train(dataset_dir, tmp_path, resume="auto")
+
+
 def test_two_processes_never_train_one_run(dataset_dir, tmp_path, monkeypatch) -> None:
     folder = stop_at(dataset_dir, tmp_path, 1, monkeypatch)
     with hold_folder(folder), pytest.raises(UserError, match="another process"):
