@@ -217,8 +217,10 @@ PRESETS: dict[str, Recipe] = {
             cycle_momentum=True,
         ),
         _FAST,
-        # `fast` with another optimizer than the one that the project is about.
-        dataclasses.replace(_FAST, name="record", optimizer="muon", weight_decay=0.05),
+        # `fast` with another optimizer, and another network, than those that the project is about.
+        dataclasses.replace(
+            _FAST, name="record", optimizer="muon", weight_decay=0.05, activation="gelu", pct_start=0.1
+        ),
         # For a machine without a GPU: few epochs, and smaller batches so that they hold enough steps.
         Recipe(name="laptop", epochs=3, batch_size=256, weight_decay=0.5, pct_start=0.3),
     )
