@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from fasttrain.data.sampler import Shard
 from fasttrain.errors import DivergedError, Interrupted, UserError
+from fasttrain.interrupt import ignore_sigterm
 
 T = TypeVar("T")
 
@@ -85,7 +86,7 @@ class World:
         if self.size == 1:
             return work()
         box = [work() if self.is_first else None]
-        with self._lost_rank_in_one_line():
+        with self.lost_rank_in_one_line():
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]  # type: ignore[return-value]  # the first rank's
 
@@ -103,7 +104,7 @@ class World:
         values: list[Any] = [None] * self.size
         if self.size == 1:
             return [value]
-        with self._lost_rank_in_one_line():
+        with self.lost_rank_in_one_line():
             dist.all_gather_object(values, value)
         return values
 
@@ -112,7 +113,7 @@ class World:
         if self.size == 1:
             return list(values)
         most = torch.tensor(values)
-        with self._lost_rank_in_one_line():
+        with self.lost_rank_in_one_line():
             dist.all_reduce(most, dist.ReduceOp.MAX)
         return most.tolist()
 
@@ -135,7 +136,7 @@ class World:
         if self.size == 1:
             return values
         values = values.clone()
-        with self._lost_rank_in_one_line():
+        with self.lost_rank_in_one_line():
             dist.all_reduce(values)
         return values
 
@@ -144,7 +145,7 @@ class World:
         if self.size == 1:
             return values
         values = values.clone()
-        with self._lost_rank_in_one_line():
+        with self.lost_rank_in_one_line():
             dist.all_reduce(values, dist.ReduceOp.MIN)
         return values
 
@@ -170,7 +171,7 @@ class World:
         """Give every rank the first one's buffers, so that all evaluate one network."""
         if self.size == 1:
             return
-        with self._lost_rank_in_one_line():
+        with self.lost_rank_in_one_line():
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
@@ -217,7 +218,8 @@ class World:
             self._raise_if_lost(error)
 
     @contextmanager
-    def _lost_rank_in_one_line(self) -> Iterator[None]:
+    def lost_rank_in_one_line(self) -> Iterator[None]:
+        """Within the block a broken connection is a UserError, and SIGTERM waits for it."""
         try:
             yield
         except RuntimeError as error:
@@ -227,6 +229,7 @@ class World:
     def _raise_if_lost(self, error: BaseException) -> None:
         said = str(error)
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in said.lower()):
+            ignore_sigterm()  # torchrun's, which follows: this rank ends by itself, and says why
             reason = said.splitlines()[0].rpartition("] ")[2] if "] " in said else said.splitlines()[0]
             raise UserError(
                 f"lost another rank ({reason}): what ended that one stands above, or in "

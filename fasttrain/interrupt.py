@@ -14,8 +14,9 @@ def catch_signals() -> Iterator[Callable[[], int | None]]:
     """Within the block SIGINT and SIGTERM only leave a note: yields a function that returns it, or None.
 
     A second signal does what it would have done without the block. Where there is SIGUSR1, it prints the
-    stacks of all threads. The handlers of before are back after the block. Python allows signal handlers in
-    the main thread only; in any other the block changes nothing.
+    stacks of all threads. The handlers of before are back after the block, unless
+    ignore_sigterm replaced one. Python allows signal handlers in the main thread only; in any other the
+    block changes nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
@@ -25,7 +26,8 @@ def catch_signals() -> Iterator[Callable[[], int | None]]:
 
     def restore() -> None:
         for signum, handler in before.items():
-            signal.signal(signum, handler)
+            if signal.getsignal(signum) is note:
+                signal.signal(signum, handler)
         before.clear()
 
     def note(signum: int, _: object) -> None:
@@ -46,3 +48,12 @@ def catch_signals() -> Iterator[Callable[[], int | None]]:
         restore()
         with suppress(AttributeError):
             faulthandler.unregister(signal.SIGUSR1)
+
+
+def ignore_sigterm() -> None:
+    """For a process that is about to end and say why: let no SIGTERM come before its words.
+
+    It stays ignored after catch_signals too. Outside the main thread nothing changes.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

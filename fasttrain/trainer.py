@@ -218,7 +218,11 @@ def train(
             tensorboard=(tensorboard, False),
         )
         test: Evaluation | None = None
-        with CheckpointWriter(log.folder, run_device) as writer, catch_signals() as signalled:
+        with (
+            CheckpointWriter(log.folder, run_device) as writer,
+            catch_signals() as signalled,
+            world.lost_rank_in_one_line(),
+        ):
             world.begin()
             saver = Saver(run, writer, interval, signalled, how_to_go_on)
             saver.save()

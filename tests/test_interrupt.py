@@ -47,6 +47,16 @@ def test_an_ignored_signal_stays_ignored() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_process_that_ends_itself_has_its_say_before_sigterm() -> None:
+    code = (
+        "import signal\nfrom fasttrain.interrupt import catch_signals, ignore_sigterm\n"
+        "with catch_signals():\n    signal.raise_signal(signal.SIGTERM)\n    ignore_sigterm()\n"
+        "    signal.raise_signal(signal.SIGTERM)\nsignal.raise_signal(signal.SIGTERM)\nprint('why')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("why\n", 0)
+
+
 def test_another_thread_leaves_the_signals_alone() -> None:
     handlers = []
 

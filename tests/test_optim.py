@@ -10,7 +10,7 @@ from fasttrain.recipe import PRESETS, Recipe
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("total_steps", [10, 97 * 24])
+@pytest.mark.parametrize("total_steps", [11, 97 * 24])  # torch's own divides by zero where a peak is step 0
 def test_the_schedule_is_torchs_one_cycle(name: str, total_steps: int) -> None:
     recipe = PRESETS[name]
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
