@@ -187,7 +187,7 @@ def _require_type(field: str, value: object, wanted: Any) -> None:
 # (arXiv:2404.00498): those tried so far could not be told from chance.
 _FAST = Recipe(
     name="fast",
-    epochs=6,
+    epochs=9,
     batch_size=256,
     weight_decay=0.3,
     label_smoothing=0.2,
@@ -219,7 +219,14 @@ PRESETS: dict[str, Recipe] = {
         _FAST,
         # `fast` with another optimizer, and another network, than those that the project is about.
         dataclasses.replace(
-            _FAST, name="record", optimizer="muon", weight_decay=0.05, activation="gelu", pct_start=0.1
+            _FAST,
+            name="record",
+            epochs=4,
+            optimizer="muon",
+            weight_decay=0.05,
+            activation="gelu",
+            ema_epochs=0.25,
+            pct_start=0.05,
         ),
         # For a machine without a GPU: few epochs, and smaller batches so that they hold enough steps.
         Recipe(name="laptop", epochs=3, batch_size=256, weight_decay=0.5, pct_start=0.3),
