@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.report import run, save, show
+from benchmarks.report import run, save, show, software
 from fasttrain import lr_find, trainer
 from fasttrain.data.cifar import Dataset, Split, channel_statistics
 from fasttrain.data.loader import open_dataset
@@ -274,7 +274,7 @@ def hardware(runs: dict[str, dict[int, Run]]) -> list[str]:
 
 
 def final_rows(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
-    """Per preset its epochs, both accuracies, and the seconds of its training steps."""
+    """Per preset its epochs, both accuracies, the seconds of its training steps, and where it ran."""
     rows = []
     for name, by_seed in runs.items():
         results = [one.result for one in by_seed.values()]
@@ -286,6 +286,8 @@ def final_rows(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
                 "accuracy": summarize([result["test_accuracy"] for result in results]),
                 "accuracy_flip": summarize(flips) if flips else None,
                 "train_seconds": statistics.median(result["train_seconds"] for result in results),
+                "hardware": hardware({name: by_seed}),
+                "software": sorted({software(one.machine) for one in by_seed.values()}),
             }
         )
     return rows
@@ -355,11 +357,12 @@ def table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             points(row["accuracy"]),
             points(row["accuracy_flip"]),
             f"{row['train_seconds']:,.1f}",
+            "; ".join(row["hardware"]),
             str(row["accuracy"]["n"]),
         ]
         for row in values["rows"]
     ]
-    return ["recipe", "epochs", "test accuracy, %", "with test_flip, %", "training s", "n"], rows
+    return ["recipe", "epochs", "test accuracy, %", "with test_flip, %", "training s", "machine", "n"], rows
 
 
 def main(options: Options) -> None:
@@ -372,9 +375,8 @@ def main(options: Options) -> None:
     cheap = [f"{options.epochs}-epochs"] * (options.epochs is not None)
     cheap += [f"width-{options.width}"] * (options.width != 64)
     out = options.out / "-".join([options.mode, *cheap])
-    benchmark = "-".join(
-        [options.mode, *([next(iter(recipes))] if options.mode == "ablations" else []), *cheap]
-    )
+    about = recipes if options.mode == "final" else [next(iter(recipes))]
+    benchmark = "-".join([options.mode, *about, *cheap])
 
     runs: dict[str, dict[int, Run]] = {}
     for seed in range(options.seeds):  # every recipe before the next seed: whatever ends this leaves pairs

@@ -34,6 +34,12 @@ def run(main: Callable[[T], object], options: type[T]) -> None:
         sys.exit(str(error))
 
 
+def software(machine: dict[str, Any]) -> str:
+    """The versions in what machine.describe gave, for a caption."""
+    commit = f"{str(machine['git_commit'])[:9]}{' with local changes' if machine['git_dirty'] else ''}"
+    return f"torch {machine['torch']}, DALI {machine['dali']}, commit {commit}"
+
+
 def interleave(workloads: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Call every workload once per round, in turn, so that a slow minute of the machine hits all alike.
 

@@ -19,15 +19,10 @@ import tyro
 
 from benchmarks import airbench, paper_model, published, recipes
 from benchmarks.pictures import draw_scaling
-from benchmarks.report import RESULTS, markdown
+from benchmarks.report import RESULTS, markdown, software
 from fasttrain.machine import hardware_name
 
 README = Path(__file__).parents[1] / "README.md"
-
-
-def software(machine: dict[str, Any]) -> str:
-    commit = f"{str(machine['git_commit'])[:9]}{' with local changes' if machine['git_dirty'] else ''}"
-    return f"torch {machine['torch']}, DALI {machine['dali']}, commit {commit}"
 
 
 def runs_table(results: Path) -> str:
@@ -277,11 +272,13 @@ def ablations_table(results: Path) -> str:
 
 def final_table(results: Path) -> str:
     """Per machine: what the presets reach on the test images."""
-    parts = [
-        f"{markdown(*recipes.table(values))}\n\nWidth {values['width']}, {recipes_caption(values)} Training "
-        "seconds: median."
-        for values in results_of(results, "final")
-    ]
+    parts = []
+    for values in results_of(results, "final"):
+        versions = [f"{row['recipe']}: {'; '.join(row['software'])}" for row in values["rows"]]
+        parts.append(
+            f"{markdown(*recipes.table(values))}\n\nWidth {values['width']}, {trained_caption(values)} "
+            f"Training seconds: median. {'. '.join(versions)}."
+        )
     return "\n\n".join(parts) or "Not measured yet."
 
 
@@ -324,11 +321,17 @@ def airbench_table(results: Path) -> str:
 
 
 def recipes_caption(values: dict[str, Any]) -> str:
-    """Images, machines and what the brackets are, in the middle of a caption."""
+    """Images, what the brackets are, and machines, in the middle of a caption."""
+    return (
+        f"{trained_caption(values)} Machine: {'; '.join(values['hardware'])}; {software(values['machine'])}."
+    )
+
+
+def trained_caption(values: dict[str, Any]) -> str:
+    """Images, and what the brackets are, in the middle of a caption."""
     return (
         f"trained on {values['train_images']:,} and measured on {values['test_images']:,} images: "
-        f"{values['dataset']}. In brackets: 95% confidence interval of the mean (Student's t, over seeds). "
-        f"Machine: {'; '.join(values['hardware'])}; {software(values['machine'])}."
+        f"{values['dataset']}. In brackets: 95% confidence interval of the mean (Student's t, over seeds)."
     )
 
 

@@ -18,6 +18,7 @@ from fasttrain import trainer
 from fasttrain.checkpoint import load_checkpoint
 from fasttrain.data import cifar
 from fasttrain.errors import UserError
+from fasttrain.machine import hardware_name
 from fasttrain.recipe import PRESETS, Recipe, load_recipe
 from fasttrain.step import TrainStep
 
@@ -141,13 +142,19 @@ def test_a_finished_run_put_there_is_read_and_not_trained(base, dataset_dir, tmp
     seeded = dataclasses.replace(recipe, seed=1)
     trainer.train(seeded, data_dir=dataset_dir, out=place, device="cpu", report=False)
     [folder] = place.iterdir()
+    machine = json.loads((folder / "machine.json").read_text())
+    elsewhere = machine | {"cpu_model": "Other", "git_commit": "0123456789"}
+    (folder / "machine.json").write_text(json.dumps(elsewhere))
     recipes.main(options(base, dataset_dir, tmp_path, mode="final", presets=(str(base),)))
     assert [recipe.seed for recipe in tiny] == [1, 0]
     assert load_checkpoint(folder / "last.pt")  # nobody else's checkpoints are removed
-    values = result(tmp_path, "final")
+    values = result(tmp_path, "final-tiny")
     assert values["dataset"] == "synthetic" and values["test_images"] == 40
     [row] = values["rows"]
     assert (row["accuracy"]["n"], row["accuracy_flip"]["n"]) == (2, 1)
+    table = tables.final_table(tmp_path / "results")  # both machines, each with its commit
+    assert all(f"{hardware_name(where)}, fp32" in table for where in (machine, elsewhere))
+    assert "commit 012345678" in table and f"commit {machine['git_commit'][:9]}" in table
 
 
 @pytest.mark.parametrize(
