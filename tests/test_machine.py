@@ -62,12 +62,19 @@ def test_auto_takes_bf16_where_the_cpu_has_it(
 
 def test_auto_leaves_bf16_where_the_cpu_is_slower_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     give_cpu_instructions(monkeypatch, avx512_bf16=True)
-    rates = {torch.float32: 0.28, torch.bfloat16: 0.16}
-    monkeypatch.setattr(machine, "measure_matmul_tflops", lambda device, dtype, **_: rates[dtype])
+    rates, threads, ours = {torch.float32: 0.28, torch.bfloat16: 0.16}, set(), torch.get_num_threads()
+
+    def measure(device: torch.device, dtype: torch.dtype, **_: object) -> float:
+        threads.add(torch.get_num_threads())
+        return rates[dtype]
+
+    monkeypatch.setattr(machine, "measure_matmul_tflops", measure)
     machine.bf16_speedup_on_cpu.cache_clear()
     try:
         assert machine.pick_compute_dtype("auto", CPU) == torch.float32
         assert machine.pick_compute_dtype("bf16", CPU) == torch.bfloat16  # who asks for it gets it
+        # One is not held up by another thread that waits for a busy core: the answer stays the same there.
+        assert threads == {1} and torch.get_num_threads() == ours
     finally:
         machine.bf16_speedup_on_cpu.cache_clear()
 
