@@ -271,7 +271,7 @@ def ablations_table(results: Path) -> str:
 
 
 def final_table(results: Path) -> str:
-    """Per machine: what the presets reach on the test images."""
+    """Per set of presets: what they reach on the test images, and on which machines."""
     parts = []
     for values in results_of(results, "final"):
         versions = [f"{row['recipe']}: {'; '.join(row['software'])}" for row in values["rows"]]

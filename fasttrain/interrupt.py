@@ -14,9 +14,8 @@ def catch_signals() -> Iterator[Callable[[], int | None]]:
     """Within the block SIGINT and SIGTERM only leave a note: yields a function that returns it, or None.
 
     A second signal does what it would have done without the block. Where there is SIGUSR1, it prints the
-    stacks of all threads. The handlers of before are back after the block, unless
-    ignore_sigterm replaced one. Python allows signal handlers in the main thread only; in any other the
-    block changes nothing.
+    stacks of all threads. The handlers of before are back after the block, unless ignore_sigterm replaced
+    one. Python allows signal handlers in the main thread only; in any other the block changes nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None

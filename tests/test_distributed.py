@@ -222,6 +222,31 @@ def test_another_world_size_is_refused(job, data: Path, tmp_path, monkeypatch) -
         trainer.train(RUN_RECIPE, data_dir=data, out=tmp_path, device="cpu", report=False, resume=folder)
 
 
+def test_sigterm_waits_for_what_a_lost_rank_says(data: Path, tmp_path, monkeypatch) -> None:
+    """torchrun's comes while the last checkpoint is still being written: after the loop, before the line."""
+    handlers = []
+
+    class Writer(trainer.CheckpointWriter):
+        def __exit__(self, *error) -> None:
+            handlers.append(signal.getsignal(signal.SIGTERM))
+            super().__exit__(*error)
+
+    def lose_a_rank(*_: object) -> None:
+        raise RuntimeError("[pair.cc:547] Connection closed by peer: gloo")
+
+    monkeypatch.setattr(trainer, "CustomResNet", TinyNet)
+    monkeypatch.setattr(trainer, "CheckpointWriter", Writer)
+    monkeypatch.setattr(trainer, "_train_epoch", lose_a_rank)
+    recipe = dataclasses.replace(RUN_RECIPE, max_lr=0.01)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(UserError, match="lost another rank"):
+            trainer.train(recipe, data_dir=data, out=tmp_path, device="cpu", report=False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert handlers == [signal.SIG_IGN]
+
+
 def pid_of_rank(rank: int, torchrun: int) -> int:
     """The process that torchrun started as this rank."""
     for child in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split():

@@ -10,6 +10,12 @@ from fasttrain.interrupt import catch_signals
 pytestmark = pytest.mark.usefixtures("default_sigint")
 
 
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    """These lines in a process of their own, after two that import what they need."""
+    imports = "import signal\nfrom fasttrain.interrupt import catch_signals, ignore_sigterm\n"
+    return subprocess.run([sys.executable, "-c", imports + code], capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_a_note_and_the_handlers_come_back(signum: signal.Signals) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -29,11 +35,10 @@ def test_a_second_ctrl_c_ends_the_block_at_once() -> None:
 
 def test_a_second_sigterm_ends_the_process() -> None:
     code = (
-        "import signal\nfrom fasttrain.interrupt import catch_signals\n"
         "with catch_signals():\n    signal.raise_signal(signal.SIGTERM)\n    print('first', flush=True)\n"
         "    signal.raise_signal(signal.SIGTERM)\n    print('second', flush=True)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_python(code)
     assert (done.stdout, done.returncode) == ("first\n", -signal.SIGTERM)
 
 
@@ -49,11 +54,10 @@ def test_an_ignored_signal_stays_ignored() -> None:
 
 def test_a_process_that_ends_itself_has_its_say_before_sigterm() -> None:
     code = (
-        "import signal\nfrom fasttrain.interrupt import catch_signals, ignore_sigterm\n"
         "with catch_signals():\n    signal.raise_signal(signal.SIGTERM)\n    ignore_sigterm()\n"
         "    signal.raise_signal(signal.SIGTERM)\nsignal.raise_signal(signal.SIGTERM)\nprint('why')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_python(code)
     assert (done.stdout, done.returncode) == ("why\n", 0)
 
 
@@ -73,9 +77,6 @@ def test_another_thread_leaves_the_signals_alone() -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no SIGUSR1 on this system")
 def test_sigusr1_prints_every_threads_stack() -> None:
-    code = (
-        "import signal\nfrom fasttrain.interrupt import catch_signals\n"
-        "with catch_signals():\n    signal.raise_signal(signal.SIGUSR1)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    code = "with catch_signals():\n    signal.raise_signal(signal.SIGUSR1)\n"
+    done = run_python(code)
     assert done.returncode == 0 and "line 4 in <module>" in done.stderr

@@ -153,7 +153,8 @@ def test_a_finished_run_put_there_is_read_and_not_trained(base, dataset_dir, tmp
     [row] = values["rows"]
     assert (row["accuracy"]["n"], row["accuracy_flip"]["n"]) == (2, 1)
     table = tables.final_table(tmp_path / "results")  # both machines, each with its commit
-    assert all(f"{hardware_name(where)}, " in table for where in (machine, elsewhere))
+    precision = json.loads((folder / "result.json").read_text())["precision"]
+    assert all(f"{hardware_name(where)}, {precision}" in table for where in (machine, elsewhere))
     assert "commit 012345678" in table and f"commit {machine['git_commit'][:9]}" in table
 
 
