@@ -25,7 +25,8 @@ from fasttrain.machine import (
     pick_device,
     set_fp32_precision,
 )
-from fasttrain.model import CustomResNet, training_flop_per_image
+from fasttrain.model import build_model, training_flop_per_image
+from fasttrain.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,7 @@ def main(options: Options) -> None:
         workloads[matmul_name(variant)] = lambda variant=variant: matmul_tflops(variant, device)  # type: ignore[misc]
     samples = interleave(workloads, options.rounds)
 
-    flop = training_flop_per_image(CustomResNet()) * batch_size
+    flop = training_flop_per_image(build_model(Recipe(), num_classes=10)) * batch_size
     rows: list[dict[str, Any]] = []
     for rung in ladder:
         step_ms = statistics.median(samples[rung.name])

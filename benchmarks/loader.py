@@ -30,7 +30,7 @@ from benchmarks.step import Variant, build_step, random_batch
 from fasttrain.data.cifar import Dataset, Split
 from fasttrain.data.loader import LoaderKind, build_loader, pick_loader
 from fasttrain.machine import cpu_cores, pick_compute_dtype, pick_device, prepare
-from fasttrain.model import CustomResNet
+from fasttrain.model import CustomResNet, build_model
 from fasttrain.recipe import Recipe
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -149,7 +149,7 @@ def alone(options: Options, batch_size: int, cores: int, with_peers: bool) -> di
     device = pick_device(options.device)
     prepare(device, "auto")
     dataset = random_dataset(options.images)
-    model = CustomResNet(mean=dataset.mean, std=dataset.std).to(device)
+    model = build_model(Recipe(), len(dataset.classes), mean=dataset.mean, std=dataset.std).to(device)
     loaders = ours(dataset, batch_size, device, threads=cores)
     streams = {name: endless(loader, model) for name, loader in loaders.items()}
     for name, loader in ours(dataset, batch_size, device, threads=cores).items():

@@ -9,7 +9,8 @@ backward pass. DistributedDataParallel hides some of it, and real steps take lon
 from dataclasses import dataclass
 
 from benchmarks.report import markdown
-from fasttrain.model import EPOCH_IMAGES, CustomResNet, training_flop_per_image
+from fasttrain.model import EPOCH_IMAGES, build_model, training_flop_per_image
+from fasttrain.recipe import Recipe
 
 GPU_FLOP_PER_SEC = 989.4e12
 """bf16, dense. Source: NVIDIA's data sheet of the H100 SXM."""
@@ -63,7 +64,7 @@ def all_reduce_seconds(cluster: Cluster, num_bytes: float) -> float:
 
 def table() -> str:
     """The model as a table with its caption."""
-    model = CustomResNet()
+    model = build_model(Recipe(), num_classes=10)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     image_seconds = training_flop_per_image(model) / GPU_FLOP_PER_SEC
     rows, even = [], []

@@ -26,7 +26,6 @@ from benchmarks.recipes import (
     held_out,
     require_counts,
     trained,
-    use_width,
 )
 from benchmarks.report import run, save, show
 from fasttrain.data.cifar import Dataset, Split, channel_statistics
@@ -89,9 +88,8 @@ def at_quality(dataset: Dataset, quality: int) -> Dataset:
 
 def main(options: Options) -> None:
     device = pick_device(options.device)
-    recipe = dataclasses.replace(load_recipe(options.base), epochs=options.epochs)
+    recipe = dataclasses.replace(load_recipe(options.base), epochs=options.epochs, width=options.width)
     original = held_out(open_dataset(options.data, options.data_dir, print))
-    use_width(options.width)
     runs: dict[str, dict[int, Run]] = {}
     for quality in (None, *options.qualities):
         name = "as they are" if quality is None else f"q{quality}"

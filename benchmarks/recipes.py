@@ -16,7 +16,6 @@ the right ones.
 """
 
 import dataclasses
-import functools
 import gc
 import json
 import math
@@ -27,12 +26,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.report import run, save, show, software
-from fasttrain import lr_find, trainer
+from fasttrain import trainer
 from fasttrain.data.cifar import Dataset, Split, channel_statistics
 from fasttrain.data.loader import open_dataset
 from fasttrain.errors import Interrupted, UserError
 from fasttrain.machine import pick_device
-from fasttrain.model import CustomResNet
 from fasttrain.recipe import Recipe, flag, load_recipe
 from fasttrain.run import Run, load_run
 from fasttrain.runlog import RECIPE_FILE, RESULT_FILE
@@ -70,8 +68,8 @@ class Options:
     """Seeds 0, 1, ... train every recipe once each."""
     epochs: int | None = None
     """Instead of the recipe's own: fewer make it cheap."""
-    width: int = 64
-    """Channels of the network's first convolution: fewer make it cheap. Other commands read 64 alone."""
+    width: int | None = None
+    """Instead of the recipe's own: a narrow network makes it cheap."""
     out: Path = Path("runs/recipes")
     """Where the runs' folders are, and are made."""
     data: Literal["auto", "cifar10", "cifar100", "synthetic"] = "auto"
@@ -107,8 +105,9 @@ def variants(options: Options) -> dict[str, Recipe]:
             if changed != base:
                 recipes[f"{base.name}-{field}={value}"] = changed
     settings: dict[str, Any] = {"test_flip": True}
-    if options.epochs is not None:
-        settings["epochs"] = options.epochs
+    for field in ("epochs", "width"):
+        if getattr(options, field) is not None:
+            settings[field] = getattr(options, field)
     return {name: dataclasses.replace(recipe, **settings) for name, recipe in recipes.items()}
 
 
@@ -144,13 +143,6 @@ def held_out(dataset: Dataset) -> Dataset:
         mean=mean,
         std=std,
     )
-
-
-def use_width(width: int) -> None:
-    """Let all trainings of this process take a network of this width; 64 is the one that there is."""
-    if width != 64:
-        for module in (trainer, lr_find):
-            module.CustomResNet = functools.partial(CustomResNet, width=width)  # type: ignore
 
 
 def trained(recipe: Recipe, dataset: Dataset, folder: Path, device: str) -> Run:
@@ -303,7 +295,7 @@ def collect(options: Options, dataset: Dataset, recipes: dict[str, Recipe], runs
         "dataset": dataset.name,
         "train_images": len(dataset.train.labels),
         "test_images": len(dataset.test.labels),
-        "width": options.width,
+        "width": next(iter(recipes.values())).width,
         "epochs": {name: recipes[name].epochs for name in runs},
         "n": min(len(by_seed) for by_seed in runs.values()),
         "recipes": {name: recipes[name].to_dict() for name in runs},
@@ -371,9 +363,8 @@ def main(options: Options) -> None:
     dataset = open_dataset(options.data, options.data_dir, print)
     if options.mode == "ablations":
         dataset = held_out(dataset)
-    use_width(options.width)
     cheap = [f"{options.epochs}-epochs"] * (options.epochs is not None)
-    cheap += [f"width-{options.width}"] * (options.width != 64)
+    cheap += [f"width-{options.width}"] * (options.width is not None)
     out = options.out / "-".join([options.mode, *cheap])
     about = recipes if options.mode == "final" else [next(iter(recipes))]
     benchmark = "-".join([options.mode, *about, *cheap])

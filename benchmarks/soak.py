@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.report import run, save, show
 from fasttrain import __main__ as command_line
@@ -35,6 +35,7 @@ from fasttrain.data.loader import build_loader, pick_loader
 from fasttrain.errors import UserError
 from fasttrain.files import write_json
 from fasttrain.machine import describe
+from fasttrain.model import build_model
 from fasttrain.recipe import Recipe, load_recipe
 from fasttrain.resume import Progress, RunState, fingerprint
 from fasttrain.run import load_run
@@ -43,6 +44,8 @@ from fasttrain.step import TrainStep
 CPU = torch.device("cpu")
 HANG_SECONDS = 60
 """Reading a damaged file that takes longer counts as a hang."""
+NARROW = 2
+"""Width of the network where the weights do not matter: a thousandth of the work."""
 
 RECIPES = (
     Recipe(name="soak", epochs=2, batch_size=8, dropout=0.1, loader="auto"),
@@ -204,27 +207,12 @@ def same(value: Any, other: Any) -> bool:
 # ---------------------------------------------------------------------------------------------- damaged files
 
 
-class TinyNet(nn.Module):
-    """Stands in for CustomResNet where the weights do not matter: some thousand times less work."""
-
-    resolution = 32
-
-    def __init__(self, num_classes: int, dropout: float, **_: object) -> None:
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU())
-        self.size = nn.AdaptiveAvgPool2d(8)
-        self.fc = nn.Sequential(nn.Dropout(dropout), nn.Linear(4 * 8 * 8, num_classes))
-
-    def forward(self, images_NCHW: Tensor) -> Tensor:
-        return self.fc(self.size(self.features(images_NCHW / 255)).flatten(1))
-
-
 def tiny_run(dataset: cifar.Dataset, recipe: Recipe, steps: int) -> RunState:
-    """A run of TinyNet that has trained for some steps of its first epoch."""
+    """A run that has trained for some steps of its first epoch."""
     torch.manual_seed(recipe.seed)
     loader = build_loader(dataset, recipe, train=True, kind="tensor", device=CPU)
     step = TrainStep(
-        TinyNet(len(dataset.classes), recipe.dropout),  # type: ignore[arg-type]  # a network is a network
+        build_model(recipe, len(dataset.classes), mean=dataset.mean, std=dataset.std),
         recipe,
         max_lr=0.01,
         total_steps=recipe.epochs * len(loader),
@@ -302,7 +290,7 @@ class BadInputs:
         self.work, self.rng = work, rng
         synthetic.generate(work / "images", train_count=20, test_count=5)
         self.dataset = cifar.read(work / "images")
-        self.recipe = Recipe(name="soak", epochs=2, batch_size=4, dropout=0.1, loader="tensor")
+        self.recipe = Recipe(name="soak", epochs=2, batch_size=4, width=NARROW, dropout=0.1, loader="tensor")
         self.state = copy.deepcopy(tiny_run(self.dataset, self.recipe, 3).state_dict())
         torch.save(self.state, work / LAST)
         self.run = tiny_run(self.dataset, self.recipe, 0)
@@ -358,15 +346,14 @@ class BadInputs:
 
 
 def finished_run(work: Path) -> Path:
-    """The folder of a finished run of TinyNet; its files are the ones that a reader of runs meets."""
-    original = trainer.CustomResNet, trainer.measure_matmul_tflops
-    trainer.CustomResNet = TinyNet  # type: ignore[assignment,misc]
+    """The folder of a finished run; its files are the ones that a reader of runs meets."""
+    original = trainer.measure_matmul_tflops
     trainer.measure_matmul_tflops = lambda *_, **__: 1.0
     try:
-        recipe = Recipe(name="soak", epochs=2, batch_size=4, loader="tensor")
+        recipe = Recipe(name="soak", epochs=2, batch_size=4, width=NARROW, loader="tensor")
         trainer.train(recipe, data_dir=work / "images", out=work / "runs", device="cpu", report=False)
     finally:
-        trainer.CustomResNet, trainer.measure_matmul_tflops = original  # type: ignore[misc]
+        trainer.measure_matmul_tflops = original
     [folder] = (work / "runs").iterdir()
     return folder
 
@@ -414,11 +401,10 @@ def memory_campaign(data_dir: Path, work: Path, epochs: int) -> dict[str, float]
         finish_epoch(progress, row)
 
     def action() -> int:
-        trainer.CustomResNet = TinyNet  # type: ignore[assignment,misc]
         Progress.finish_epoch = sample  # type: ignore[assignment,method-assign]
         # A run of one batch: of so small a set, DALI's full ones in flight would fill only within 260 epochs.
         dali.RUN_BYTES = 0
-        recipe = Recipe(name="soak", epochs=epochs, batch_size=8)
+        recipe = Recipe(name="soak", epochs=epochs, batch_size=8, width=NARROW)
         trainer.train(recipe, data_dir=data_dir, out=work / "memory", device="cpu", report=False)
         write_json(work / "memory.json", {"samples": samples})
         return 0

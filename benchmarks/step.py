@@ -22,7 +22,7 @@ from fasttrain.machine import (
     prepare,
     set_fp32_precision,
 )
-from fasttrain.model import CustomResNet, training_flop_per_image
+from fasttrain.model import CustomResNet, build_model, training_flop_per_image
 from fasttrain.recipe import Recipe
 from fasttrain.step import TrainStep
 
@@ -41,6 +41,10 @@ class Options:
     """Also time the compiled step on a CPU, where fasttrain runs eager (a GPU always has it)."""
 
 
+def unchanged(model: CustomResNet) -> None:
+    """The network as it is."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """A way to take the step; the defaults are fasttrain's, but for the precision."""
@@ -53,7 +57,8 @@ class Variant:
     """On a GPU, the whole step as one launch."""
     tf32: bool = False
     """On a GPU, let float32 products round their inputs."""
-    network: Callable[..., CustomResNet] = CustomResNet
+    change: Callable[[CustomResNet], None] = unchanged
+    """Made to the network, in place, before it trains."""
     width: int = 64
     keep_memory: bool = True
     """On a CPU; it holds for the whole process."""
@@ -64,10 +69,12 @@ def build_step(variant: Variant, device: torch.device, world: World | None = Non
     if variant.keep_memory:
         prepare(device, "auto")
     torch.manual_seed(0)
-    model = variant.network(width=variant.width)
+    recipe = Recipe(width=variant.width)
+    model = build_model(recipe, num_classes=10)
+    variant.change(model)
     step = TrainStep(
         model,
-        Recipe(),
+        recipe,
         max_lr=0.01,
         total_steps=10**9,
         device=device,
@@ -112,7 +119,7 @@ def summarize(
     samples: dict[str, list[float]], modes: Sequence[str], batch_sizes: Sequence[int], dtype: torch.dtype
 ) -> list[dict[str, Any]]:
     """A row per mode and batch size. The matmul rate is the best of the run: a peak is a maximum."""
-    flop, peak = training_flop_per_image(CustomResNet()), max(samples["matmul"])
+    flop, peak = training_flop_per_image(build_model(Recipe(), num_classes=10)), max(samples["matmul"])
     rows = []
     for batch_size in batch_sizes:
         for name in modes:

@@ -242,10 +242,10 @@ def summary(args: Sequence[str]) -> int:
     options = _parse(SummaryOptions, "summary", args)
     from fasttrain.machine import pick_device
     from fasttrain.metrics import epoch_floor
-    from fasttrain.model import CustomResNet, summary
+    from fasttrain.model import build_model, summary
 
     device = pick_device(options.device)
-    model = CustomResNet(resolution=Recipe(resolution=options.resolution).resolution)
+    model = build_model(Recipe(resolution=options.resolution), num_classes=10)
     print(summary(model))
     print(epoch_floor(model, device))
     return 0

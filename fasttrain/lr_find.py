@@ -21,7 +21,7 @@ from fasttrain.data.loader import LoaderKind, build_loader, open_dataset, pick_l
 from fasttrain.errors import UserError
 from fasttrain.files import write_atomically
 from fasttrain.machine import fork_rng, pick_compute_dtype, pick_device, prepare
-from fasttrain.model import CustomResNet
+from fasttrain.model import build_model
 from fasttrain.optim import build_optimizer, set_schedule
 from fasttrain.recipe import Recipe
 
@@ -185,9 +185,7 @@ def _curve(
             return batch
 
     torch.manual_seed(recipe.seed)
-    model = CustomResNet(
-        len(dataset.classes), mean=dataset.mean, std=dataset.std, **recipe.network_settings()
-    ).to(device)
+    model = build_model(recipe, len(dataset.classes), mean=dataset.mean, std=dataset.std).to(device)
     loader = build_loader(dataset, recipe, train=True, kind=kind, device=device)
     optimizer = build_optimizer(model, recipe, lr=start_lr)
     # The library gives all groups one rate; some learn at a multiple of it.

@@ -11,10 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fasttrain.recipe import Recipe
+
 EPOCH_IMAGES = 50_000
 """CIFAR-10's training images, for the cost of an epoch."""
 POOLED_STEM_FROM = 128
 """Resolution from which the first block pools as well, or an image would cost four times as much."""
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+"""Of a network that has not been told its training images' own."""
 
 
 Activation = Literal["relu", "gelu"]
@@ -78,8 +82,8 @@ class CustomResNet(nn.Module):
         *,
         width: int = 64,
         resolution: int = 32,
-        mean: Sequence[float] = (0.5, 0.5, 0.5),
-        std: Sequence[float] = (0.25, 0.25, 0.25),
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
         activation: Activation = "relu",
         init: Literal["default", "dirac"] = "default",
         bn_momentum: float = 0.1,
@@ -131,13 +135,39 @@ class CustomResNet(nn.Module):
         return rows_NHX.unflatten(2, (width, -1)).permute(0, 3, 1, 2)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        x = self.prep(self.normalize(images_NCHW))
+        return self.forward_normalized(self.normalize(images_NCHW))
+
+    def forward_normalized(self, images_NCHW: Tensor) -> Tensor:
+        """The logits (N, num_classes) of images that are normalised already."""
+        x = self.prep(images_NCHW)
         x = self.layer1(x)
         x = x + self.res1(x)
         x = self.layer2(x)
         x = self.layer3(x)
         x = x + self.res2(x)
         return self.fc(self.pool(x).flatten(1)) * self.logit_scale
+
+
+def build_model(
+    recipe: Recipe, num_classes: int, *, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
+) -> CustomResNet:
+    """The network that a recipe describes. Nothing else constructs one, so that no setting gets lost.
+
+    mean, std: as CustomResNet takes them; loaded weights bring their own.
+    The weights are drawn from torch's global generator.
+    """
+    return CustomResNet(
+        num_classes,
+        recipe.dropout,
+        width=recipe.width,
+        resolution=recipe.resolution,
+        mean=mean,
+        std=std,
+        activation=recipe.activation,
+        init=recipe.init,
+        bn_momentum=recipe.bn_momentum,
+        logit_scale=recipe.logit_scale,
+    )
 
 
 def _one_image(resolution: int) -> tuple[int, int, int, int]:

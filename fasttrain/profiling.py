@@ -30,7 +30,7 @@ from fasttrain.machine import (
     precision_name,
     prepare,
 )
-from fasttrain.model import CustomResNet, training_flop_per_image
+from fasttrain.model import build_model, training_flop_per_image
 from fasttrain.recipe import Recipe
 from fasttrain.step import TrainStep
 
@@ -109,7 +109,7 @@ def profile_training(
     matmul_tflops = measure_matmul_tflops(device, dtype)
     torch.manual_seed(recipe.seed)
     step = TrainStep(
-        CustomResNet(len(dataset.classes), mean=dataset.mean, std=dataset.std, **recipe.network_settings()),
+        build_model(recipe, len(dataset.classes), mean=dataset.mean, std=dataset.std),
         recipe,
         max_lr=0.01 if recipe.max_lr == "auto" else recipe.max_lr,
         total_steps=max(wait + warmup + active, 2),

@@ -38,6 +38,8 @@ class Recipe:
     dropout: float = 0.0
     """Dropout after every activation; the modules stay in the network at 0."""
 
+    width: int = 64
+    """Channels of the network's first convolution; the others have two, four and eight times as many."""
     activation: Literal["relu", "gelu"] = "relu"
     """What stands after every BatchNorm; gelu is smooth (arXiv:1606.08415)."""
     init: Literal["default", "dirac"] = "default"
@@ -103,6 +105,7 @@ class Recipe:
             ("weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "from 0 to below 1"),
             ("dropout", 0 <= self.dropout < 1, "from 0 to below 1"),
+            ("width", self.width >= 1, "at least 1"),
             ("bn_momentum", 0 < self.bn_momentum <= 1, "above 0, at most 1"),
             ("bn_bias_lr_scale", 0 < self.bn_bias_lr_scale < float("inf"), "above 0"),
             ("muon_lr_scale", 0 < self.muon_lr_scale < float("inf"), "above 0"),
@@ -141,11 +144,6 @@ class Recipe:
         """Pixels of a side that this step, counted from 0, trains on."""
         early = self.early_resolution and step < self.early_share * total_steps
         return self.early_resolution if early else self.resolution
-
-    def network_settings(self) -> dict[str, Any]:
-        """The fields that CustomResNet takes, under its own names."""
-        names = ("dropout", "activation", "init", "bn_momentum", "logit_scale", "resolution")
-        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":

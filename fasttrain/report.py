@@ -20,7 +20,7 @@ from fasttrain.data.loader import OWN_IMAGES, build_loader, open_dataset, pick_l
 from fasttrain.errors import UserError
 from fasttrain.evaluate import Evaluation, evaluate_state
 from fasttrain.machine import fork_rng, pick_device
-from fasttrain.model import CustomResNet, summary
+from fasttrain.model import build_model, summary
 from fasttrain.optim import one_cycle
 from fasttrain.pages import Missing, write_page
 from fasttrain.plots import Picture
@@ -222,4 +222,4 @@ def _tests(dataset: Dataset, evaluation: Evaluation) -> dict[str, Any]:
 
 def _summary(recipe: Recipe, num_classes: int) -> str:
     with fork_rng(torch.device("cpu")):  # a new network draws its weights from the global generator
-        return summary(CustomResNet(num_classes, **recipe.network_settings()))
+        return summary(build_model(recipe, num_classes))

@@ -38,7 +38,7 @@ from fasttrain.machine import (
     prepare,
 )
 from fasttrain.metrics import WaitTimer, model_flops_utilization, peak_memory_gib, watch
-from fasttrain.model import CustomResNet, training_flop_per_image
+from fasttrain.model import build_model, training_flop_per_image
 from fasttrain.recipe import PRESETS, Recipe, flag
 from fasttrain.report import first_images, write_report
 from fasttrain.resume import RunState, Saver, fingerprint, require_same_recipe, resume_from
@@ -160,9 +160,7 @@ def train(
             )
 
         torch.manual_seed(recipe.seed)
-        model = CustomResNet(
-            len(dataset.classes), mean=dataset.mean, std=dataset.std, **recipe.network_settings()
-        )
+        model = build_model(recipe, len(dataset.classes), mean=dataset.mean, std=dataset.std)
         if recipe.sync_batchnorm:
             world.synchronize_batchnorm(model)
         if world.rank:
@@ -337,7 +335,7 @@ def _train_epoch(run: RunState, log: RunLog, saver: Saver) -> dict[str, float]:
     with watch(timer, lambda seconds: log.say(_waiting(loader, step.step, seconds))):
         for images_NCHW, labels_N in log.steps(timer, left, title, figures):
             step(images_NCHW, labels_N)
-            if step.recipe.name == "laptop" and step.step == min(FIRST_STEPS, step.total_steps):
+            if _is_laptop(step.recipe) and step.step == min(FIRST_STEPS, step.total_steps):
                 _announce_full_recipe(log, loader, step, (time.perf_counter() - start) / step.step)
             if saver.wanted():
                 run.require_finite()  # waits for the device: the clock below is the device's
@@ -361,6 +359,11 @@ def _announce_full_recipe(log: RunLog, loader: Loader, step: TrainStep, seconds:
     """Say what the full recipe would take, from the seconds of one of the first steps."""
     full, images = PRESETS["default"], loader.sampler.count
     side = step.recipe.training_resolution(0, step.total_steps)
+def _is_laptop(recipe: Recipe) -> bool:
+    """Whether the full recipe can be estimated from this one: another width costs something else."""
+    return recipe.name == "laptop" and recipe.width == PRESETS["default"].width
+
+
     seconds *= training_flop_per_image(step.model) / training_flop_per_image(step.model, side)
     minutes = full.epochs * images * seconds / step.recipe.batch_size / 60
     log.say(

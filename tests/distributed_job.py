@@ -12,19 +12,18 @@ from unittest import mock
 
 import torch
 
-from benchmarks.soak import TinyNet
 from fasttrain import trainer
 from fasttrain.data import cifar
 from fasttrain.data.loader import build_loader
 from fasttrain.distributed import World, join
 from fasttrain.errors import Interrupted
-from fasttrain.model import CustomResNet
+from fasttrain.model import build_model
 from fasttrain.recipe import Recipe
 from fasttrain.step import TrainStep
 
 CPU = torch.device("cpu")
 STEPS = 6
-STEP_RECIPE = Recipe(batch_size=16, compute_dtype="fp32", loader="tensor", max_lr=1e-3)
+STEP_RECIPE = Recipe(batch_size=16, width=4, compute_dtype="fp32", loader="tensor", max_lr=1e-3)
 RUN_RECIPE = dataclasses.replace(
     STEP_RECIPE, name="tiny", epochs=2, dropout=0.1, max_lr="auto", ema_epochs=0.5, test_flip=True
 )
@@ -34,7 +33,7 @@ FOUND_LR = 0.005
 def steps(dataset: cifar.Dataset, world: World, *, sync_batchnorm: bool) -> dict[str, object]:
     """Weights, buffers and metrics after a few steps of a narrow network."""
     torch.manual_seed(0)
-    model = CustomResNet(len(dataset.classes), width=4, mean=dataset.mean, std=dataset.std)
+    model = build_model(STEP_RECIPE, len(dataset.classes), mean=dataset.mean, std=dataset.std)
     if sync_batchnorm:
         world.synchronize_batchnorm(model)
     step = TrainStep(
@@ -85,7 +84,6 @@ def main(data: Path, out: Path) -> None:
         trainer.train(RUN_RECIPE, data_dir=data, out=out / name, device="cpu", report=False, **options)
 
     with (
-        mock.patch.object(trainer, "CustomResNet", TinyNet),
         mock.patch.object(trainer, "measure_matmul_tflops", lambda *_, **__: 1.0),
         mock.patch.object(trainer, "_find_max_lr", find_max_lr),
     ):

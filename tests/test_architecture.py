@@ -16,7 +16,6 @@ FLOORS = [
         "fasttrain.files",
         "fasttrain.interrupt",
         "fasttrain.recipe",
-        "fasttrain.model",
         "fasttrain.average",
         "fasttrain.plots",
         "fasttrain.graph",
@@ -28,6 +27,7 @@ FLOORS = [
     {
         "fasttrain.distributed",
         "fasttrain.machine",
+        "fasttrain.model",
         "fasttrain.optim",
         "fasttrain.pages",
         "fasttrain.data.cifar",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.soak import TinyNet, outcome, same
+from benchmarks.soak import outcome, same
 from fasttrain import trainer
 from fasttrain.checkpoint import load_checkpoint
 from fasttrain.data import cifar, synthetic
@@ -21,6 +21,7 @@ from fasttrain.data.sampler import Shard
 from fasttrain.distributed import Pace, World, join
 from fasttrain.errors import UserError
 from fasttrain.evaluate import evaluate
+from fasttrain.model import build_model
 from tests.distributed_job import CPU, FOUND_LR, RUN_RECIPE, STEP_RECIPE, steps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -187,7 +188,7 @@ def test_a_job_leaves_one_folder_and_speaks_with_one_voice(job) -> None:
 def test_the_evaluation_is_that_of_one_process(job, data: Path) -> None:
     folder = only(job[0] / "whole")
     state = load_checkpoint(folder / "last.pt")
-    model = TinyNet(len(state["classes"]), 0.0)
+    model = build_model(RUN_RECIPE, len(state["classes"]))
     model.load_state_dict(state["model"])
     loader = build_loader(cifar.read(data), STEP_RECIPE, train=False, kind="tensor", device=CPU)
     test = evaluate(model, loader, CPU, torch.float32, flip=True)
@@ -217,7 +218,6 @@ def test_another_world_size_is_refused(job, data: Path, tmp_path, monkeypatch) -
     folder.mkdir()
     for name in ("recipe.json", "machine.json", "last.pt"):
         (folder / name).write_bytes((whole / name).read_bytes())
-    monkeypatch.setattr(trainer, "CustomResNet", TinyNet)
     with pytest.raises(UserError, match="world size is 1 and was 2"):
         trainer.train(RUN_RECIPE, data_dir=data, out=tmp_path, device="cpu", report=False, resume=folder)
 
@@ -234,7 +234,6 @@ def test_sigterm_waits_for_what_a_lost_rank_says(data: Path, tmp_path, monkeypat
     def lose_a_rank(*_: object) -> None:
         raise RuntimeError("[pair.cc:547] Connection closed by peer: gloo")
 
-    monkeypatch.setattr(trainer, "CustomResNet", TinyNet)
     monkeypatch.setattr(trainer, "CheckpointWriter", Writer)
     monkeypatch.setattr(trainer, "_train_epoch", lose_a_rank)
     recipe = dataclasses.replace(RUN_RECIPE, max_lr=0.01)

@@ -11,7 +11,8 @@ from fasttrain.model import CustomResNet
 @pytest.mark.parametrize("name", REMEDIES)
 def test_a_remedy_has_the_networks_parameters_logits_and_gradients(name: str) -> None:
     torch.manual_seed(0)
-    plain, other = CustomResNet(width=8), REMEDIES[name](width=8)
+    plain, other = CustomResNet(width=8), CustomResNet(width=8)
+    REMEDIES[name](other)
     other.load_state_dict(plain.state_dict())  # the same parameters under the same names
     images, labels = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (16,))
     gradients = []

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import quality, report, tables
-from benchmarks.soak import TinyNet
 from fasttrain import trainer
 from fasttrain.data import cifar
 
@@ -27,7 +26,6 @@ def test_coarser_images_are_farther_from_the_original_and_their_labels_stay(data
 def test_it_trains_at_every_quality_and_goes_on_where_it_stopped(
     dataset_dir: Path, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(trainer, "CustomResNet", TinyNet)
     monkeypatch.setattr(trainer, "measure_matmul_tflops", lambda *_, **__: 1.0)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     recipe = tmp_path / "tiny.json"
@@ -37,7 +35,7 @@ def test_it_trains_at_every_quality_and_goes_on_where_it_stopped(
         base=str(recipe),
         seeds=2,
         epochs=1,
-        width=64,
+        width=4,
         out=tmp_path / "runs",
         data_dir=dataset_dir,
         device="cpu",

@@ -13,7 +13,6 @@ import pytest
 
 from benchmarks import recipes, report, tables
 from benchmarks.recipes import Options
-from benchmarks.soak import TinyNet
 from fasttrain import trainer
 from fasttrain.checkpoint import load_checkpoint
 from fasttrain.data import cifar
@@ -25,8 +24,7 @@ from fasttrain.step import TrainStep
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch, tmp_path) -> list[Recipe]:
-    """A tiny network, results in a folder of the test's own; returns the recipes that were trained."""
-    monkeypatch.setattr(trainer, "CustomResNet", TinyNet)
+    """No measuring, results in a folder of the test's own; returns the recipes that were trained."""
     monkeypatch.setattr(trainer, "measure_matmul_tflops", lambda *_, **__: 1.0)
     monkeypatch.setattr(trainer, "_find_max_lr", lambda *_: 0.002)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
@@ -45,7 +43,9 @@ def tiny(monkeypatch, tmp_path) -> list[Recipe]:
 def base(tmp_path: Path) -> Path:
     """A recipe's file that suits 64 images."""
     path = tmp_path / "tiny.json"
-    path.write_text(json.dumps({"name": "tiny", "epochs": 2, "batch_size": 16, "loader": "tensor"}))
+    path.write_text(
+        json.dumps({"name": "tiny", "epochs": 2, "batch_size": 16, "width": 4, "loader": "tensor"})
+    )
     return path
 
 
@@ -70,7 +70,7 @@ def test_ablations_pair_the_seeds_and_change_one_field(base, dataset_dir, tmp_pa
             assert {key for key in ours if ours[key] != theirs[key]} == {field}
     values = result(tmp_path, "ablations-tiny")
     assert values["dataset"] == "synthetic, the last 6 training images held out"
-    assert (values["train_images"], values["test_images"], values["n"], values["width"]) == (58, 6, 2, 64)
+    assert (values["train_images"], values["test_images"], values["n"], values["width"]) == (58, 6, 2, 4)
     assert set(values["epochs"].values()) == {2}
     accuracy = {(run["variant"], run["seed"]): run["test_accuracy"] for run in values["runs"]}
     changed = {row["name"]: row for row in values["rows"]}
@@ -82,7 +82,7 @@ def test_ablations_pair_the_seeds_and_change_one_field(base, dataset_dir, tmp_pa
     table = tables.ablations_table(tmp_path / "results")
     [ema] = [line for line in table.splitlines() if line.startswith("| ema_epochs=0.5")]
     assert recipes.points(changed["ema_epochs=0.5"]["difference"], "+") in ema
-    assert "2 epochs, width 64" in table and "held out" in table
+    assert "2 epochs, width 4" in table and "held out" in table
     assert tables.final_table(tmp_path / "results") == "Not measured yet."
 
 

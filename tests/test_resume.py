@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.soak import TinyNet, outcome, same
-from fasttrain import resume, trainer
+from benchmarks.soak import outcome, same
+from fasttrain import machine, resume, trainer
 from fasttrain.__main__ import main
 from fasttrain.checkpoint import CheckpointWriter, load_checkpoint, save_checkpoint
 from fasttrain.data import cifar
@@ -20,17 +20,19 @@ from fasttrain.data.loader import build_loader
 from fasttrain.errors import DivergedError, Interrupted, UserError
 from fasttrain.evaluate import evaluate
 from fasttrain.files import hold_folder
+from fasttrain.model import build_model
 from fasttrain.recipe import Recipe, flag
 from fasttrain.resume import Progress
 from fasttrain.step import TrainStep
 
-RECIPE = Recipe(name="tiny", epochs=3, batch_size=16, dropout=0.1, compute_dtype="fp32", loader="tensor")
+RECIPE = Recipe(
+    name="tiny", epochs=3, batch_size=16, width=2, dropout=0.1, compute_dtype="fp32", loader="tensor"
+)
 STEPS_PER_EPOCH = 4
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch) -> None:
-    monkeypatch.setattr(trainer, "CustomResNet", TinyNet)
     monkeypatch.setattr(trainer, "measure_matmul_tflops", lambda *_, **__: 1.0)
 
 
@@ -73,7 +75,6 @@ def stop_at(data: Path, out: Path, number: int, monkeypatch, **options: Any) -> 
 def whole(dataset_dir: Path, tmp_path_factory) -> Path:
     """A run that nobody disturbed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "CustomResNet", TinyNet)
         patch.setattr(trainer, "measure_matmul_tflops", lambda *_, **__: 1.0)
         return train(dataset_dir, tmp_path_factory.mktemp("whole"))
 
@@ -123,7 +124,7 @@ def test_an_averaged_run_ends_with_the_same_bits_and_ships_the_average(
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     result = json.loads((folder / "result.json").read_text())
     assert 0 <= row["test_accuracy_flip"] == result["test_accuracy_flip"] <= 1
-    model = TinyNet(10, 0.1)
+    model = build_model(recipe, num_classes=10)
     model.load_state_dict(states[0]["model"])
     dataset = cifar.read(dataset_dir)
     loader = build_loader(dataset, recipe, train=False, kind="tensor", device=torch.device("cpu"))
