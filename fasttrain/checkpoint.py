@@ -3,7 +3,9 @@
 import io
 import math
 import re
+import sys
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,8 @@ from torch import Tensor
 from fasttrain.errors import UserError
 from fasttrain.files import link_atomically, write_atomically
 from fasttrain.machine import fork_rng
-from fasttrain.model import CustomResNet
+from fasttrain.model import CustomResNet, build_model
+from fasttrain.proof import require_proven
 from fasttrain.recipe import Recipe
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
@@ -69,19 +72,89 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def model_from_state(state: dict[str, Any], device: torch.device) -> CustomResNet:
-    """The network of a loaded checkpoint: its own resolution, mean and standard deviation; evaluation mode.
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel:
+    """The network of a checkpoint, and what the checkpoint says of it.
 
-    Raises UserError if the weights do not fit the network.
+    model: in evaluation mode. classes: their names in the order of the logits. dataset: the images' name.
+    precision: of the training's products: bf16, fp16, fp32 or tf32; None where it does not say.
+    metrics: what the training measured of these very weights, a row of metrics.jsonl; None where they have
+    trained on since.
     """
-    with fork_rng(device):  # a new network draws its weights from the global generator
-        model = CustomResNet(len(state["classes"]), resolution=Recipe.from_dict(state["recipe"]).resolution)
+
+    model: CustomResNet
+    recipe: Recipe
+    classes: list[str]
+    dataset: str
+    epoch: int
+    precision: str | None
+    metrics: dict[str, float] | None
+
+
+def load_model(
+    path: Path, device: torch.device, announce: Callable[[str], object] | None = None
+) -> TrainedModel:
+    """Rebuild the network of a checkpoint and prove that it is the one that was saved.
+
+    announce: called with a line about a checkpoint that holds no proof; by default it goes to stderr.
+    Raises UserError if it is no checkpoint, or if the network says anything else than the saved one did.
+    """
+    state = load_checkpoint(path)
     try:
-        model.load_state_dict(state["model"])
+        rows = state["progress"]["epochs"]
+        trained = TrainedModel(
+            model=restore_model(state, device),
+            recipe=Recipe.from_dict(state["recipe"]),
+            classes=list(state["classes"]),
+            dataset=str(state["dataset"]),
+            epoch=int(state["epoch"]),
+            precision=state.get("fingerprint", {}).get("precision"),
+            metrics=dict(rows[-1]) if rows and not state["metrics"]["images"] else None,
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a foreign hand
+        raise UserError(f"{path}: is not as fasttrain writes it ({error!r}); train it again") from error
+    if "proof" not in state:
+        (announce or _to_stderr)(unproven(path))
+    return trained
+
+
+def unproven(path: Path) -> str:
+    """What to say of a checkpoint without a proof."""
+    return f"{path}: unproven: written before checkpoints held a proof; rebuilt as its recipe says"
+
+
+def restore_model(state: dict[str, Any], device: torch.device) -> CustomResNet:
+    """The network of a loaded checkpoint, in evaluation mode, held against its proof where it has one.
+
+    Raises UserError if the weights do not fit, or if it says anything else than the saved network did.
+    """
+    recipe = Recipe.from_dict(state["recipe"])
+    model = model_with_weights(recipe, len(state["classes"]), state["model"]).to(device)
+    if "proof" in state:
+        require_proven(model, state["proof"])
+    return model
+
+
+def model_with_weights(recipe: Recipe, num_classes: int, weights: dict[str, Tensor]) -> CustomResNet:
+    """The recipe's network with these weights, on the CPU and in evaluation mode.
+
+    The weights hold the mean and standard deviation of the training images. Raises UserError if they do not
+    fit the network.
+    """
+    with fork_rng(torch.device("cpu")):  # a new network draws its weights from the global generator
+        model = build_model(recipe, num_classes)
+    try:
+        model.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"its weights do not fit the network ({reason}); train it again") from error
-    return model.to(device).eval()
+    return model.eval()
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _verify_checksums(content: io.BytesIO) -> None:

@@ -6,18 +6,16 @@ Shape suffixes: N images, K classes.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fasttrain.checkpoint import load_checkpoint, model_from_state
+from fasttrain.checkpoint import TrainedModel, load_model
 from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset
 from fasttrain.data.loader import build_loader, pick_loader
 from fasttrain.errors import UserError
-from fasttrain.machine import pick_compute_dtype, pick_device, prepare
-from fasttrain.recipe import Recipe
+from fasttrain.machine import DTYPES, evaluation_precision, pick_device, prepare
 from fasttrain.step import autocast
 
 
@@ -147,23 +145,22 @@ def evaluate(
     )
 
 
-def evaluate_state(
-    state: dict[str, Any], dataset: Dataset, device: torch.device, *, flip: bool = False
+def evaluate_model(
+    trained: TrainedModel, dataset: Dataset, device: torch.device, *, flip: bool = False
 ) -> Evaluation:
-    """Measure a loaded checkpoint on every test image.
+    """Measure a checkpoint's network on every test image, as its training did.
 
-    Images are normalised with the mean and standard deviation of the training: the model holds them.
-    Raises UserError if the checkpoint's classes are not the data set's, or its weights not the network's.
+    In the training's precision where the device has it, as machine.evaluation_precision says. Images are
+    normalised with the mean and standard deviation of the training: the model holds them.
+    Raises UserError if the checkpoint's classes are not the data set's.
     """
-    if list(dataset.classes) != state["classes"]:
-        raise UserError(f"it was trained on {state['dataset']}, not on {dataset.name}; name its --data")
-    recipe = Recipe.from_dict(state["recipe"])
-    compute_dtype = pick_compute_dtype(recipe.compute_dtype, device)
-    prepare(device, recipe.compute_dtype)
-    loader = build_loader(
-        dataset, recipe, train=False, kind=pick_loader(recipe.loader, device, print), device=device
-    )
-    return evaluate(model_from_state(state, device), loader, device, compute_dtype, flip=flip)
+    if list(dataset.classes) != trained.classes:
+        raise UserError(f"it was trained on {trained.dataset}, not on {dataset.name}; name its --data")
+    precision = evaluation_precision(trained.precision, device)
+    prepare(device, precision)
+    kind = pick_loader(trained.recipe.loader, device, print)
+    loader = build_loader(dataset, trained.recipe, train=False, kind=kind, device=device)
+    return evaluate(trained.model, loader, device, DTYPES[precision], flip=flip)
 
 
 def evaluate_checkpoint(
@@ -176,6 +173,7 @@ def evaluate_checkpoint(
 ) -> Evaluation:
     """Measure a checkpoint on every test image and print accuracy, classes and the most confident mistakes.
 
+    What the training itself measured of the same weights is printed beside it.
     open_dataset: called with the checkpoint's resolution.
     flip: print a second accuracy, with every image's mirror image taken into account.
     Raises UserError if the checkpoint cannot be read, or if its classes are not the data set's.
@@ -184,20 +182,23 @@ def evaluate_checkpoint(
     from rich.markup import escape
     from rich.table import Table
 
-    state = load_checkpoint(path)
-    dataset = open_dataset(Recipe.from_dict(state["recipe"]).resolution)
     run_device = pick_device(device)
+    trained = load_model(path, run_device)
+    dataset = open_dataset(trained.recipe.resolution)
     try:
-        result = evaluate_state(state, dataset, run_device, flip=flip)
+        result = evaluate_model(trained, dataset, run_device, flip=flip)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(
         f"{dataset.name}: test accuracy {result.accuracy:.2%}, loss {result.loss:.4f} over "
-        f"{len(result.labels_N):,} images; epoch {state['epoch']} of {path}",
+        f"{len(result.labels_N):,} images, in {evaluation_precision(trained.precision, run_device)}; "
+        f"epoch {trained.epoch} of {path}",
         markup=False,
     )
+    if trained.metrics is not None:
+        console.print(_said_by_the_training(trained, run_device), markup=False)
     if result.accuracy_flip is not None:
         console.print(f"with each image's mirror image: {result.accuracy_flip:.2%}", markup=False)
     table = Table("class", "images", "recall", "precision", "most often taken for")
@@ -215,3 +216,15 @@ def evaluate_checkpoint(
         confidence = result.confidences_N[index]
         console.print(f"test image {index}: {truth}, taken for {said} at {confidence:.1%}", markup=False)
     return result
+
+
+def _said_by_the_training(trained: TrainedModel, device: torch.device) -> str:
+    """What it measured of the same weights, and why that may not be what was measured here."""
+    assert trained.metrics is not None
+    accuracy, here = trained.metrics["test_accuracy"], evaluation_precision(trained.precision, device)
+    said = f"the training itself measured {accuracy:.2%} on {trained.dataset}"
+    if trained.precision in (None, here):
+        return said
+    return (
+        f"{said}, in {trained.precision}, which {device} lacks; it rounds otherwise, which moves a few images"
+    )

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasttrain import __version__
-from fasttrain.checkpoint import load_checkpoint, model_from_state
+from fasttrain.checkpoint import load_model, model_with_weights
 from fasttrain.errors import UserError
 from fasttrain.files import write_atomically, write_json
-from fasttrain.machine import fork_rng
 from fasttrain.model import CustomResNet
+from fasttrain.recipe import Recipe
 from fasttrain.report import find_dataset
 
 TOLERANCE = 1e-4
@@ -48,7 +48,8 @@ def export(
 
     input: pixels, and the network normalises them by itself (uint8 NCHW, 0 to 255), or normalized float32.
     The very bytes that will be written are loaded and held against the checkpoint: on the run's test images
-    where they are on the disk, else on random pixels. Prints how far they differ.
+    where they are on the disk, else on random pixels. Prints how far they differ, and the accuracy of those
+    bytes on the test images beside the training's own.
     data, data_dir: those images, as data.loader.open_dataset takes them; nothing is downloaded.
     Raises UserError, and writes nothing, if a logit differs by more than TOLERANCE, if the checkpoint cannot
     be read, if the suffix of `out` is not the format's, or if a package is missing.
@@ -58,43 +59,47 @@ def export(
         raise UserError(f"--out {out}: expected a name that ends with {suffix} for --format {format}")
     if format == "safetensors" and input != "pixels":
         raise UserError("--input normalized: safetensors hold weights, no graph; leave it out")
-    state = load_checkpoint(checkpoint)
-    try:
-        model = model_from_state(state, CPU)
-    except UserError as error:
-        raise UserError(f"{checkpoint}: {error}") from error
+    trained = load_model(checkpoint, CPU)
+    model, recipe = trained.model, trained.recipe
     with warnings.catch_warnings():  # torch's exporters warn about their own insides
         warnings.simplefilter("ignore")
-        content = encode(model if input == "pixels" else _without_normalize(model))
-        forward = load(content, model.resolution)
-    images_NCHW, images_name = _images(state["dataset"], data, data_dir, model.resolution)
-    difference, limit, agreement = _compare(model, forward, images_NCHW, input)
+        content = encode(model if input == "pixels" else _NormalizedInput(model))
+        forward = load(content, recipe)
+    images = _images(trained.dataset, data, data_dir, recipe.resolution)
+    found = _compare(model, forward, images, input)
     print(
-        f"held against {checkpoint} on {len(images_NCHW):,} images ({images_name}): logits differ by at most "
-        f"{difference:.2g} (allowed: {limit:.2g}), {agreement:.2%} of the predictions are equal"
+        f"held against {checkpoint} on {len(images.pixels_NCHW):,} images ({images.name}): logits differ by "
+        f"at most {found.difference:.2g} (allowed: {found.limit:.2g}), {found.agreement:.2%} of the "
+        "predictions are equal"
     )
-    if not difference <= limit:  # NaN is refused as well
+    if not found.difference <= found.limit:  # NaN is refused as well
         raise UserError(
             f"{out}: not written, because it would not compute what {checkpoint} does; try another format"
         )
+    of_training = trained.metrics["test_accuracy"] if trained.metrics else None
+    if found.accuracy is not None:
+        print(_accuracies(found.accuracy, of_training, trained.precision))
     facts = {
         "fasttrain": __version__,
         "format": format,
         "sha256": hashlib.sha256(content).hexdigest(),
-        "input": _input_contract(input, model.resolution),
+        "input": _input_contract(input, recipe.resolution),
         "output": "logits, float32, (N, classes); softmax makes them probabilities",
-        "classes": state["classes"],
+        "arithmetic": "float32",
+        "classes": trained.classes,
         "mean": (model.mean / 255).tolist(),
         "std": (1 / (255 * model.inverse_std)).tolist(),
-        "dataset": state["dataset"],
-        "epoch": state["epoch"],
-        "test_accuracy": _test_accuracy(state),
-        "recipe": state["recipe"],
+        "dataset": trained.dataset,
+        "epoch": trained.epoch,
+        "test_accuracy": found.accuracy,
+        "training_test_accuracy": of_training,
+        "training_precision": trained.precision,
+        "recipe": recipe.to_dict(),
         "verified": {
-            "images": images_name,
-            "count": len(images_NCHW),
-            "max_abs_logit_difference": difference,
-            "equal_predictions": agreement,
+            "images": images.name,
+            "count": len(images.pixels_NCHW),
+            "max_abs_logit_difference": found.difference,
+            "equal_predictions": found.agreement,
         },
     }
     write_atomically(out, lambda file: file.write(content))
@@ -106,21 +111,34 @@ def export(
 # ---------------------------------------------------------------------------------------------- the formats
 
 
-def _encode_safetensors(model: CustomResNet) -> bytes:
+def _encode_safetensors(model: nn.Module) -> bytes:
     from safetensors.torch import save
 
     return save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
 
 
-def _load_safetensors(content: bytes, resolution: int) -> Forward:
+def _load_safetensors(content: bytes, recipe: Recipe) -> Forward:
     from safetensors.torch import load
 
     weights = load(content)
-    classes, recipe = range(len(weights["fc.bias"])), {"resolution": resolution}
-    return model_from_state({"classes": classes, "model": weights, "recipe": recipe}, CPU)
+    return model_with_weights(recipe, len(weights["fc.bias"]), weights)
 
 
-def _trace(model: CustomResNet) -> Any:
+class _NormalizedInput(nn.Module):
+    """The network for images that are normalised already."""
+
+    def __init__(self, network: CustomResNet) -> None:
+        super().__init__()
+        self.network, self.resolution = network, network.resolution
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        return self.network.forward_normalized(images_NCHW)
+
+
+Exported = CustomResNet | _NormalizedInput
+
+
+def _trace(model: Exported) -> Any:
     """The network's graph for any number of images, without the exporting machine's paths in it."""
     model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as in model.py
     dtype = torch.float32 if isinstance(model, _NormalizedInput) else torch.uint8
@@ -131,17 +149,17 @@ def _trace(model: CustomResNet) -> Any:
     return program
 
 
-def _encode_torch_export(model: CustomResNet) -> bytes:
+def _encode_torch_export(model: Exported) -> bytes:
     buffer = io.BytesIO()
     torch.export.save(_trace(model), buffer)
     return buffer.getvalue()
 
 
-def _load_torch_export(content: bytes, _: int) -> Forward:
+def _load_torch_export(content: bytes, _: Recipe) -> Forward:
     return torch.export.load(io.BytesIO(content)).module()
 
 
-def _encode_onnx(model: CustomResNet) -> bytes:
+def _encode_onnx(model: Exported) -> bytes:
     try:
         import onnxruntime  # noqa: F401  # the verification's: said before the minute of work
         import onnxscript  # noqa: F401
@@ -154,7 +172,7 @@ def _encode_onnx(model: CustomResNet) -> bytes:
     return program.model_proto.SerializeToString()
 
 
-def _load_onnx(content: bytes, _: int) -> Forward:
+def _load_onnx(content: bytes, _: Recipe) -> Forward:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -162,11 +180,11 @@ def _load_onnx(content: bytes, _: int) -> Forward:
 
 
 class FormatKind(NamedTuple):
-    """How a format is written to bytes, and read back, with the images' resolution, as something to call."""
+    """How a format is written to bytes, and read back, with the network's recipe, as something to call."""
 
     suffix: str
-    encode: Callable[[CustomResNet], bytes]
-    load: Callable[[bytes, int], Forward]
+    encode: Callable[[Any], bytes]
+    load: Callable[[bytes, Recipe], Forward]
 
 
 FORMATS: dict[Format, FormatKind] = {
@@ -176,25 +194,31 @@ FORMATS: dict[Format, FormatKind] = {
 }
 
 
-class _NormalizedInput(CustomResNet):
-    """The network for images that are normalised already."""
-
-    def normalize(self, images_NCHW: Tensor) -> Tensor:
-        return images_NCHW
-
-
-def _without_normalize(model: CustomResNet) -> CustomResNet:
-    with fork_rng(CPU):  # a new network draws its weights from the global generator
-        bare = _NormalizedInput(model.fc.out_features, resolution=model.resolution)
-    bare.load_state_dict(model.state_dict())
-    return bare.eval()
-
-
 # ------------------------------------------------------------------------------------------ the verification
 
 
-def _images(dataset_name: str, data: str, data_dir: Path | None, resolution: int) -> tuple[Tensor, str]:
-    """What to verify on, uint8, and its name: the run's test images, or the same random pixels every time."""
+class _Images(NamedTuple):
+    """What an export is verified on: pixels (N, 3, H, W) uint8, and their labels where they have any."""
+
+    name: str
+    pixels_NCHW: Tensor
+    labels_N: Tensor | None
+
+
+class _Comparison(NamedTuple):
+    """difference: the largest of a logit; limit: the largest allowed. agreement: share of equal predictions.
+
+    accuracy: of the export, from 0 to 1; None without labels.
+    """
+
+    difference: float
+    limit: float
+    agreement: float
+    accuracy: float | None
+
+
+def _images(dataset_name: str, data: str, data_dir: Path | None, resolution: int) -> _Images:
+    """The run's test images, or the same random pixels every time."""
     try:
         dataset = find_dataset(dataset_name, data, data_dir, resolution=resolution)
     except UserError as error:
@@ -203,28 +227,32 @@ def _images(dataset_name: str, data: str, data_dir: Path | None, resolution: int
         print(f"verified on random pixels: {error}")
         generator = torch.Generator().manual_seed(0)
         shape = (RANDOM_IMAGES, 3, resolution, resolution)
-        return torch.randint(256, shape, dtype=torch.uint8, generator=generator), "random pixels"
-    # A copy, since torch warns of images that are mapped from a file and cannot be written.
-    return torch.from_numpy(dataset.test.images.copy()), f"test images of {dataset.name}"
+        pixels_NCHW = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+        return _Images("random pixels", pixels_NCHW, None)
+    # Copies, since torch warns of arrays that are mapped from a file and cannot be written.
+    pixels_NCHW, labels_N = (
+        torch.from_numpy(values.copy()) for values in (dataset.test.images, dataset.test.labels)
+    )
+    return _Images(f"test images of {dataset.name}", pixels_NCHW, labels_N)
 
 
-def _compare(
-    model: CustomResNet, forward: Forward, images_NCHW: Tensor, input: Input
-) -> tuple[float, float, float]:
-    """The largest difference of a logit, the largest allowed, and the share of equal predictions.
+def _compare(model: CustomResNet, forward: Forward, images: _Images, input: Input) -> _Comparison:
+    """Hold an export against the network that it was made of.
 
     The first image goes alone, so that an export that takes one size of batch only does not pass.
     """
     expected, found = [], []
     with torch.inference_mode():
-        for batch_NCHW in (images_NCHW[:1], *images_NCHW[1:].split(BATCH_SIZE)):
+        for batch_NCHW in (images.pixels_NCHW[:1], *images.pixels_NCHW[1:].split(BATCH_SIZE)):
             expected.append(model(batch_NCHW))
             found.append(forward(batch_NCHW if input == "pixels" else model.normalize(batch_NCHW)))
     expected_NK, found_NK = torch.cat(expected), torch.cat(found)
-    return (
-        (found_NK - expected_NK).abs().max().item(),
-        TOLERANCE * max(1.0, expected_NK.abs().max().item()),
-        (found_NK.argmax(1) == expected_NK.argmax(1)).double().mean().item(),
+    labels_N = images.labels_N
+    return _Comparison(
+        difference=(found_NK - expected_NK).abs().max().item(),
+        limit=TOLERANCE * max(1.0, expected_NK.abs().max().item()),
+        agreement=(found_NK.argmax(1) == expected_NK.argmax(1)).double().mean().item(),
+        accuracy=None if labels_N is None else (found_NK.argmax(1) == labels_N).double().mean().item(),
     )
 
 
@@ -241,7 +269,10 @@ def _input_contract(input: Input, resolution: int) -> dict[str, Any]:
     }
 
 
-def _test_accuracy(state: dict[str, Any]) -> float | None:
-    """Of these very weights, as measured by the run; None where they have trained on since."""
-    rows = state["progress"]["epochs"]
-    return rows[-1]["test_accuracy"] if rows and not state["metrics"]["images"] else None
+def _accuracies(of_file: float, of_training: float | None, precision: str | None) -> str:
+    """The file's accuracy, beside the training's where that has one of the same weights."""
+    said = f"test accuracy of the file: {of_file:.2%}, in float32"
+    if of_training is None:
+        return said
+    said += f"; the training measured {of_training:.2%}" + (f" in {precision}" if precision else "")
+    return said if precision in (None, "fp32") else f"{said}, which rounds otherwise and moves a few images"

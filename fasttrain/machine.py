@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -28,6 +28,8 @@ from fasttrain.errors import UserError
 GIB = 2**30
 BF16_PAYS_FROM = 0.8
 """Bf16's rate in float32's from which a CPU's step takes bf16: all else in it moves half of the bytes."""
+EMULATED_TFLOPS = 0.01
+"""A CPU's rate below which it emulates the products; a single core has more in float32."""
 DATA_GIB = 0.5
 """Room that the download (0.16 GiB) and the unpacked images (0.17 GiB) need, rounded up."""
 
@@ -92,21 +94,22 @@ def bf16_speedup_on_cpu() -> float:
     return rates[torch.bfloat16] / rates[torch.float32]
 
 
-def pick_compute_dtype(
-    requested: Literal["auto", "bf16", "fp16", "fp32", "tf32"], device: torch.device
-) -> torch.dtype:
-    """The dtype of the matrix products: auto takes the fastest that the hardware has.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+"""Of the matrix products, by precision; `set_fp32_precision(True)` makes tf32 of float32."""
 
-    On a CPU a short measurement tells it: of processors with bf16 products some have them at twice float32's
-    rate and more, others at half (benchmarks/LOG.md).
-    tf32 is float32 here; `set_fp32_precision(True)` makes the difference.
+
+def pick_precision(requested: str, device: torch.device) -> str:
+    """The precision of the matrix products: bf16, fp16, fp32 or tf32.
+
+    auto takes the fastest that the hardware has. On a CPU a short measurement tells it: of processors with
+    bf16 products some have them at twice float32's rate and more, others at half (benchmarks/LOG.md).
     Raises UserError for a precision that this device lacks, emulated ones included.
     """
     if requested == "auto":
         if device.type == "cuda":
-            return torch.bfloat16 if has_native_bf16(device) else torch.float16
+            return "bf16" if has_native_bf16(device) else "fp16"
         pays = has_native_bf16(device) and bf16_speedup_on_cpu() > BF16_PAYS_FROM
-        return torch.bfloat16 if pays else torch.float32
+        return "bf16" if pays else "fp32"
     if requested == "bf16" and not has_native_bf16(device):
         raise UserError(f"--compute-dtype bf16: {device} has no bf16 arithmetic; use auto or fp32")
     if requested == "fp16" and device.type == "cpu":
@@ -114,14 +117,20 @@ def pick_compute_dtype(
         raise UserError("--compute-dtype fp16: slower than fp32 on a CPU; use auto or fp32")
     if requested == "tf32" and device.type != "cuda":
         raise UserError(f"--compute-dtype tf32: only on an NVIDIA GPU, not on {device}; use auto or fp32")
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
-    return dtypes[requested]
+    return requested
 
 
-def precision_name(requested: str, compute_dtype: torch.dtype) -> str:
-    """The precision in a recipe's words, auto resolved: bf16, fp16, fp32 or tf32."""
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-    return "tf32" if requested == "tf32" else names[compute_dtype]
+def pick_compute_dtype(requested: str, device: torch.device) -> torch.dtype:
+    """The dtype of what pick_precision picks."""
+    return DTYPES[pick_precision(requested, device)]
+
+
+def evaluation_precision(trained: str | None, device: torch.device) -> str:
+    """The precision to evaluate a network in: the training's where this device has it, else auto's."""
+    try:
+        return pick_precision(trained or "auto", device)
+    except UserError:
+        return pick_precision("auto", device)
 
 
 @contextmanager
@@ -142,10 +151,24 @@ def set_fp32_precision(allow_tf32: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allow_tf32
 
 
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Within the block float32 products are rounded to float32, and no kernel is chosen by timing it."""
+    matmul, conv = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    benchmark = torch.backends.cudnn.benchmark
+    set_fp32_precision(allow_tf32=False)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = conv, benchmark
+
+
 def prepare(device: torch.device, compute_dtype: str) -> None:
     """Set what holds for the whole process before it computes on this device.
 
-    compute_dtype: as in a recipe.
+    compute_dtype: as in a recipe, or a precision.
     """
     set_fp32_precision(allow_tf32=compute_dtype == "tf32")
     torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN time its kernels once
@@ -203,10 +226,13 @@ def measure_matmul_tflops(
 ) -> float:
     """The best rate of a large square matrix product, in TFLOP/s: the peak that MFU is a share of.
 
-    side: rows and columns of the matrices; by default 2,048 on a CPU and 8,192 on a GPU.
+    side: rows and columns of the matrices; by default 8,192 on a GPU and 2,048 on a CPU, or 512 where a CPU
+    emulates the dtype, for one product of 2,048 would take it half a minute.
     float32 runs at whatever `set_fp32_precision` has allowed. Syncs with the device.
     """
-    side = side or (2048 if device.type == "cpu" else 8192)
+    if side is None and device.type == "cpu":
+        side = 512 if measure_matmul_tflops(device, dtype, 0.0, side=512) < EMULATED_TFLOPS else 2048
+    side = side or 8192
     noise = torch.Generator(device)  # torch's global one is the caller's
     left, right = (torch.randn(side, side, generator=noise, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(left)
@@ -392,12 +418,12 @@ def examine(requested_device: str = "auto") -> list[Finding]:
     except UserError as error:
         device = torch.device("cpu")
         findings.append(Finding("device", f"{requested_device}: not there", str(error), stops_training=True))
-    dtype = pick_compute_dtype("auto", device)
+    precision = pick_precision("auto", device)
     compiler_fix = compiler_available(device)
     findings += [
-        Finding("precision", precision_name("auto", dtype)),
+        Finding("precision", precision),
         Finding("torch.compile", "missing" if compiler_fix else "works", compiler_fix or ""),
-        Finding("matmul rate", f"{measure_matmul_tflops(device, dtype):.3g} TFLOP/s"),
+        Finding("matmul rate", f"{measure_matmul_tflops(device, DTYPES[precision]):.3g} TFLOP/s"),
         Finding("memory copy", f"{measure_copy_gbps(device):.3g} GB/s"),
         _examine_memory(device),
         _examine_disk(),

@@ -10,13 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from fasttrain.machine import (
-    describe,
-    hardware_name,
-    measure_matmul_tflops,
-    pick_compute_dtype,
-    precision_name,
-)
+from fasttrain.machine import DTYPES, describe, hardware_name, measure_matmul_tflops, pick_precision
 from fasttrain.model import EPOCH_IMAGES, CustomResNet, training_flop_per_image
 
 T = TypeVar("T")
@@ -86,11 +80,11 @@ def model_flops_utilization(
 
 def epoch_floor(model: CustomResNet, device: torch.device) -> str:
     """In a sentence: the least time of an epoch on this device, at the matmul rate measured on it now."""
-    dtype = pick_compute_dtype("auto", device)
-    tflops = measure_matmul_tflops(device, dtype)
+    precision = pick_precision("auto", device)
+    tflops = measure_matmul_tflops(device, DTYPES[precision])
     seconds = training_flop_per_image(model) * EPOCH_IMAGES / (tflops * 1e12)
     return (
-        f"At the {tflops:.3g} TFLOP/s of {precision_name('auto', dtype)} matmul just measured on "
+        f"At the {tflops:.3g} TFLOP/s of {precision} matmul just measured on "
         f"{hardware_name(describe(device))}, these FLOP alone take {seconds:.3g} s an epoch."
     )
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrain.checkpoint import load_checkpoint, model_from_state
+from fasttrain.checkpoint import load_model
 from fasttrain.data.image import FORMATS, decode
 from fasttrain.errors import UserError
 from fasttrain.machine import pick_device, prepare
@@ -53,25 +53,22 @@ def predict(
     for flag, value in (("--top-k", top_k), ("--batch-size", batch_size)):
         if value < 1:
             raise UserError(f"{flag} {value}: expected at least 1")
-    run_device, files, state = pick_device(device), find_images(paths), load_checkpoint(checkpoint)
-    try:
-        model = model_from_state(state, run_device)
-    except UserError as error:
-        raise UserError(f"{checkpoint}: {error}") from error
+    run_device, files = pick_device(device), find_images(paths)
+    trained = load_model(checkpoint, run_device)
     prepare(run_device, "fp32")
     predictions: list[Prediction] = []
     for start in range(0, len(files), batch_size):
         read: list[tuple[Path, np.ndarray]] = []
         for path in files[start : start + batch_size]:
             try:
-                read.append((path, read_image(path, model.resolution)))
+                read.append((path, read_image(path, trained.model.resolution)))
             except UserError as error:
                 if skip is None:
                     raise
                 skip(str(error))
         if read:
             images_NHWC = torch.from_numpy(np.stack([image_HWC for _, image_HWC in read]))
-            found = _classify(model, images_NHWC.to(run_device), state["classes"], top_k)
+            found = _classify(trained.model, images_NHWC.to(run_device), trained.classes, top_k)
             predictions += [Prediction(path, classes) for (path, _), classes in zip(read, found, strict=True)]
     if not predictions:
         raise UserError(f"none of the {len(files):,} files could be read as an image")

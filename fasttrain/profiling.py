@@ -22,12 +22,12 @@ from fasttrain.data.loader import build_loader, pick_loader
 from fasttrain.errors import UserError
 from fasttrain.files import write_atomically, write_json
 from fasttrain.machine import (
+    DTYPES,
     cpu_cores,
     describe,
     hardware_name,
     measure_matmul_tflops,
-    pick_compute_dtype,
-    precision_name,
+    pick_precision,
     prepare,
 )
 from fasttrain.model import build_model, training_flop_per_image
@@ -101,8 +101,9 @@ def profile_training(
     on_gpu = device.type == "cuda"
     recipe = dataclasses.replace(recipe, early_resolution=0)
     active = active or (20 if on_gpu else 3)
-    dtype = pick_compute_dtype(recipe.compute_dtype, device)
-    prepare(device, recipe.compute_dtype)
+    precision = pick_precision(recipe.compute_dtype, device)
+    dtype = DTYPES[precision]
+    prepare(device, precision)
     kind = pick_loader(recipe.loader, device, print)
     mode = pick_compile_mode(recipe.compile, device, print)
     loader = build_loader(dataset, recipe, train=True, kind=kind, device=device)
@@ -145,7 +146,7 @@ def profile_training(
     busy = _device_busy_seconds(profiler.events()) if on_gpu else clock.cpu_seconds / cpu_cores()
     found = Profile(
         device=device.type,
-        precision=precision_name(recipe.compute_dtype, dtype),
+        precision=precision,
         loader=loader.name,
         compile=mode or "off",
         batch_size=recipe.batch_size,

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from fasttrain import plots
-from fasttrain.checkpoint import load_checkpoint
+from fasttrain.checkpoint import load_model
 from fasttrain.data import cifar, synthetic
 from fasttrain.data.cifar import Dataset, Split
 from fasttrain.data.loader import OWN_IMAGES, build_loader, open_dataset, pick_loader
 from fasttrain.errors import UserError
-from fasttrain.evaluate import Evaluation, evaluate_state
+from fasttrain.evaluate import Evaluation, evaluate_model
 from fasttrain.machine import fork_rng, pick_device
 from fasttrain.model import build_model, summary
 from fasttrain.optim import one_cycle
@@ -76,7 +76,7 @@ def report(
         lambda name: find_dataset(name, data, data_dir, resolution=run.recipe.resolution, skip_bad=skip_bad),
     )
     evaluation = _given(
-        dataset, lambda images: evaluate_state(load_checkpoint(folder / "last.pt"), images, run_device)
+        dataset, lambda images: evaluate_model(load_model(folder / "last.pt", run_device), images, run_device)
     )
     return write_report(run, dataset, evaluation, device=run_device)
 

@@ -1,5 +1,6 @@
 """All that a run is at one moment: saved as a checkpoint, checked against the run that goes on from it."""
 
+import contextlib
 import dataclasses
 import signal
 import time
@@ -11,14 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.checkpoint import LAST, CheckpointWriter, SaveInterval, load_checkpoint, require_like
+from fasttrain.checkpoint import (
+    LAST,
+    CheckpointWriter,
+    SaveInterval,
+    load_checkpoint,
+    require_like,
+    restore_model,
+    unproven,
+)
 from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset
 from fasttrain.distributed import Pace
 from fasttrain.errors import DivergedError, Interrupted, UserError
 from fasttrain.files import set_aside
-from fasttrain.machine import hardware_name
+from fasttrain.machine import DTYPES, hardware_name, pick_precision
 from fasttrain.optim import state_example
+from fasttrain.proof import proof_logits
 from fasttrain.recipe import Recipe, flag, load_recipe
 from fasttrain.runlog import RECIPE_FILE
 from fasttrain.step import TrainStep
@@ -115,6 +125,7 @@ class RunState:
         recipe, dataset = self.step.recipe, self.dataset
         return {
             "model": self.step.shipped_model.state_dict(),
+            "proof": proof_logits(self.step.shipped_model),
             "epoch": self.epoch,
             **self.step.state_dict(),
             "loader": self.loader.state_dict(),
@@ -146,6 +157,7 @@ class RunState:
         try:
             self._require_same_run(state.get("fingerprint"))
             self._require_sound(state)
+            restore_model(state, self.step.device)
             _restore_rng(state["rng"], self.step.device)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
@@ -258,6 +270,8 @@ def _first_sound(
             continue
         for bad, reason in unusable:
             say(f"skipped {reason} (kept as {set_aside(bad)})")
+        if "proof" not in state:
+            say(unproven(path))
         return path, state
     raise UserError("; ".join(str(reason) for _, reason in unusable))
 
@@ -384,18 +398,61 @@ def _recipe_flags(recipe: Recipe) -> dict[str, Any]:
     return {flag(key): value for key, value in recipe.to_dict().items()}
 
 
-def require_same_recipe(recipe: Recipe, folder: Path) -> None:
-    """Raise UserError, naming the flags, unless the recipe is the one that this run was begun with."""
-    begun = load_recipe(str(folder / RECIPE_FILE)).to_dict()
+@dataclass(frozen=True)
+class Decided:
+    """What a run's first process decided for its machine, and every later one keeps; None where not known.
+
+    precision: bf16, fp16, fp32 or tf32. compile_mode: torch.compile's, or off.
+    """
+
+    precision: str | None = None
+    compile_mode: str | None = None
+
+    @classmethod
+    def by(cls, paths: Sequence[Path]) -> "Decided":
+        """As the first of these checkpoints that can be read tells it."""
+        for path in paths:
+            with contextlib.suppress(UserError):
+                then = load_checkpoint(path).get("fingerprint")
+                if isinstance(then, dict):
+                    return cls(
+                        precision=then["precision"] if then.get("precision") in DTYPES else None,
+                        compile_mode=then["compile"] if isinstance(then.get("compile"), str) else None,
+                    )
+        return cls()
+
+    def differs(self, requested: str, device: torch.device) -> str | None:
+        """In a line, where this machine would have chosen another precision than the run has; else None."""
+        try:
+            now = pick_precision(requested, device)
+        except UserError:
+            return f"resumed in {self.precision}, as it began, though {device} only emulates it: slower"
+        if now == self.precision:
+            return None
+        return f"resumed in {self.precision}, as it began; a new run would take {now} here, which is faster"
+
+
+def resumed_recipe(recipe: Recipe, folder: Path, precision: str | None) -> Recipe:
+    """The recipe that this run was begun with. Raises UserError, naming the flags, if another one is given.
+
+    precision: that of the run. A --compute-dtype that names it is no other recipe.
+    """
+    begun = load_recipe(str(folder / RECIPE_FILE))
+    if precision is not None and recipe.compute_dtype == precision:
+        recipe = dataclasses.replace(recipe, compute_dtype=begun.compute_dtype)
+    then = begun.to_dict()
+    if precision is not None:
+        then["compute_dtype"] = precision  # in words, should it be given wrongly
     differing = [
-        f"{flag(key)} {value} (begun with {begun[key]})"
+        f"{flag(key)} {value} (begun with {then[key]})"
         for key, value in recipe.to_dict().items()
-        if value != begun[key]
+        if value != getattr(begun, key)
     ]
     if differing:
         raise UserError(
             f"--resume {folder}: a resumed run keeps its recipe; leave out {', '.join(differing)}"
         )
+    return begun
 
 
 def _max_lr(recipe: Recipe, rollbacks: int, found: float) -> float:

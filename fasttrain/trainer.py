@@ -29,19 +29,19 @@ from fasttrain.files import hold_folder, remove_temporaries
 from fasttrain.interrupt import catch_signals
 from fasttrain.lr_find import find_max_lr
 from fasttrain.machine import (
+    DTYPES,
     describe,
     hardware_name,
     measure_matmul_tflops,
-    pick_compute_dtype,
     pick_device,
-    precision_name,
+    pick_precision,
     prepare,
 )
 from fasttrain.metrics import WaitTimer, model_flops_utilization, peak_memory_gib, watch
 from fasttrain.model import build_model, training_flop_per_image
 from fasttrain.recipe import PRESETS, Recipe, flag
 from fasttrain.report import first_images, write_report
-from fasttrain.resume import RunState, Saver, fingerprint, require_same_recipe, resume_from
+from fasttrain.resume import Decided, RunState, Saver, fingerprint, resume_from, resumed_recipe
 from fasttrain.run import Run, load_run, read_object
 from fasttrain.runlog import (
     MACHINE_FILE,
@@ -98,19 +98,23 @@ def train(
     """
     started = time.perf_counter() if started is None else started
     interval = SaveInterval.parse(save_every)
-    unfinished = None
-    if resume is not None:
-        unfinished = find_unfinished(resume, Path(out))
-        require_same_recipe(recipe, unfinished)
+    unfinished = None if resume is None else find_unfinished(resume, Path(out))
     if tensorboard:
         require_tensorboard()
     world = join(pick_device(device))
     run_device = world.device
+    checkpoints = world.from_first(lambda: _checkpoints(unfinished, resume))
+    decided = world.from_first(lambda: Decided.by(checkpoints))
+    if unfinished is not None:
+        recipe = resumed_recipe(recipe, unfinished, decided.precision)
     share = world.share(recipe.batch_size)
-    picked = pick_compute_dtype(recipe.compute_dtype, run_device)
-    dtype = world.from_first(lambda: picked)  # a CPU measures it: let no two ranks differ
-    precision = precision_name(recipe.compute_dtype, dtype)
-    prepare(run_device, recipe.compute_dtype)
+    if decided.precision is None:
+        picked = pick_precision(recipe.compute_dtype, run_device)
+        precision = world.from_first(lambda: picked)  # a CPU measures it: let no two ranks differ
+    else:
+        precision = decided.precision
+    dtype = DTYPES[precision]
+    prepare(run_device, precision)
 
     _import_meanwhile("nvidia.dali", "torch._dynamo")
     dataset = world.in_turn(
@@ -138,6 +142,8 @@ def train(
     log = RunLog(folder) if world.is_first else SilentLog(folder)
     with world, _held(world, folder), _one_line_if_memory_is_full(recipe):
         machine = describe(run_device) | {"ranks": world.size}
+        if decided.precision is not None and (line := decided.differs(recipe.compute_dtype, run_device)):
+            log.say(line)
         if unfinished is None:
             log.write(MACHINE_FILE, machine)
             log.write(RECIPE_FILE, recipe.to_dict())
@@ -149,7 +155,6 @@ def train(
             f"{precision}, {train_loader.name} -> {log.folder}"
         )
         matmul_tflops = measure_matmul_tflops(run_device, dtype, seconds=0.1)  # a short look: users wait
-        checkpoints = world.from_first(lambda: _checkpoints(log.folder, resume))
         max_lr = recipe.max_lr
         if max_lr == "auto":  # a checkpoint knows what was found
             settings = {"kind": kind, "device": run_device, "dtype": dtype}
@@ -177,15 +182,14 @@ def train(
         )
         example = _example_batch(share, recipe.resolution, run_device)
         cache = CompileCache(hardware_name(machine), dtype, mode, share, recipe.resolution)
-        if checkpoints:
-            begun_with = world.from_first(lambda: read_object(log.folder / MACHINE_FILE))
-            mode = mode and begun_with.get("compile", mode)  # None where no compiler is there any more
+        if decided.compile_mode is not None:
+            mode = None if decided.compile_mode == "off" else mode and decided.compile_mode
         elif mode and recipe.compile == "auto":
             own = payoff(step, cache, matmul_tflops, *example)
             gain = world.from_first(lambda: own)
             log.say(str(gain))
             mode = mode if gain else None
-        if not checkpoints:
+        if not checkpoints or _lost(log, MACHINE_FILE):
             log.write(MACHINE_FILE, machine | {"compile": mode})
         identity = fingerprint(
             *(recipe, dataset),
@@ -355,15 +359,15 @@ def _train_epoch(run: RunState, log: RunLog, saver: Saver) -> dict[str, float]:
     }
 
 
-def _announce_full_recipe(log: RunLog, loader: Loader, step: TrainStep, seconds: float) -> None:
-    """Say what the full recipe would take, from the seconds of one of the first steps."""
-    full, images = PRESETS["default"], loader.sampler.count
-    side = step.recipe.training_resolution(0, step.total_steps)
 def _is_laptop(recipe: Recipe) -> bool:
     """Whether the full recipe can be estimated from this one: another width costs something else."""
     return recipe.name == "laptop" and recipe.width == PRESETS["default"].width
 
 
+def _announce_full_recipe(log: RunLog, loader: Loader, step: TrainStep, seconds: float) -> None:
+    """Say what the full recipe would take, from the seconds of one of the first steps."""
+    full, images = PRESETS["default"], loader.sampler.count
+    side = step.recipe.training_resolution(0, step.total_steps)
     seconds *= training_flop_per_image(step.model) / training_flop_per_image(step.model, side)
     minutes = full.epochs * images * seconds / step.recipe.batch_size / 60
     log.say(
@@ -402,9 +406,19 @@ def _find_max_lr(log: RunLog, dataset: Dataset, recipe: Recipe, settings: dict[s
     return search.suggestion
 
 
-def _checkpoints(folder: Path, resume: str | Path | None) -> list[Path]:
+def _lost(log: RunLog, name: str) -> bool:
+    """Whether a JSON file of a resumed run is gone or torn, which is said."""
+    try:
+        read_object(log.folder / name)
+    except UserError as error:
+        log.say(f"{error}; written anew, as this machine is")
+        return True
+    return False
+
+
+def _checkpoints(folder: Path | None, resume: str | Path | None) -> list[Path]:
     """The checkpoints to go on from, the preferred one first; none where the run has to begin."""
-    if resume is None:
+    if folder is None or resume is None:
         return []
     named = Path(resume)
     return (

@@ -40,11 +40,11 @@ FLOORS = [
         "fasttrain.data.tensor",
         "fasttrain.step",
         "fasttrain.runlog",
-        "fasttrain.checkpoint",
+        "fasttrain.proof",
         "fasttrain.metrics",
         "fasttrain.run",
     },
-    {"fasttrain.data.folder", "fasttrain.data.webdataset"},
+    {"fasttrain.data.folder", "fasttrain.data.webdataset", "fasttrain.checkpoint"},
     {"fasttrain.data.loader", "fasttrain.compiling"},
     {"fasttrain.evaluate", "fasttrain.lr_find", "fasttrain.resume"},
     {"fasttrain.report", "fasttrain.predict"},
@@ -89,6 +89,28 @@ def imports(path: Path) -> Iterator[str]:
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def constructs(node: ast.AST) -> bool:
+    """Whether code constructs a CustomResNet, by itself, through functools.partial or as another class."""
+    named: list[ast.expr] = []
+    if isinstance(node, ast.Call):
+        named = [node.func, *node.args]
+    elif isinstance(node, ast.ClassDef):
+        named = node.bases
+    return any(ast.unparse(one).endswith("CustomResNet") for one in named)
+
+
+def test_every_network_comes_from_its_recipe() -> None:
+    """One that was constructed elsewhere once lost its activation: build_model passes every setting on."""
+    constructing = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("fasttrain", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if constructs(node)
+    ]
+    assert constructing == ["fasttrain/model.py"]
 
 
 def test_every_module_has_a_floor() -> None:

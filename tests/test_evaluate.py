@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from fasttrain.checkpoint import REQUIRED, save_checkpoint
+from fasttrain.checkpoint import save_checkpoint
 from fasttrain.evaluate import ClassFigures, Evaluation, evaluate, evaluate_checkpoint
-from fasttrain.model import CustomResNet
+from fasttrain.model import build_model
 from fasttrain.recipe import Recipe
+from tests.helpers import checkpoint_of
 
 CPU = torch.device("cpu")
 LABELS = torch.tensor([0, 1, 2, 1, 0])
@@ -57,12 +58,8 @@ def test_misclassified_starts_with_the_most_confident_mistake() -> None:
 def test_names_of_classes_are_printed_as_they_are(tmp_path, dataset, capsys) -> None:
     classes = ("[red]", "[/b]", *dataset.classes[2:])
     named = dataclasses.replace(dataset, classes=classes)
-    state = dict.fromkeys(REQUIRED, 1) | {
-        "model": CustomResNet(10).state_dict(),
-        "classes": list(classes),
-        "recipe": Recipe().to_dict(),
-    }
-    save_checkpoint(tmp_path / "last.pt", state)
+    recipe = Recipe(width=4)
+    save_checkpoint(tmp_path / "last.pt", checkpoint_of(build_model(recipe, 10), recipe, classes))
     evaluate_checkpoint(tmp_path / "last.pt", lambda _: named, device="cpu", mistakes=40)
     table = capsys.readouterr().out.split("test image")[0]
     assert "[red]" in table and "[/b]" in table

@@ -11,32 +11,27 @@ import torch
 from PIL import Image
 
 from fasttrain import export as export_module
-from fasttrain.checkpoint import REQUIRED, load_checkpoint, model_from_state, save_checkpoint
+from fasttrain.checkpoint import load_checkpoint, load_model, save_checkpoint
 from fasttrain.data.cifar import Dataset
 from fasttrain.errors import UserError
 from fasttrain.export import FORMATS, FormatKind, export
-from fasttrain.model import CustomResNet
 from fasttrain.recipe import Recipe
+from tests.helpers import checkpoint_of, experienced_network
 
 CPU = torch.device("cpu")
+RECIPE = Recipe(logit_scale=0.5)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset) -> Path:
-    torch.manual_seed(1)
-    model = CustomResNet(len(dataset.classes), mean=dataset.mean, std=dataset.std, logit_scale=0.5)
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(layer.running_var, 0.5, 1.5)
-    state = dict.fromkeys(REQUIRED, 1) | {
-        "model": model.state_dict(),
-        "classes": list(dataset.classes),
-        "dataset": dataset.name,
-        "recipe": Recipe().to_dict(),
-        "epoch": 2,
-        "progress": {"epochs": [{"test_accuracy": 0.25}, {"test_accuracy": 0.5}]},
-        "metrics": {"images": 0},
-    }
+    model = experienced_network(RECIPE, len(dataset.classes), mean=dataset.mean, std=dataset.std)
+    state = checkpoint_of(
+        *(model, RECIPE, dataset.classes),
+        dataset=dataset.name,
+        epoch=2,
+        progress={"epochs": [{"test_accuracy": 0.25}, {"test_accuracy": 0.5}]},
+        fingerprint={"precision": "bf16"},
+    )
     path = tmp_path_factory.mktemp("run") / "last.pt"
     save_checkpoint(path, state)
     return path
@@ -64,7 +59,7 @@ def test_an_export_loads_and_computes_what_the_checkpoint_does(
     assert "40 images (test images of synthetic)" in said and "100.00% of the predictions" in said
 
     content = out.read_bytes()
-    model = model_from_state(load_checkpoint(checkpoint), CPU)
+    model = load_model(checkpoint, CPU).model
     pixels_NCHW = torch.from_numpy(dataset.test.images[:7])
     facts = json.loads(card.read_text())
     images_NCHW = pixels_NCHW
@@ -73,13 +68,19 @@ def test_an_export_loads_and_computes_what_the_checkpoint_does(
         images_NCHW = (pixels_NCHW / 255 - mean) / std
     with torch.inference_mode():
         torch.testing.assert_close(
-            FORMATS[format].load(content, 32)(images_NCHW), model(pixels_NCHW), rtol=1e-3, atol=1e-4
+            FORMATS[format].load(content, RECIPE)(images_NCHW), model(pixels_NCHW), rtol=1e-3, atol=1e-4
         )
     assert facts["input"]["dtype"] == ("uint8" if input == "pixels" else "float32")
     assert facts["sha256"] == hashlib.sha256(content).hexdigest()
-    assert facts["classes"] == list(dataset.classes) and facts["test_accuracy"] == 0.5
+    assert facts["classes"] == list(dataset.classes)
+    with torch.inference_mode():
+        predictions_N = model(torch.from_numpy(dataset.test.images.copy())).argmax(1).numpy()
+    accuracy = (predictions_N == dataset.test.labels).mean()
+    assert (facts["test_accuracy"], facts["arithmetic"]) == (accuracy, "float32")
+    assert (facts["training_test_accuracy"], facts["training_precision"]) == (0.5, "bf16")
+    assert f"of the file: {accuracy:.2%}, in float32; the training measured 50.00% in bf16" in said
     assert facts["mean"] == pytest.approx(dataset.mean) and facts["std"] == pytest.approx(dataset.std)
-    assert Recipe.from_dict(facts["recipe"]) == Recipe()
+    assert Recipe.from_dict(facts["recipe"]) == RECIPE
     assert str(Path(export_module.__file__).parent).encode() not in content  # nothing of this machine
     assert sorted(path.name for path in tmp_path.iterdir()) == [out.name, card.name]
 
@@ -105,7 +106,9 @@ def test_an_export_that_differs_is_refused(
 def test_without_the_images_random_pixels_do(checkpoint: Path, tmp_path: Path, capsys) -> None:
     card = export(checkpoint, "safetensors", tmp_path / "model.safetensors", data_dir=tmp_path / "none")
     assert re.search(r"on 64 images \(random pixels\)", capsys.readouterr().out)
-    assert json.loads(card.read_text())["verified"]["images"] == "random pixels"
+    facts = json.loads(card.read_text())
+    assert facts["verified"]["images"] == "random pixels"
+    assert (facts["test_accuracy"], facts["training_test_accuracy"]) == (None, 0.5)
     assert not (tmp_path / "none").exists()
 
 
@@ -125,7 +128,7 @@ def test_an_accuracy_of_other_weights_is_not_told(checkpoint: Path, tmp_path: Pa
     state = load_checkpoint(checkpoint) | {"metrics": {"images": 512}}  # a step into the next epoch
     save_checkpoint(tmp_path / "previous.pt", state)
     card = export(tmp_path / "previous.pt", "safetensors", tmp_path / "m.safetensors", data_dir=tmp_path)
-    assert json.loads(card.read_text())["test_accuracy"] is None
+    assert json.loads(card.read_text())["training_test_accuracy"] is None
 
 
 def test_what_cannot_be_exported_is_one_line(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:

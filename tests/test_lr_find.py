@@ -12,7 +12,6 @@ from fasttrain.__main__ import main
 from fasttrain.data.loader import pick_loader
 from fasttrain.errors import UserError
 from fasttrain.lr_find import LrCurve, LrSearch, find_max_lr
-from fasttrain.model import CustomResNet
 from fasttrain.optim import build_optimizer
 from fasttrain.recipe import Recipe
 
@@ -74,8 +73,7 @@ def test_groups_learn_at_their_multiple_of_the_rate_in_a_search_too(dataset, mon
         return optimizer
 
     monkeypatch.setattr(lr_find, "build_optimizer", build)
-    monkeypatch.setattr(lr_find, "CustomResNet", functools.partial(CustomResNet, width=8))
-    found = search(dataset, Recipe(batch_size=16, optimizer="muon", muon_lr_scale=2.0), repeats=1)
+    found = search(dataset, Recipe(batch_size=16, width=8, optimizer="muon", muon_lr_scale=2.0), repeats=1)
     rates = found.curves[0].lrs
     # torch may call the hooks within Muon's step for AdamW's part too, which has a group less.
     steps = list(dict.fromkeys(tuple(step) for step in taken if len(step) == 3))

@@ -13,31 +13,22 @@ import torch
 from PIL import Image
 
 from fasttrain.__main__ import main
-from fasttrain.checkpoint import REQUIRED, load_checkpoint, model_from_state, save_checkpoint
+from fasttrain.checkpoint import load_checkpoint, save_checkpoint
 from fasttrain.data import image as image_module
 from fasttrain.errors import UserError
 from fasttrain.model import CustomResNet
 from fasttrain.predict import find_images, predict, read_image
 from fasttrain.recipe import Recipe
+from tests.helpers import checkpoint_of, experienced_network
 
 CLASSES = [f"class {label}" for label in range(5)]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network whose BatchNorm has seen data, so that evaluation mode makes a difference."""
-    torch.manual_seed(1)
-    model = CustomResNet(len(CLASSES), mean=(0.1, 0.5, 0.9))
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(layer.running_var, 0.5, 1.5)
-    state = dict.fromkeys(REQUIRED, 1) | {
-        "model": model.state_dict(),
-        "classes": CLASSES,
-        "recipe": Recipe().to_dict(),
-    }
+    model = experienced_network(Recipe(), len(CLASSES), mean=(0.1, 0.5, 0.9))
     path = tmp_path_factory.mktemp("run") / "last.pt"
-    save_checkpoint(path, state)
+    save_checkpoint(path, checkpoint_of(model, Recipe(), CLASSES))
     return path
 
 
@@ -144,13 +135,6 @@ def test_what_cannot_be_asked_is_one_line(checkpoint: Path, images: Path, tmp_pa
         find_images([tmp_path / "void"])
     with pytest.raises(UserError, match="--top-k 0"):
         predict(checkpoint, [images], top_k=0)
-
-
-def test_weights_of_another_network_are_one_line() -> None:
-    model = CustomResNet(len(CLASSES), width=8).state_dict()
-    state = {"classes": CLASSES, "model": model, "recipe": Recipe().to_dict()}
-    with pytest.raises(UserError, match="do not fit"):
-        model_from_state(state, torch.device("cpu"))
 
 
 def test_every_format_says_the_same(checkpoint: Path, images: Path, capsys) -> None:

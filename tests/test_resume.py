@@ -18,11 +18,12 @@ from fasttrain.checkpoint import CheckpointWriter, load_checkpoint, save_checkpo
 from fasttrain.data import cifar
 from fasttrain.data.loader import build_loader
 from fasttrain.errors import DivergedError, Interrupted, UserError
-from fasttrain.evaluate import evaluate
+from fasttrain.evaluate import evaluate, evaluate_checkpoint
 from fasttrain.files import hold_folder
 from fasttrain.model import build_model
 from fasttrain.recipe import Recipe, flag
 from fasttrain.resume import Progress
+from fasttrain.run import load_run
 from fasttrain.step import TrainStep
 
 RECIPE = Recipe(
@@ -144,6 +145,103 @@ def test_a_run_begun_before_a_field_was_added_goes_on(whole, dataset_dir, tmp_pa
     save_checkpoint(folder / "last.pt", state)
     (folder / "previous.pt").unlink()
     train(dataset_dir, tmp_path, resume="auto")
+    assert same(outcome(folder), outcome(whole))
+
+
+def choose(monkeypatch, precision: str) -> None:
+    """Let this machine choose a precision for new runs."""
+    for module in (trainer, resume):
+        monkeypatch.setattr(
+            module, "pick_precision", lambda requested, _: precision if requested == "auto" else requested
+        )
+
+
+AUTO = dataclasses.replace(RECIPE, compute_dtype="auto")
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_resumed_run_keeps_its_precision_wherever_it_goes_on(
+    named: bool, dataset_dir, tmp_path, monkeypatch, capsys
+) -> None:
+    choose(monkeypatch, "bf16")
+    undisturbed = train(dataset_dir, tmp_path / "whole", AUTO)
+    folder = stop_at(dataset_dir, tmp_path / "stopped", 6, monkeypatch, recipe=AUTO)
+    choose(monkeypatch, "fp32")
+    resume_it = ["train", "--resume", str(folder), "--data-dir", str(dataset_dir), "--device", "cpu"]
+    assert main([*resume_it, "--compute-dtype", "fp32"]) == 2
+    assert "leave out --compute-dtype fp32 (begun with bf16)" in capsys.readouterr().err
+    assert main([*resume_it, "--compute-dtype", "bf16"] if named else resume_it) == 0
+    assert "resumed in bf16, as it began; a new run would take fp32 here" in capsys.readouterr().out
+    assert same(outcome(folder), outcome(undisturbed))
+    assert json.loads((folder / "result.json").read_text())["precision"] == "bf16"
+    assert json.loads((folder / "recipe.json").read_text())["compute_dtype"] == "auto"
+
+
+@pytest.mark.parametrize("requested", ["auto", "bf16"])
+def test_a_machine_without_the_runs_precision_emulates_it(
+    requested: str, dataset_dir, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(machine, "has_native_bf16", lambda _: True)
+    monkeypatch.setattr(machine, "bf16_speedup_on_cpu", lambda: 2.0)
+    recipe = dataclasses.replace(RECIPE, compute_dtype=requested)
+    undisturbed = train(dataset_dir, tmp_path / "whole", recipe)
+    folder = stop_at(dataset_dir, tmp_path / "stopped", 6, monkeypatch, recipe=recipe)
+    monkeypatch.setattr(machine, "has_native_bf16", lambda _: False)
+    resume_it = ["train", "--resume", str(folder), "--data-dir", str(dataset_dir), "--device", "cpu"]
+    assert main(resume_it) == 0
+    assert "resumed in bf16, as it began" in capsys.readouterr().out
+    assert same(outcome(folder), outcome(undisturbed))
+    row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    result = evaluate_checkpoint(folder / "last.pt", lambda _: cifar.read(dataset_dir), device="cpu")
+    said = capsys.readouterr().out
+    assert "images, in fp32" in said and f"measured {row['test_accuracy']:.2%} on synthetic, in bf16" in said
+    assert result.loss == pytest.approx(row["test_loss"], rel=0.02)
+    monkeypatch.setattr(machine, "has_native_bf16", lambda _: True)
+    monkeypatch.setattr(machine, "bf16_speedup_on_cpu", lambda: 0.5)  # here a new run would take fp32
+    result = evaluate_checkpoint(folder / "last.pt", lambda _: cifar.read(dataset_dir), device="cpu")
+    assert "images, in bf16" in capsys.readouterr().out
+    assert (result.loss, result.accuracy) == (row["test_loss"], row["test_accuracy"])
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[1]"])
+def test_a_lost_or_torn_machine_file_stops_no_resume(
+    content: str | None, whole, dataset_dir, tmp_path, monkeypatch, capsys
+) -> None:
+    folder = stop_at(dataset_dir, tmp_path, 6, monkeypatch)
+    (folder / "machine.json").unlink()
+    if content is not None:
+        (folder / "machine.json").write_text(content)
+    train(dataset_dir, tmp_path, resume="auto")
+    assert "machine.json" in capsys.readouterr().out
+    assert same(outcome(folder), outcome(whole))
+    assert load_run(folder).machine["torch"] == torch.__version__
+
+
+def test_a_checkpoint_of_before_the_proof_resumes_and_is_said_to_be_unproven(
+    whole, dataset_dir, tmp_path, monkeypatch, capsys
+) -> None:
+    folder = stop_at(dataset_dir, tmp_path, 6, monkeypatch)
+    state = load_checkpoint(folder / "last.pt")
+    del state["proof"]
+    save_checkpoint(folder / "last.pt", state)
+    train(dataset_dir, tmp_path, resume="auto")
+    assert f"{folder / 'last.pt'}: unproven" in capsys.readouterr().out
+    assert same(outcome(folder), outcome(whole))
+    assert "proof" in load_checkpoint(folder / "last.pt")
+
+
+def test_a_checkpoint_that_fails_its_proof_is_not_resumed(
+    whole, dataset_dir, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(resume, "EPOCH_PAUSE", 0.0)
+    folder = stop_at(dataset_dir, tmp_path, 6, monkeypatch)
+    state = load_checkpoint(folder / "last.pt")
+    state["model"]["fc.weight"].mul_(1.01)
+    save_checkpoint(folder / "last.pt", state)
+    train(dataset_dir, tmp_path, resume="auto")
+    out = capsys.readouterr().out
+    assert "skipped" in out and "logits of the proof images differ by" in out
+    assert f"resumed from {folder / 'previous.pt'} at step 4 of 12" in out
     assert same(outcome(folder), outcome(whole))
 
 

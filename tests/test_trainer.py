@@ -286,7 +286,7 @@ def test_help_of_train_shows_the_chosen_recipes_defaults(capsys) -> None:
 
 def test_summary_names_the_least_time_of_an_epoch_on_this_machine(monkeypatch, capsys) -> None:
     monkeypatch.setattr(metrics, "measure_matmul_tflops", lambda *_: 10.0)
-    monkeypatch.setattr(metrics, "pick_compute_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(metrics, "pick_precision", lambda *_: "fp32")
     assert main(["summary", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "6,573,130" in out and f"{cpu_cores()} cores" in out
