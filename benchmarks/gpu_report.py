@@ -53,7 +53,7 @@ def parts(options: Options) -> list[tuple[str, int, list[str]]]:
     data = ["--data-dir", str(options.data_dir)]
     recipe = options.out / "small.json"
     if small:
-        recipe.write_text('{"batch_size": 8, "epochs": 1}')
+        recipe.write_text('{"batch_size": 8, "epochs": 1, "width": 8}')
 
     def of_recipe(name: str) -> list[str]:
         return ["--recipe", str(recipe) if small else name]
