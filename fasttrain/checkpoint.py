@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fasttrain.errors import UserError
 from fasttrain.files import link_atomically, write_atomically
-from fasttrain.machine import fork_rng
+from fasttrain.machine import DTYPES, fork_rng
 from fasttrain.model import CustomResNet, build_model
 from fasttrain.proof import require_proven
 from fasttrain.recipe import Recipe
@@ -77,9 +77,9 @@ class TrainedModel:
     """The network of a checkpoint, and what the checkpoint says of it.
 
     model: in evaluation mode. classes: their names in the order of the logits. dataset: the images' name.
-    precision: of the training's products: bf16, fp16, fp32 or tf32; None where it does not say.
-    metrics: what the training measured of these very weights, a row of metrics.jsonl; None where they have
-    trained on since.
+    precision: what the training computed in: bf16, fp16, fp32 or tf32; None if the checkpoint does not say.
+    metrics: the row of metrics.jsonl that the training measured on these weights; None where they have been
+    trained further since.
     """
 
     model: CustomResNet
@@ -91,44 +91,65 @@ class TrainedModel:
     metrics: dict[str, float] | None
 
 
-def load_model(
-    path: Path, device: torch.device, announce: Callable[[str], object] | None = None
-) -> TrainedModel:
-    """Rebuild the network of a checkpoint and prove that it is the one that was saved.
+def _print_to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
 
-    announce: called with a line about a checkpoint that holds no proof; by default it goes to stderr.
-    Raises UserError if it is no checkpoint, or if the network says anything else than the saved one did.
+
+def load_model(
+    path: Path, device: torch.device, announce: Callable[[str], object] = _print_to_stderr
+) -> TrainedModel:
+    """Rebuild the network of a checkpoint, and check that it is the one that was saved.
+
+    announce: called with one line if the checkpoint holds no proof.
+    Raises UserError if the file is not a checkpoint, or if the network's logits differ from the saved ones.
     """
     state = load_checkpoint(path)
     try:
-        rows = state["progress"]["epochs"]
         trained = TrainedModel(
             model=restore_model(state, device),
             recipe=Recipe.from_dict(state["recipe"]),
             classes=list(state["classes"]),
             dataset=str(state["dataset"]),
             epoch=int(state["epoch"]),
-            precision=state.get("fingerprint", {}).get("precision"),
-            metrics=dict(rows[-1]) if rows and not state["metrics"]["images"] else None,
+            precision=saved_precision(state),
+            metrics=_metrics_of_these_weights(state),
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a foreign hand
-        raise UserError(f"{path}: is not as fasttrain writes it ({error!r}); train it again") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: expected a checkpoint as fasttrain writes it ({error!r}); train it again"
+        ) from error
     if "proof" not in state:
-        (announce or _to_stderr)(unproven(path))
+        announce(unproven(path))
     return trained
 
 
 def unproven(path: Path) -> str:
-    """What to say of a checkpoint without a proof."""
-    return f"{path}: unproven: written before checkpoints held a proof; rebuilt as its recipe says"
+    """The line about a checkpoint without a proof."""
+    return (
+        f"{path}: unproven: written before checkpoints held a proof; the network is rebuilt from its recipe"
+    )
+
+
+def saved_precision(state: dict[str, Any]) -> str | None:
+    """The precision that the checkpoint's run computes in; None where it does not say."""
+    fingerprint = state.get("fingerprint")
+    precision = fingerprint.get("precision") if isinstance(fingerprint, dict) else None
+    return precision if isinstance(precision, str) and precision in DTYPES else None
+
+
+def _metrics_of_these_weights(state: dict[str, Any]) -> dict[str, float] | None:
+    rows = state["progress"]["epochs"]
+    if not rows or state["metrics"]["images"]:  # images trained on since the last evaluation
+        return None
+    return {**rows[-1], "test_accuracy": float(rows[-1]["test_accuracy"])}
 
 
 def restore_model(state: dict[str, Any], device: torch.device) -> CustomResNet:
-    """The network of a loaded checkpoint, in evaluation mode, held against its proof where it has one.
+    """The network of a loaded checkpoint, in evaluation mode, checked against its proof if it has one.
 
-    Raises UserError if the weights do not fit, or if it says anything else than the saved network did.
+    Raises UserError if the weights do not fit, or if the network's logits differ from the saved ones.
     """
     recipe = Recipe.from_dict(state["recipe"])
     model = model_with_weights(recipe, len(state["classes"]), state["model"]).to(device)
@@ -148,13 +169,10 @@ def model_with_weights(recipe: Recipe, num_classes: int, weights: dict[str, Tens
     try:
         model.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+        first, *details = str(error).splitlines()
+        reason = details[0].strip() if details else first  # torch names the weights from the second line on
         raise UserError(f"its weights do not fit the network ({reason}); train it again") from error
     return model.eval()
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def _verify_checksums(content: io.BytesIO) -> None:

@@ -1,7 +1,7 @@
-"""A checkpoint's proof: what its network said of a few fixed images when it was saved.
+"""A checkpoint's proof: the logits of a few fixed images, computed when it is saved and when it is loaded.
 
-Whoever loads the checkpoint asks the network that it rebuilt the same. A setting that was lost on the way, an
-activation say, changes no name and no shape among the weights: nothing but the answers can show it.
+A setting that gets lost in between, such as the activation, changes neither the name nor the shape of any
+weight. Only the network's output can show it.
 Shape suffixes: N images, C channels, H rows, W columns, K classes.
 """
 
@@ -18,8 +18,8 @@ IMAGES = 4
 TOLERANCE = 2e-4
 """Largest difference of a logit that counts as rounding, as a share of the largest logit.
 
-Other instructions, which sum in another order, differ by 1e-6 of a trained network; its GELU approximated by
-tanh differs by 3e-4, rounded to bf16 by 5e-3, with ReLU in GELU's place by 0.4 (docs: benchmarks/LOG.md).
+On a trained network other CPU instructions differ by 1e-6, GELU approximated by tanh by 3e-4, weights rounded
+to bf16 by 5e-3, and ReLU instead of GELU by 0.4 (benchmarks/LOG.md).
 """
 
 
@@ -42,9 +42,9 @@ def proof_images(resolution: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def proof_logits(model: CustomResNet) -> Tensor:
-    """What the network says of these images in evaluation mode, float32 on its device: (IMAGES, K).
+    """The network's logits of the proof images in evaluation mode: (IMAGES, K) float32, on its device.
 
-    Neither waits for the device nor draws from a random generator; the model's mode is restored.
+    Does not wait for the device, draws no random numbers, and restores the model's mode.
     """
     was_training = model.training
     model.eval()
@@ -55,15 +55,15 @@ def proof_logits(model: CustomResNet) -> Tensor:
 
 
 def require_proven(model: CustomResNet, expected_NK: Tensor) -> None:
-    """Raise UserError, naming the difference, unless the network says what the saved one said."""
+    """Raise UserError, naming the difference, unless the network gives the saved logits up to rounding."""
     found_NK = proof_logits(model).cpu()
     if not isinstance(expected_NK, Tensor) or expected_NK.shape != found_NK.shape:
-        raise UserError(f"its proof is no tensor of shape {tuple(found_NK.shape)}")
+        raise UserError(f"its proof: expected a tensor of shape {tuple(found_NK.shape)}; train it again")
     difference = (found_NK - expected_NK).abs().max().item()
     largest = expected_NK.abs().max().item()
     if not difference <= TOLERANCE * largest:  # NaN is refused as well
         raise UserError(
-            "it does not rebuild the network that was saved: logits of the proof images differ by "
-            f"{difference:.2g}, at most {TOLERANCE * largest:.2g} would be rounding; use the version of "
-            "fasttrain that wrote it, or train it again"
+            "this is not the network that was saved: logits of the proof images differ by "
+            f"{difference:.2g}, and rounding explains at most {TOLERANCE * largest:.2g}; load it with the "
+            "version of fasttrain that wrote it, or train it again"
         )

@@ -19,6 +19,7 @@ from fasttrain.checkpoint import (
     load_checkpoint,
     require_like,
     restore_model,
+    saved_precision,
     unproven,
 )
 from fasttrain.data.batches import Loader
@@ -26,7 +27,7 @@ from fasttrain.data.cifar import Dataset
 from fasttrain.distributed import Pace
 from fasttrain.errors import DivergedError, Interrupted, UserError
 from fasttrain.files import set_aside
-from fasttrain.machine import DTYPES, hardware_name, pick_precision
+from fasttrain.machine import hardware_name, pick_precision
 from fasttrain.optim import state_example
 from fasttrain.proof import proof_logits
 from fasttrain.recipe import Recipe, flag, load_recipe
@@ -399,50 +400,53 @@ def _recipe_flags(recipe: Recipe) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Decided:
-    """What a run's first process decided for its machine, and every later one keeps; None where not known.
+class KeptSettings:
+    """What the first process of a run chose for its machine and later ones keep; None for a new run.
 
-    precision: bf16, fp16, fp32 or tf32. compile_mode: torch.compile's, or off.
+    precision: bf16, fp16, fp32 or tf32. compile_mode: torch.compile's mode, or off.
     """
 
     precision: str | None = None
     compile_mode: str | None = None
 
     @classmethod
-    def by(cls, paths: Sequence[Path]) -> "Decided":
-        """As the first of these checkpoints that can be read tells it."""
+    def from_checkpoints(cls, paths: Sequence[Path]) -> "KeptSettings":
+        """Read from the first of these checkpoints that is readable."""
         for path in paths:
             with contextlib.suppress(UserError):
-                then = load_checkpoint(path).get("fingerprint")
-                if isinstance(then, dict):
-                    return cls(
-                        precision=then["precision"] if then.get("precision") in DTYPES else None,
-                        compile_mode=then["compile"] if isinstance(then.get("compile"), str) else None,
-                    )
+                state = load_checkpoint(path)
+                fingerprint = state.get("fingerprint")
+                mode = fingerprint.get("compile") if isinstance(fingerprint, dict) else None
+                return cls(saved_precision(state), mode if isinstance(mode, str) else None)
         return cls()
 
-    def differs(self, requested: str, device: torch.device) -> str | None:
-        """In a line, where this machine would have chosen another precision than the run has; else None."""
+    def precision_note(self, requested: str, device: torch.device) -> str | None:
+        """A line to print if a new run would take another precision on this device; None if not."""
+        if self.precision is None:
+            return None
         try:
             now = pick_precision(requested, device)
         except UserError:
-            return f"resumed in {self.precision}, as it began, though {device} only emulates it: slower"
+            return f"resumed in {self.precision}, as the run began; {device} only emulates it, which is slow"
         if now == self.precision:
             return None
-        return f"resumed in {self.precision}, as it began; a new run would take {now} here, which is faster"
+        return (
+            f"resumed in {self.precision}, as the run began; a new one would take {now} here, which is faster"
+        )
 
 
 def resumed_recipe(recipe: Recipe, folder: Path, precision: str | None) -> Recipe:
-    """The recipe that this run was begun with. Raises UserError, naming the flags, if another one is given.
+    """The recipe that the run in this folder began with.
 
-    precision: that of the run. A --compute-dtype that names it is no other recipe.
+    Raises UserError, naming the flags, if `recipe` differs from it. --compute-dtype may name the precision
+    that the run computes in.
     """
     begun = load_recipe(str(folder / RECIPE_FILE))
     if precision is not None and recipe.compute_dtype == precision:
         recipe = dataclasses.replace(recipe, compute_dtype=begun.compute_dtype)
     then = begun.to_dict()
     if precision is not None:
-        then["compute_dtype"] = precision  # in words, should it be given wrongly
+        then["compute_dtype"] = precision  # what the error names, instead of auto
     differing = [
         f"{flag(key)} {value} (begun with {then[key]})"
         for key, value in recipe.to_dict().items()

@@ -41,7 +41,7 @@ from fasttrain.metrics import WaitTimer, model_flops_utilization, peak_memory_gi
 from fasttrain.model import build_model, training_flop_per_image
 from fasttrain.recipe import PRESETS, Recipe, flag
 from fasttrain.report import first_images, write_report
-from fasttrain.resume import Decided, RunState, Saver, fingerprint, resume_from, resumed_recipe
+from fasttrain.resume import KeptSettings, RunState, Saver, fingerprint, resume_from, resumed_recipe
 from fasttrain.run import Run, load_run, read_object
 from fasttrain.runlog import (
     MACHINE_FILE,
@@ -104,15 +104,14 @@ def train(
     world = join(pick_device(device))
     run_device = world.device
     checkpoints = world.from_first(lambda: _checkpoints(unfinished, resume))
-    decided = world.from_first(lambda: Decided.by(checkpoints))
+    kept = world.from_first(lambda: KeptSettings.from_checkpoints(checkpoints))
     if unfinished is not None:
-        recipe = resumed_recipe(recipe, unfinished, decided.precision)
+        recipe = resumed_recipe(recipe, unfinished, kept.precision)
     share = world.share(recipe.batch_size)
-    if decided.precision is None:
+    precision = kept.precision
+    if precision is None:
         picked = pick_precision(recipe.compute_dtype, run_device)
         precision = world.from_first(lambda: picked)  # a CPU measures it: let no two ranks differ
-    else:
-        precision = decided.precision
     dtype = DTYPES[precision]
     prepare(run_device, precision)
 
@@ -142,8 +141,8 @@ def train(
     log = RunLog(folder) if world.is_first else SilentLog(folder)
     with world, _held(world, folder), _one_line_if_memory_is_full(recipe):
         machine = describe(run_device) | {"ranks": world.size}
-        if decided.precision is not None and (line := decided.differs(recipe.compute_dtype, run_device)):
-            log.say(line)
+        if note := kept.precision_note(recipe.compute_dtype, run_device):
+            log.say(note)
         if unfinished is None:
             log.write(MACHINE_FILE, machine)
             log.write(RECIPE_FILE, recipe.to_dict())
@@ -182,8 +181,8 @@ def train(
         )
         example = _example_batch(share, recipe.resolution, run_device)
         cache = CompileCache(hardware_name(machine), dtype, mode, share, recipe.resolution)
-        if decided.compile_mode is not None:
-            mode = None if decided.compile_mode == "off" else mode and decided.compile_mode
+        if kept.compile_mode is not None:
+            mode = None if kept.compile_mode == "off" else mode and kept.compile_mode
         elif mode and recipe.compile == "auto":
             own = payoff(step, cache, matmul_tflops, *example)
             gain = world.from_first(lambda: own)
@@ -407,11 +406,11 @@ def _find_max_lr(log: RunLog, dataset: Dataset, recipe: Recipe, settings: dict[s
 
 
 def _lost(log: RunLog, name: str) -> bool:
-    """Whether a JSON file of a resumed run is gone or torn, which is said."""
+    """Whether a JSON file of the run is missing or torn, which is reported in a line."""
     try:
         read_object(log.folder / name)
     except UserError as error:
-        log.say(f"{error}; written anew, as this machine is")
+        log.say(f"{error}; writing a new one that describes this machine")
         return True
     return False
 

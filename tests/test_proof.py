@@ -187,7 +187,9 @@ def test_a_checkpoint_of_before_is_rebuilt_from_its_recipe_and_said_to_be_unprov
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("key", ["recipe", "classes", "progress", "metrics", "epoch", "model", "fingerprint"])
-@pytest.mark.parametrize("value", [None, 1, "text", [], {}, [[]], {"epochs": [1]}])
+@pytest.mark.parametrize(
+    "value", [None, 1, "text", [], {}, [[]], {"epochs": [1]}, {"epochs": [{}]}, {"precision": ["bf16"]}]
+)
 def test_what_a_foreign_hand_wrote_is_one_line(key: str, value, tmp_path: Path) -> None:
     state = checkpoint_of(build_model(NARROW, 10), NARROW, CLASSES) | {key: value}
     save_checkpoint(tmp_path / "last.pt", state)

@@ -171,7 +171,7 @@ def test_a_resumed_run_keeps_its_precision_wherever_it_goes_on(
     assert main([*resume_it, "--compute-dtype", "fp32"]) == 2
     assert "leave out --compute-dtype fp32 (begun with bf16)" in capsys.readouterr().err
     assert main([*resume_it, "--compute-dtype", "bf16"] if named else resume_it) == 0
-    assert "resumed in bf16, as it began; a new run would take fp32 here" in capsys.readouterr().out
+    assert "resumed in bf16, as the run began; a new one would take fp32 here" in capsys.readouterr().out
     assert same(outcome(folder), outcome(undisturbed))
     assert json.loads((folder / "result.json").read_text())["precision"] == "bf16"
     assert json.loads((folder / "recipe.json").read_text())["compute_dtype"] == "auto"
@@ -189,7 +189,8 @@ def test_a_machine_without_the_runs_precision_emulates_it(
     monkeypatch.setattr(machine, "has_native_bf16", lambda _: False)
     resume_it = ["train", "--resume", str(folder), "--data-dir", str(dataset_dir), "--device", "cpu"]
     assert main(resume_it) == 0
-    assert "resumed in bf16, as it began" in capsys.readouterr().out
+    reason = "cpu only emulates it" if requested == "bf16" else "a new one would take fp32 here"
+    assert f"resumed in bf16, as the run began; {reason}" in capsys.readouterr().out
     assert same(outcome(folder), outcome(undisturbed))
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     result = evaluate_checkpoint(folder / "last.pt", lambda _: cifar.read(dataset_dir), device="cpu")
