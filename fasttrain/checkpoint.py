@@ -105,10 +105,11 @@ def load_model(
     """
     state = load_checkpoint(path)
     try:
+        recipe, classes = Recipe.from_dict(state["recipe"]), list(state["classes"])
         trained = TrainedModel(
-            model=restore_model(state, device),
-            recipe=Recipe.from_dict(state["recipe"]),
-            classes=list(state["classes"]),
+            model=restore_model(state, recipe, len(classes), device),
+            recipe=recipe,
+            classes=classes,
             dataset=str(state["dataset"]),
             epoch=int(state["epoch"]),
             precision=saved_precision(state),
@@ -116,9 +117,10 @@ def load_model(
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = type(error).__name__
         raise UserError(
-            f"{path}: expected a checkpoint as fasttrain writes it ({error!r}); train it again"
+            f"{path}: expected a checkpoint as fasttrain writes it ({reason}); train it again"
         ) from error
     if "proof" not in state:
         announce(unproven(path))
@@ -146,13 +148,14 @@ def _metrics_of_these_weights(state: dict[str, Any]) -> dict[str, float] | None:
     return {**rows[-1], "test_accuracy": float(rows[-1]["test_accuracy"])}
 
 
-def restore_model(state: dict[str, Any], device: torch.device) -> CustomResNet:
+def restore_model(
+    state: dict[str, Any], recipe: Recipe, num_classes: int, device: torch.device
+) -> CustomResNet:
     """The network of a loaded checkpoint, in evaluation mode, checked against its proof if it has one.
 
     Raises UserError if the weights do not fit, or if the network's logits differ from the saved ones.
     """
-    recipe = Recipe.from_dict(state["recipe"])
-    model = model_with_weights(recipe, len(state["classes"]), state["model"]).to(device)
+    model = model_with_weights(recipe, num_classes, state["model"]).to(device)
     if "proof" in state:
         require_proven(model, state["proof"])
     return model
@@ -286,7 +289,8 @@ def require_like(value: Any, example: Any, place: str) -> None:
         fits = isinstance(value, dict) and value.keys() == example.keys()
         expected = f"the keys {', '.join(map(str, example))}"
     elif isinstance(example, Tensor):
-        fits = isinstance(value, Tensor) and (value.shape, value.dtype) == (example.shape, example.dtype)
+        fits = isinstance(value, Tensor) and value.layout == example.layout
+        fits = fits and (value.shape, value.dtype) == (example.shape, example.dtype)
         fits = fits and bool(value.isfinite().all())
         expected = f"finite {example.dtype} of shape {tuple(example.shape)}"
     elif isinstance(example, float):

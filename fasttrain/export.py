@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain import __version__
-from fasttrain.checkpoint import load_model, model_with_weights
+from fasttrain.checkpoint import TrainedModel, load_model, model_with_weights
 from fasttrain.errors import UserError
 from fasttrain.files import write_atomically, write_json
 from fasttrain.model import CustomResNet
@@ -65,7 +65,7 @@ def export(
         warnings.simplefilter("ignore")
         content = encode(model if input == "pixels" else _NormalizedInput(model))
         forward = load(content, recipe)
-    images = _images(trained.dataset, data, data_dir, recipe.resolution)
+    images = _images(trained, data, data_dir)
     found = _compare(model, forward, images, input)
     print(
         f"held against {checkpoint} on {len(images.pixels_NCHW):,} images ({images.name}): logits differ by "
@@ -217,10 +217,13 @@ class _Comparison(NamedTuple):
     accuracy: float | None
 
 
-def _images(dataset_name: str, data: str, data_dir: Path | None, resolution: int) -> _Images:
+def _images(trained: TrainedModel, data: str, data_dir: Path | None) -> _Images:
     """The run's test images, or the same random pixels every time."""
+    resolution = trained.recipe.resolution
     try:
-        dataset = find_dataset(dataset_name, data, data_dir, resolution=resolution)
+        dataset = find_dataset(trained.dataset, data, data_dir, resolution=resolution)
+        if list(dataset.classes) != trained.classes:
+            raise UserError(f"--data {data}: its classes are not those that the network was trained on")
     except UserError as error:
         if data != "auto":
             raise

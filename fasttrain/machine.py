@@ -145,24 +145,36 @@ def set_fp32_precision(allow_tf32: bool) -> None:
 
     torch's own defaults disagree with each other: convolutions may, matmuls may not.
     """
-    # The older two switches, on purpose: torch refuses to read them once one of the newer per-operator
-    # `fp32_precision` settings differs from them, and its own inductor (2.13) still reads them.
+    # Clear the newer settings, which may contradict the older two switches below. Those are set on purpose:
+    # torch's own inductor (2.13) still reads them, and torch refuses that where a newer setting disagrees.
+    torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]  # torch's stubs lack it
+    torch.backends.cudnn.fp32_precision = "none"
     torch.set_float32_matmul_precision("high" if allow_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = allow_tf32
 
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Within the block float32 products are rounded to float32, and no kernel is chosen by timing it."""
-    matmul, conv = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    benchmark = torch.backends.cudnn.benchmark
+    """Within the block float32 products are rounded to float32, and no kernel is chosen by timing it.
+
+    On a CPU torch's own kernels compute: oneDNN's obey ONEDNN_DEFAULT_FPMATH_MODE, which may ask for bf16.
+    """
+    benchmark, onednn = torch.backends.cudnn.benchmark, torch.backends.mkldnn.set_flags
+    try:
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # the newer settings disagree with these: float32 stays exact after the block
+        before = None
     set_fp32_precision(allow_tf32=False)
     torch.backends.cudnn.benchmark = False
+    enabled, *_ = onednn(_enabled=False, _fp32_precision=None)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = conv, benchmark
+        onednn(_enabled=enabled, _fp32_precision=None)
+        torch.backends.cudnn.benchmark = benchmark
+        if before is not None:
+            torch.set_float32_matmul_precision(before[0])
+            torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def prepare(device: torch.device, compute_dtype: str) -> None:

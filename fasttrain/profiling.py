@@ -119,7 +119,8 @@ def profile_training(
         cuda_graph=records_step(recipe, device, mode),
     )
     batches = chain.from_iterable(repeat(loader))
-    cache = CompileCache(hardware_name(describe(device)), dtype, mode, recipe.batch_size, recipe.resolution)
+    shape = (recipe.batch_size, recipe.resolution, recipe.width, recipe.activation)
+    cache = CompileCache(hardware_name(describe(device)), dtype, mode, *shape)
     compile_step(step, mode, cache, *next(batches))
 
     clock = _Clock(first_step=wait + warmup)

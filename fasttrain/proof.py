@@ -57,8 +57,9 @@ def proof_logits(model: CustomResNet) -> Tensor:
 def require_proven(model: CustomResNet, expected_NK: Tensor) -> None:
     """Raise UserError, naming the difference, unless the network gives the saved logits up to rounding."""
     found_NK = proof_logits(model).cpu()
-    if not isinstance(expected_NK, Tensor) or expected_NK.shape != found_NK.shape:
-        raise UserError(f"its proof: expected a tensor of shape {tuple(found_NK.shape)}; train it again")
+    fits = isinstance(expected_NK, Tensor) and expected_NK.layout == torch.strided
+    if not fits or (expected_NK.shape, expected_NK.dtype) != (found_NK.shape, torch.float32):
+        raise UserError(f"its proof: expected float32 of shape {tuple(found_NK.shape)}; train it again")
     difference = (found_NK - expected_NK).abs().max().item()
     largest = expected_NK.abs().max().item()
     if not difference <= TOLERANCE * largest:  # NaN is refused as well

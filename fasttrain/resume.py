@@ -158,7 +158,7 @@ class RunState:
         try:
             self._require_same_run(state.get("fingerprint"))
             self._require_sound(state)
-            restore_model(state, self.step.device)
+            restore_model(state, self.step.recipe, len(self.dataset.classes), self.step.device)
             _restore_rng(state["rng"], self.step.device)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
@@ -180,12 +180,7 @@ class RunState:
     def _require_same_run(self, then: Any) -> None:
         if not isinstance(then, dict) or any(isinstance(value, Tensor) for value in then.values()):
             raise UserError("it does not say what run it is of")
-        then = _recipe_flags(Recipe()) | then  # a recipe has its defaults where it says nothing
-        differing = [
-            f"{key} is {now} and was {then.get(key)}"
-            for key, now in self.fingerprint.items()
-            if key not in then or then[key] != now
-        ]
+        differing = _differing(self.fingerprint, then)
         if differing:
             raise UserError(f"cannot go on from it: {', '.join(differing)}; restore that, or start a new run")
 
@@ -395,6 +390,16 @@ def fingerprint(
     }
 
 
+def _differing(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
+    """What of `now` is not as in a checkpoint's fingerprint, in words."""
+    then = _recipe_flags(Recipe()) | then  # a recipe has its defaults where it says nothing
+    return [
+        f"{key} is {value} and was {then.get(key)}"
+        for key, value in now.items()
+        if key not in then or isinstance(then[key], Tensor) or then[key] != value
+    ]
+
+
 def _recipe_flags(recipe: Recipe) -> dict[str, Any]:
     return {flag(key): value for key, value in recipe.to_dict().items()}
 
@@ -411,13 +416,14 @@ class KeptSettings:
 
     @classmethod
     def from_checkpoints(cls, paths: Sequence[Path]) -> "KeptSettings":
-        """Read from the first of these checkpoints that is readable."""
+        """Read from the first of these checkpoints that is readable and has its folder's recipe."""
         for path in paths:
             with contextlib.suppress(UserError):
-                state = load_checkpoint(path)
+                state, begun = load_checkpoint(path), load_recipe(str(path.parent / RECIPE_FILE))
                 fingerprint = state.get("fingerprint")
-                mode = fingerprint.get("compile") if isinstance(fingerprint, dict) else None
-                return cls(saved_precision(state), mode if isinstance(mode, str) else None)
+                if isinstance(fingerprint, dict) and not _differing(_recipe_flags(begun), fingerprint):
+                    mode = fingerprint.get("compile")
+                    return cls(saved_precision(state), mode if isinstance(mode, str) else None)
         return cls()
 
     def precision_note(self, requested: str, device: torch.device) -> str | None:

@@ -141,8 +141,8 @@ def train(
     log = RunLog(folder) if world.is_first else SilentLog(folder)
     with world, _held(world, folder), _one_line_if_memory_is_full(recipe):
         machine = describe(run_device) | {"ranks": world.size}
-        if note := kept.precision_note(recipe.compute_dtype, run_device):
-            log.say(note)
+        if checkpoints != world.from_first(lambda: _checkpoints(unfinished, resume)):
+            raise UserError(f"{folder}: another process has trained it in the meantime; resume it again")
         if unfinished is None:
             log.write(MACHINE_FILE, machine)
             log.write(RECIPE_FILE, recipe.to_dict())
@@ -180,7 +180,8 @@ def train(
             world=world,
         )
         example = _example_batch(share, recipe.resolution, run_device)
-        cache = CompileCache(hardware_name(machine), dtype, mode, share, recipe.resolution)
+        shape = (share, recipe.resolution, recipe.width, recipe.activation)
+        cache = CompileCache(hardware_name(machine), dtype, mode, *shape)
         if kept.compile_mode is not None:
             mode = None if kept.compile_mode == "off" else mode and kept.compile_mode
         elif mode and recipe.compile == "auto":
@@ -202,6 +203,8 @@ def train(
         run = RunState(step, train_loader, dataset, fingerprint=identity, machine=machine)
         if checkpoints:
             resume_from(checkpoints, run, log.say)
+            if note := kept.precision_note(recipe.compute_dtype, run_device):
+                log.say(note)
         log.rewind(run.progress.epochs)
         compile_seconds = compile_step(step, mode, cache, *example)
         if mode:

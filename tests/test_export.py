@@ -124,6 +124,17 @@ def test_images_that_are_named_but_not_the_runs_are_refused(checkpoint: Path, tm
     assert not target.exists()
 
 
+def test_images_of_other_classes_give_no_accuracy(
+    checkpoint: Path, dataset_dir: Path, tmp_path: Path
+) -> None:
+    """As a folder of the same name may hold: its labels mean something else."""
+    state = load_checkpoint(checkpoint)
+    save_checkpoint(tmp_path / "last.pt", state | {"classes": state["classes"][::-1]})
+    card = export(tmp_path / "last.pt", "safetensors", tmp_path / "m.safetensors", data_dir=dataset_dir)
+    facts = json.loads(card.read_text())
+    assert (facts["test_accuracy"], facts["verified"]["images"]) == (None, "random pixels")
+
+
 def test_an_accuracy_of_other_weights_is_not_told(checkpoint: Path, tmp_path: Path) -> None:
     state = load_checkpoint(checkpoint) | {"metrics": {"images": 512}}  # a step into the next epoch
     save_checkpoint(tmp_path / "previous.pt", state)

@@ -3,6 +3,10 @@
 import dataclasses
 import hashlib
 import inspect
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,7 +86,13 @@ def test_a_network_that_came_back_otherwise_is_refused_with_the_difference(lost:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("proof", [None, "text", torch.zeros(4, 9), torch.full((4, 10), float("nan"))])
+@pytest.mark.parametrize(
+    "proof",
+    [
+        *(None, "text", torch.zeros(4, 9), torch.full((4, 10), float("nan"))),
+        *(torch.zeros(4, 10, dtype=torch.bool), torch.zeros(4, 10).to_sparse()),
+    ],
+)
 def test_a_proof_that_is_none_is_refused(proof, tmp_path) -> None:
     save_checkpoint(
         tmp_path / "last.pt", checkpoint_of(build_model(NARROW, 10), NARROW, CLASSES, proof=proof)
@@ -132,6 +142,44 @@ def test_a_proof_leaves_mode_generators_and_precision_alone() -> None:
     assert torch.equal(first, second) and first.dtype == torch.float32 and not first.requires_grad
     assert model.training and torch.equal(torch.get_rng_state(), before)
     assert all(map(torch.equal, model.buffers(), statistics))
+
+
+@pytest.mark.parametrize("newer", ["backends", "cudnn", "cuda.matmul", "cudnn.conv"])
+def test_a_proof_is_exact_whatever_torchs_newer_settings_say(newer: str) -> None:
+    """In a process of its own: torch never quite forgets that they were used."""
+    owner = "torch.backends" if newer == "backends" else f"torch.backends.{newer}"
+    code = f"""
+import torch
+from fasttrain.machine import exact_float32, set_fp32_precision
+from fasttrain.model import build_model
+from fasttrain.proof import proof_logits
+from fasttrain.recipe import Recipe
+{owner}.fp32_precision = "tf32"
+with exact_float32():
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.conv.fp32_precision != "tf32"
+    assert torch.backends.cuda.matmul.fp32_precision != "tf32"
+proof_logits(build_model(Recipe(width=2), 10))
+{owner}.fp32_precision = "tf32"
+set_fp32_precision(False)
+assert torch.backends.cudnn.conv.fp32_precision != "tf32" and not torch.backends.cudnn.allow_tf32
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_proof_is_exact_where_onednn_may_round_to_bf16() -> None:
+    code = """
+from fasttrain.proof import proof_logits
+from fasttrain.recipe import Recipe
+from tests.helpers import experienced_network
+print(proof_logits(experienced_network(Recipe(width=8))).tolist())
+"""
+    logits = [
+        torch.tensor(json.loads(subprocess.check_output([sys.executable, "-c", code], env=os.environ | more)))
+        for more in ({}, {"ONEDNN_DEFAULT_FPMATH_MODE": "BF16"})
+    ]
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-6)
 
 
 def test_a_proof_takes_few_launches_and_waits_for_nothing() -> None:
@@ -202,7 +250,7 @@ def test_what_a_foreign_hand_wrote_is_one_line(key: str, value, tmp_path: Path) 
 def test_weights_of_another_network_are_one_line() -> None:
     state = checkpoint_of(build_model(Recipe(width=8), 10), NARROW, CLASSES)
     with pytest.raises(UserError, match="do not fit"):
-        restore_model(state, CPU)
+        restore_model(state, NARROW, 10, CPU)
 
 
 def test_a_loaded_network_draws_nothing_from_the_callers_generator(tmp_path) -> None:

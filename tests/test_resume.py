@@ -246,6 +246,36 @@ def test_a_checkpoint_that_fails_its_proof_is_not_resumed(
     assert same(outcome(folder), outcome(whole))
 
 
+def test_another_runs_checkpoint_decides_nothing(dataset_dir, tmp_path, monkeypatch, capsys) -> None:
+    """A last.pt of another recipe and precision is set aside; previous.pt, which is this run's, resumes."""
+    monkeypatch.setattr(resume, "EPOCH_PAUSE", 0.0)
+    choose(monkeypatch, "fp32")
+    undisturbed = train(dataset_dir, tmp_path / "whole", AUTO)
+    folder = stop_at(dataset_dir, tmp_path / "stopped", 6, monkeypatch, recipe=AUTO)
+    other = dataclasses.replace(AUTO, compute_dtype="bf16", seed=5, epochs=1)
+    (folder / "last.pt").write_bytes((train(dataset_dir, tmp_path / "other", other) / "last.pt").read_bytes())
+    train(dataset_dir, tmp_path / "stopped", AUTO, resume=folder)
+    assert "skipped" in capsys.readouterr().out
+    assert same(outcome(folder), outcome(undisturbed))
+
+
+def test_a_run_that_another_process_trained_in_the_meantime_is_not_begun_anew(
+    dataset_dir, tmp_path, monkeypatch
+) -> None:
+    folder = stop_at(dataset_dir, tmp_path, 6, monkeypatch)
+    found, looks = trainer._checkpoints, []
+
+    def look(*args):
+        looks.append(args)
+        return [] if len(looks) == 1 else found(*args)  # none yet, when it looks first
+
+    monkeypatch.setattr(trainer, "_checkpoints", look)
+    before = (folder / "last.pt").read_bytes()
+    with pytest.raises(UserError, match="another process has trained it in the meantime"):
+        train(dataset_dir, tmp_path, resume="auto")
+    assert (folder / "last.pt").read_bytes() == before
+
+
 def test_a_run_may_go_back_to_its_best_checkpoint(whole, dataset_dir, tmp_path, monkeypatch) -> None:
     folder = stop_at(dataset_dir, tmp_path, 10, monkeypatch)
     assert load_checkpoint(folder / "best.pt")["epoch"] in (1, 2)
