@@ -159,19 +159,18 @@ def exact_float32() -> Iterator[None]:
 
     On a CPU torch's own kernels compute: oneDNN's obey ONEDNN_DEFAULT_FPMATH_MODE, which may ask for bf16.
     """
-    benchmark, onednn = torch.backends.cudnn.benchmark, torch.backends.mkldnn.set_flags
+    benchmark, onednn = torch.backends.cudnn.benchmark, torch.backends.mkldnn.enabled
     try:
         before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     except RuntimeError:  # the newer settings disagree with these: float32 stays exact after the block
         before = None
     set_fp32_precision(allow_tf32=False)
     torch.backends.cudnn.benchmark = False
-    enabled, *_ = onednn(_enabled=False, _fp32_precision=None)
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # torch's stubs take it for a ContextProp
     try:
         yield
     finally:
-        onednn(_enabled=enabled, _fp32_precision=None)
-        torch.backends.cudnn.benchmark = benchmark
+        torch.backends.cudnn.benchmark, torch.backends.mkldnn.enabled = benchmark, onednn
         if before is not None:
             torch.set_float32_matmul_precision(before[0])
             torch.backends.cudnn.allow_tf32 = before[1]
