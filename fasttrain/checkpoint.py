@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttrain.data.cifar import Dataset
 from fasttrain.errors import UserError
 from fasttrain.files import link_atomically, write_atomically
 from fasttrain.machine import DTYPES, fork_rng
@@ -89,6 +90,14 @@ class TrainedModel:
     epoch: int
     precision: str | None
     metrics: dict[str, float] | None
+
+    def require_classes_of(self, dataset: Dataset) -> None:
+        """Raise UserError unless the data set's labels mean the classes that the network was trained on."""
+        if list(dataset.classes) != self.classes:
+            raise UserError(
+                f"it was trained on {self.dataset}, not on {dataset.name}, which has other classes; "
+                "name its --data"
+            )
 
 
 def _print_to_stderr(line: str) -> None:

@@ -124,6 +124,16 @@ class CompileCache:
             return
 
 
+def cache_of(step: TrainStep, hardware: str, mode: str | None, batch_size: int) -> CompileCache:
+    """The cache of what torch.compile makes of steps like this one, on this hardware.
+
+    batch_size: images that a step of this process takes.
+    """
+    recipe = step.recipe
+    shape = (batch_size, recipe.resolution, recipe.width, recipe.activation)
+    return CompileCache(hardware, step.compute_dtype, mode, *shape)
+
+
 def compile_step(
     step: TrainStep,
     mode: str | None,

@@ -154,8 +154,7 @@ def evaluate_model(
     normalised with the mean and standard deviation of the training: the model holds them.
     Raises UserError if the checkpoint's classes are not the data set's.
     """
-    if list(dataset.classes) != trained.classes:
-        raise UserError(f"it was trained on {trained.dataset}, not on {dataset.name}; name its --data")
+    trained.require_classes_of(dataset)
     precision = evaluation_precision(trained.precision, device)
     prepare(device, precision)
     kind = pick_loader(trained.recipe.loader, device, print)
@@ -190,15 +189,18 @@ def evaluate_checkpoint(
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
+    precision = evaluation_precision(trained.precision, run_device)
     console = Console(highlight=False, soft_wrap=True)
     console.print(
         f"{dataset.name}: test accuracy {result.accuracy:.2%}, loss {result.loss:.4f} over "
-        f"{len(result.labels_N):,} images, in {evaluation_precision(trained.precision, run_device)}; "
-        f"epoch {trained.epoch} of {path}",
+        f"{len(result.labels_N):,} images, in {precision}; epoch {trained.epoch} of {path}",
         markup=False,
     )
     if trained.metrics is not None:
-        console.print(_said_by_the_training(trained, run_device), markup=False)
+        note = f"the training itself measured {trained.metrics['test_accuracy']:.2%} on {trained.dataset}"
+        if trained.precision not in (None, precision):
+            note += f", in {trained.precision}, which {run_device} lacks; rounding moves a few images"
+        console.print(note, markup=False)
     if result.accuracy_flip is not None:
         console.print(f"with each image's mirror image: {result.accuracy_flip:.2%}", markup=False)
     table = Table("class", "images", "recall", "precision", "most often taken for")
@@ -216,15 +218,3 @@ def evaluate_checkpoint(
         confidence = result.confidences_N[index]
         console.print(f"test image {index}: {truth}, taken for {said} at {confidence:.1%}", markup=False)
     return result
-
-
-def _said_by_the_training(trained: TrainedModel, device: torch.device) -> str:
-    """What it measured of the same weights, and why that may not be what was measured here."""
-    assert trained.metrics is not None
-    accuracy, here = trained.metrics["test_accuracy"], evaluation_precision(trained.precision, device)
-    said = f"the training itself measured {accuracy:.2%} on {trained.dataset}"
-    if trained.precision in (None, here):
-        return said
-    return (
-        f"{said}, in {trained.precision}, which {device} lacks; it rounds otherwise, which moves a few images"
-    )

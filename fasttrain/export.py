@@ -222,8 +222,7 @@ def _images(trained: TrainedModel, data: str, data_dir: Path | None) -> _Images:
     resolution = trained.recipe.resolution
     try:
         dataset = find_dataset(trained.dataset, data, data_dir, resolution=resolution)
-        if list(dataset.classes) != trained.classes:
-            raise UserError(f"--data {data}: its classes are not those that the network was trained on")
+        trained.require_classes_of(dataset)
     except UserError as error:
         if data != "auto":
             raise

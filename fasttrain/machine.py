@@ -237,8 +237,8 @@ def measure_matmul_tflops(
 ) -> float:
     """The best rate of a large square matrix product, in TFLOP/s: the peak that MFU is a share of.
 
-    side: rows and columns of the matrices; by default 8,192 on a GPU and 2,048 on a CPU, or 512 where a CPU
-    emulates the dtype, for one product of 2,048 would take it half a minute.
+    side: rows and columns of the matrices; by default 8,192 on a GPU and 2,048 on a CPU, or 512 on a CPU that
+    emulates the dtype, which would need many seconds for a single product of 2,048.
     float32 runs at whatever `set_fp32_precision` has allowed. Syncs with the device.
     """
     if side is None and device.type == "cpu":

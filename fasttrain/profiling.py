@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 
-from fasttrain.compiling import CompileCache, compile_step, pick_compile_mode, records_step
+from fasttrain.compiling import cache_of, compile_step, pick_compile_mode, records_step
 from fasttrain.data.cifar import Dataset
 from fasttrain.data.loader import build_loader, pick_loader
 from fasttrain.errors import UserError
@@ -119,8 +119,7 @@ def profile_training(
         cuda_graph=records_step(recipe, device, mode),
     )
     batches = chain.from_iterable(repeat(loader))
-    shape = (recipe.batch_size, recipe.resolution, recipe.width, recipe.activation)
-    cache = CompileCache(hardware_name(describe(device)), dtype, mode, *shape)
+    cache = cache_of(step, hardware_name(describe(device)), mode, recipe.batch_size)
     compile_step(step, mode, cache, *next(batches))
 
     clock = _Clock(first_step=wait + warmup)

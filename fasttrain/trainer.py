@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.checkpoint import LAST, PREVIOUS, CheckpointWriter, SaveInterval
-from fasttrain.compiling import CompileCache, compile_step, payoff, pick_compile_mode, records_step
+from fasttrain.compiling import cache_of, compile_step, payoff, pick_compile_mode, records_step
 from fasttrain.data.batches import Loader
 from fasttrain.data.cifar import Dataset
 from fasttrain.data.loader import build_loader, open_dataset, pick_loader
@@ -180,8 +180,7 @@ def train(
             world=world,
         )
         example = _example_batch(share, recipe.resolution, run_device)
-        shape = (share, recipe.resolution, recipe.width, recipe.activation)
-        cache = CompileCache(hardware_name(machine), dtype, mode, *shape)
+        cache = cache_of(step, hardware_name(machine), mode, share)
         if kept.compile_mode is not None:
             mode = None if kept.compile_mode == "off" else mode and kept.compile_mode
         elif mode and recipe.compile == "auto":

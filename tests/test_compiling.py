@@ -2,8 +2,16 @@ import pytest
 import torch
 
 from fasttrain import compiling
-from fasttrain.compiling import CompileCache, Payoff, compile_step, payoff, pick_compile_mode, records_step
-from fasttrain.model import CustomResNet
+from fasttrain.compiling import (
+    CompileCache,
+    Payoff,
+    cache_of,
+    compile_step,
+    payoff,
+    pick_compile_mode,
+    records_step,
+)
+from fasttrain.model import CustomResNet, build_model
 from fasttrain.recipe import Recipe
 from fasttrain.step import TrainStep
 
@@ -117,3 +125,14 @@ def test_a_step_is_compiled_with_what_the_cache_holds(artifacts, monkeypatch) ->
     assert compile_step(step, None, CompileCache("a CPU"), images, labels) == 0 and not order
     assert compile_step(step, "default", CompileCache("a CPU"), images, labels) > 0
     assert order == ["load", "save"]
+
+
+def test_steps_of_another_shape_or_activation_have_a_cache_of_their_own() -> None:
+    def files(batch_size: int = 8, **fields) -> str:
+        recipe = Recipe(**{"width": 8, **fields})
+        settings = {"max_lr": 0.01, "total_steps": 4, "device": CPU, "compute_dtype": torch.float32}
+        step = TrainStep(build_model(recipe, 10), recipe, **settings)
+        return str(cache_of(step, "a GPU", "default", batch_size)._artifacts)
+
+    others = (files(16), files(width=4), files(activation="gelu"), files(resolution=48))
+    assert len({files(), *others}) == 5 and files() == files(seed=1)

@@ -214,3 +214,12 @@ def test_compute_on_a_gpu() -> None:
     device = machine.pick_device("auto")
     assert device.type == "cuda"
     assert machine.measure_matmul_tflops(device, machine.pick_compute_dtype("auto", device)) > 1
+
+
+@pytest.mark.parametrize(("seconds", "side"), [(1e-3, 2048), (1.0, 512)])
+def test_a_cpu_that_emulates_a_precision_is_measured_with_smaller_matrices(
+    seconds: float, side: int, monkeypatch
+) -> None:
+    """At a second for a product of 512, one of 2,048 would take a minute."""
+    monkeypatch.setattr(machine, "_best_seconds", lambda *_: seconds)
+    assert machine.measure_matmul_tflops(CPU, torch.float32) == 2 * side**3 / seconds / 1e12
