@@ -24,11 +24,11 @@ import torch
 from benchmarks.report import run, save, show
 from benchmarks.train import GOALS, seconds_to
 from fasttrain import trainer
-from fasttrain.data.cifar import Dataset, Split
-from fasttrain.data.loader import open_dataset
+from fasttrain.data.dataset import Dataset, Split
+from fasttrain.data.load import load_dataset
 from fasttrain.errors import UserError
-from fasttrain.machine import pick_device
 from fasttrain.recipe import Recipe, load_recipe
+from fasttrain.system.machine import pick_device
 
 Sample = dict[str, Any]
 """One training: epochs, seconds, accuracy, accuracy_tta, and what `seconds_to` asks for."""
@@ -190,7 +190,7 @@ def main(options: Options) -> None:
     if options.compile is not None:
         changes["compile"] = options.compile
     recipe = dataclasses.replace(load_recipe(options.recipe), **changes)
-    dataset = open_dataset(options.data, options.data_dir, print)
+    dataset = load_dataset(options.data, options.data_dir, print)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_images(dataset, folder / "cifar10")

@@ -23,12 +23,13 @@ from benchmarks.loader import REUSED, endless, random_dataset, rate
 from benchmarks.report import interleave, run, save, show, spread
 from benchmarks.step import Variant, build_step, random_batch
 from fasttrain.data import dali
-from fasttrain.data.cifar import Dataset
-from fasttrain.data.loader import build_loader
-from fasttrain.data.padding import pad, windows
+from fasttrain.data.build import build_loader
+from fasttrain.data.crops import pad, windows
+from fasttrain.data.dataset import Dataset
 from fasttrain.data.sampler import Augmentation, Sampler
-from fasttrain.machine import cpu_cores, pick_compute_dtype, pick_device, prepare
 from fasttrain.recipe import Recipe
+from fasttrain.system.machine import cpu_cores, pick_device
+from fasttrain.system.precision import pick_compute_dtype, prepare
 
 Stream = Iterator[tuple[Tensor, Tensor]]
 
@@ -180,8 +181,8 @@ def designs(dataset: Dataset, recipe: Recipe, device: torch.device) -> dict[str,
     """Every design's batches, without an end."""
     found = {
         "fasttrain's": ours(dataset, recipe, device),
-        "a run for every batch": ours(dataset, recipe, device, RUN_BYTES=0),
-        "runs of 8,192 images": ours(dataset, recipe, device, RUN_BYTES=4 * dali.RUN_BYTES),
+        "a run for every batch": ours(dataset, recipe, device, CHUNK_BYTES=0),
+        "runs of 8,192 images": ours(dataset, recipe, device, CHUNK_BYTES=4 * dali.CHUNK_BYTES),
         "one run ahead, not two": ours(dataset, recipe, device, PREFETCH=1),
         "four runs ahead": ours(dataset, recipe, device, PREFETCH=4),
         "one thread": ours(dataset, dataclasses.replace(recipe, loader_threads=1), device),

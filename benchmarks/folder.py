@@ -27,11 +27,11 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.loader import endless, on_cores, rate
 from benchmarks.report import interleave, run, save, show, spread
-from fasttrain.data import folder, synthetic
-from fasttrain.data.image import decode
-from fasttrain.data.loader import build_loader, pick_loader
-from fasttrain.machine import cpu_cores, pick_device
+from fasttrain.data.build import build_loader, pick_loader
+from fasttrain.data.sources import folder, synthetic
+from fasttrain.data.sources.image import decode
 from fasttrain.recipe import Recipe
+from fasttrain.system.machine import cpu_cores, pick_device
 
 CPU = torch.device("cpu")
 BATCH_SIZE = 512

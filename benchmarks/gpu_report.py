@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.report import run, show
 from fasttrain.errors import UserError
-from fasttrain.machine import cpu_cores
+from fasttrain.system.machine import cpu_cores
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,15 +18,11 @@ import torch
 from benchmarks.loader import Batches, endless, ours, random_dataset, theirs
 from benchmarks.report import OwnProcess, extra_memory_gib, interleave, run, save, show, spread
 from benchmarks.step import Variant, build_step
-from fasttrain.machine import (
-    cpu_cores,
-    measure_matmul_tflops,
-    pick_compute_dtype,
-    pick_device,
-    set_fp32_precision,
-)
 from fasttrain.model import build_model, training_flop_per_image
 from fasttrain.recipe import Recipe
+from fasttrain.system.machine import cpu_cores, pick_device
+from fasttrain.system.precision import pick_compute_dtype, set_fp32_precision
+from fasttrain.system.rates import measure_matmul_tflops
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,11 +27,12 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.report import interleave, run, save, show, spread
 from benchmarks.step import Variant, build_step, random_batch
-from fasttrain.data.cifar import Dataset, Split
-from fasttrain.data.loader import LoaderKind, build_loader, pick_loader
-from fasttrain.machine import cpu_cores, pick_compute_dtype, pick_device, prepare
+from fasttrain.data.build import LoaderName, build_loader, pick_loader
+from fasttrain.data.dataset import Dataset, Split
 from fasttrain.model import CustomResNet, build_model
 from fasttrain.recipe import Recipe
+from fasttrain.system.machine import cpu_cores, pick_device
+from fasttrain.system.precision import pick_compute_dtype, prepare
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -77,7 +78,7 @@ def random_dataset(images: int) -> Dataset:
 def ours(dataset: Dataset, batch_size: int, device: torch.device, threads: int) -> dict[str, Batches]:
     """Our loaders, as they deliver."""
     recipe = Recipe(batch_size=batch_size, loader_threads=threads)
-    kinds: list[LoaderKind] = ["tensor"]
+    kinds: list[LoaderName] = ["tensor"]
     if pick_loader("auto", device, lambda _: None) == "dali":
         kinds.insert(0, "dali")
     return {

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from benchmarks.report import run, save, show
-from fasttrain.machine import measure_copy_gbps, measure_matmul_tflops, pick_device, set_fp32_precision
+from fasttrain.system.machine import pick_device
+from fasttrain.system.precision import set_fp32_precision
+from fasttrain.system.rates import measure_copy_gbps, measure_matmul_tflops
 
 
 @dataclass(frozen=True, kw_only=True)

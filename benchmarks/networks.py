@@ -18,8 +18,9 @@ from torch.nn import functional
 
 from benchmarks.report import interleave, run, save, show, spread
 from benchmarks.step import Variant, timed_step, unchanged
-from fasttrain.machine import pick_compute_dtype, pick_device
 from fasttrain.model import CustomResNet
+from fasttrain.system.machine import pick_device
+from fasttrain.system.precision import pick_compute_dtype
 
 Change = Callable[[CustomResNet], None]
 """Of a network, in place."""

@@ -28,11 +28,12 @@ from benchmarks import peers
 from benchmarks.airbench import Sample, theirs, write_images
 from benchmarks.recipes import points, require_counts, summarize
 from benchmarks.report import run, save, show
-from fasttrain.data.cifar import Dataset
-from fasttrain.data.loader import open_dataset
+from fasttrain.data.dataset import Dataset
+from fasttrain.data.load import load_dataset
 from fasttrain.errors import UserError
-from fasttrain.files import write_json
-from fasttrain.machine import describe, keep_freed_memory, pick_device
+from fasttrain.system.files import write_json
+from fasttrain.system.machine import describe, pick_device
+from fasttrain.system.precision import keep_freed_memory
 
 ON_THE_ORIGINALS = {"accuracy_tta": 0.9401, "n": 1000}
 """airbench94's mean, as the head of its lib_airbench94.py gives it."""
@@ -164,7 +165,7 @@ def main(options: Options) -> None:
         raise UserError(f"airbench: not installed ({error}): pip install -e '.[bench]'") from error
     if device.type == "cpu":
         keep_freed_memory()
-    dataset = open_dataset(options.data, options.data_dir, print)
+    dataset = load_dataset(options.data, options.data_dir, print)
     options.out.mkdir(parents=True, exist_ok=True)
     samples = []
     for seed in range(options.seeds):

@@ -28,12 +28,12 @@ from benchmarks.recipes import (
     trained,
 )
 from benchmarks.report import run, save, show
-from fasttrain.data.cifar import Dataset, Split, channel_statistics
-from fasttrain.data.loader import open_dataset
+from fasttrain.data.dataset import Dataset, Split, channel_statistics
+from fasttrain.data.load import load_dataset
 from fasttrain.errors import UserError
-from fasttrain.machine import pick_device
 from fasttrain.recipe import load_recipe
-from fasttrain.run import Run
+from fasttrain.report.run import Run
+from fasttrain.system.machine import pick_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ def at_quality(dataset: Dataset, quality: int) -> Dataset:
 def main(options: Options) -> None:
     device = pick_device(options.device)
     recipe = dataclasses.replace(load_recipe(options.base), epochs=options.epochs, width=options.width)
-    original = held_out(open_dataset(options.data, options.data_dir, print))
+    original = held_out(load_dataset(options.data, options.data_dir, print))
     runs: dict[str, dict[int, Run]] = {}
     for quality in (None, *options.qualities):
         name = "as they are" if quality is None else f"q{quality}"

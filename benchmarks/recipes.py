@@ -27,13 +27,13 @@ from typing import Any, Literal
 
 from benchmarks.report import run, save, show, software
 from fasttrain import trainer
-from fasttrain.data.cifar import Dataset, Split, channel_statistics
-from fasttrain.data.loader import open_dataset
+from fasttrain.data.dataset import Dataset, Split, channel_statistics
+from fasttrain.data.load import load_dataset
 from fasttrain.errors import Interrupted, UserError
-from fasttrain.machine import pick_device
 from fasttrain.recipe import Recipe, flag, load_recipe
-from fasttrain.run import Run, load_run
-from fasttrain.runlog import RECIPE_FILE, RESULT_FILE
+from fasttrain.report.run import Run, load_run
+from fasttrain.system.machine import pick_device
+from fasttrain.system.run_folder import RECIPE_FILE, RESULT_FILE
 
 CHANGES: dict[str, tuple[Any, ...]] = {
     "batch_size": (256, 512),
@@ -360,7 +360,7 @@ def table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def main(options: Options) -> None:
     device = pick_device(options.device)
     recipes = variants(options)
-    dataset = open_dataset(options.data, options.data_dir, print)
+    dataset = load_dataset(options.data, options.data_dir, print)
     if options.mode == "ablations":
         dataset = held_out(dataset)
     cheap = [f"{options.epochs}-epochs"] * (options.epochs is not None)

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fasttrain.errors import UserError
-from fasttrain.files import write_json
-from fasttrain.machine import describe
+from fasttrain.system.files import write_json
+from fasttrain.system.machine import describe
 
 T = TypeVar("T")
 
@@ -125,7 +125,7 @@ def save(name: str, device: torch.device, values: dict[str, Any]) -> Path:
     label = str(machine.get("gpu_name") or machine["cpu_model"] or "unknown")
     cores = f"{machine['cpu_cores']}-core " if device.type == "cpu" else ""
     slug = re.sub(r"[^a-z0-9]+", "-", f"{cores}{label}".lower()).strip("-")
-    path = RESULTS / f"{name}-{slug}.json"
+    path = RESULTS / slug / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"benchmark": name, "time": time.strftime("%Y-%m-%d"), "machine": machine, **values})
     return path

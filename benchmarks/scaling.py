@@ -29,12 +29,13 @@ import torch
 from benchmarks.loader import random_dataset
 from benchmarks.report import OwnProcess, extra_memory_gib, interleave, run, save, show, spread
 from benchmarks.step import Variant, build_step, random_batch
-from fasttrain.data.loader import build_loader, pick_loader
-from fasttrain.data.synthetic import generate
+from fasttrain.data.build import build_loader, pick_loader
+from fasttrain.data.sources.synthetic import generate
 from fasttrain.distributed import join
-from fasttrain.machine import cpu_cores, pick_compute_dtype, pick_device
 from fasttrain.recipe import Recipe
 from fasttrain.step import TrainStep
+from fasttrain.system.machine import cpu_cores, pick_device
+from fasttrain.system.precision import pick_compute_dtype
 from fasttrain.trainer import train
 
 

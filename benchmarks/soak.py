@@ -29,17 +29,19 @@ from torch import Tensor
 from benchmarks.report import run, save, show
 from fasttrain import __main__ as command_line
 from fasttrain import trainer
-from fasttrain.checkpoint import LAST, load_checkpoint
-from fasttrain.data import cifar, dali, synthetic
-from fasttrain.data.loader import build_loader, pick_loader
+from fasttrain.checkpoint.file import LAST, load_checkpoint
+from fasttrain.checkpoint.fingerprint import fingerprint
+from fasttrain.checkpoint.state import Progress, RunState
+from fasttrain.data import dali, dataset
+from fasttrain.data.build import build_loader, pick_loader
+from fasttrain.data.sources import cifar, synthetic
 from fasttrain.errors import UserError
-from fasttrain.files import write_json
-from fasttrain.machine import describe
 from fasttrain.model import build_model
 from fasttrain.recipe import Recipe, load_recipe
-from fasttrain.resume import Progress, RunState, fingerprint
-from fasttrain.run import load_run
+from fasttrain.report.run import load_run
 from fasttrain.step import TrainStep
+from fasttrain.system.files import write_json
+from fasttrain.system.machine import describe
 
 CPU = torch.device("cpu")
 HANG_SECONDS = 60
@@ -207,7 +209,7 @@ def same(value: Any, other: Any) -> bool:
 # ---------------------------------------------------------------------------------------------- damaged files
 
 
-def tiny_run(dataset: cifar.Dataset, recipe: Recipe, steps: int) -> RunState:
+def tiny_run(dataset: dataset.Dataset, recipe: Recipe, steps: int) -> RunState:
     """A run that has trained for some steps of its first epoch."""
     torch.manual_seed(recipe.seed)
     loader = build_loader(dataset, recipe, train=True, kind="tensor", device=CPU)
@@ -405,7 +407,7 @@ def memory_campaign(data_dir: Path, work: Path, epochs: int) -> dict[str, float]
     def action() -> int:
         Progress.finish_epoch = sample  # type: ignore[assignment,method-assign]
         # A run of one batch: of so small a set, DALI's full ones in flight would fill only within 260 epochs.
-        dali.RUN_BYTES = 0
+        dali.CHUNK_BYTES = 0
         recipe = Recipe(name="soak", epochs=epochs, batch_size=8, width=NARROW)
         trainer.train(recipe, data_dir=data_dir, out=work / "memory", device="cpu", report=False)
         write_json(work / "memory.json", {"samples": samples})

@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.report import interleave, run, save, show, spread
-from fasttrain.data.synthetic import generate
-from fasttrain.machine import pick_device
+from fasttrain.data.sources.synthetic import generate
+from fasttrain.system.machine import pick_device
 
 
 @dataclass(frozen=True, kw_only=True)

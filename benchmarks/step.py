@@ -15,16 +15,12 @@ import torch
 
 from benchmarks.report import OwnProcess, interleave, run, save, show, spread
 from fasttrain.distributed import World
-from fasttrain.machine import (
-    measure_matmul_tflops,
-    pick_compute_dtype,
-    pick_device,
-    prepare,
-    set_fp32_precision,
-)
 from fasttrain.model import CustomResNet, build_model, training_flop_per_image
 from fasttrain.recipe import Recipe
 from fasttrain.step import TrainStep
+from fasttrain.system.machine import pick_device
+from fasttrain.system.precision import pick_compute_dtype, prepare, set_fp32_precision
+from fasttrain.system.rates import measure_matmul_tflops
 
 
 @dataclass(frozen=True, kw_only=True)

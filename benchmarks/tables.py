@@ -7,6 +7,7 @@ Each table stands between two marker comments; nothing between them is written b
 """
 
 import json
+import os
 import re
 import statistics
 import sys
@@ -20,15 +21,15 @@ import tyro
 from benchmarks import airbench, paper_model, published, recipes
 from benchmarks.pictures import draw_scaling
 from benchmarks.report import RESULTS, markdown, software
-from fasttrain.machine import hardware_name
+from fasttrain.system.machine import hardware_name
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 def runs_table(results: Path) -> str:
-    """One row per training run whose files lie under results/runs/; its note.txt, if any, goes below."""
+    """One row per training run under results/<machine>/runs/; its note.txt, if any, goes below."""
     rows, machines, notes = [], [], []
-    for path in sorted((results / "runs").glob("*/result.json")):
+    for path in sorted(results.glob("*/runs/*/result.json"), key=lambda path: path.parent.name):
         result = json.loads(path.read_text())
         machine = json.loads((path.parent / "machine.json").read_text())
         machines.append(f"{hardware_name(machine)}; {software(machine)}")
@@ -38,7 +39,7 @@ def runs_table(results: Path) -> str:
             notes.append(f"{result['recipe']['name']}, {result['epochs']} epochs: {note.read_text().strip()}")
         rows.append(
             [
-                f"[{result['recipe']['name']}](benchmarks/results/runs/{path.parent.name})",
+                f"[{result['recipe']['name']}]({link(path.parent)})",
                 result["dataset"],
                 str(result["epochs"]),
                 f"{result['test_accuracy']:.2%}",
@@ -61,9 +62,20 @@ def runs_table(results: Path) -> str:
     return f"{markdown(columns, rows)}\n\n{caption}"
 
 
+def files_of(results: Path, benchmark: str) -> list[Path]:
+    """Every machine's files of one benchmark, <benchmark>.json or <benchmark>-<what>.json in its folder."""
+    found = [*results.glob(f"*/{benchmark}.json"), *results.glob(f"*/{benchmark}-*.json")]
+    return sorted(found, key=lambda path: (path.name, path.parent.name))
+
+
+def link(path: Path) -> str:
+    """The path as the README links to it."""
+    return Path(os.path.relpath(path, README.parent)).as_posix()
+
+
 def results_of(results: Path, benchmark: str) -> Iterable[dict[str, Any]]:
     """What every machine's file of one benchmark holds."""
-    for path in sorted(results.glob(f"{benchmark}-*.json")):
+    for path in files_of(results, benchmark):
         yield json.loads(path.read_text())
 
 
@@ -200,7 +212,7 @@ def loader_table(results: Path) -> str:
 
 def scaling_table(results: Path) -> str:
     parts = []
-    for path in sorted(results.glob("scaling-*.json")):
+    for path in files_of(results, "scaling"):
         values = json.loads(path.read_text())
         body = []
         for axis, fit in values["fits"].items():
@@ -219,7 +231,7 @@ def scaling_table(results: Path) -> str:
             )
         columns = ["cost against", "from - to", "seconds", "exponent", "GiB beyond the weights"]
         shared = "; ranks share the batch, one thread each" if "ranks" in values["fits"] else ""
-        picture = f"![cost against each axis](benchmarks/results/{path.with_suffix('.svg').name})"
+        picture = f"![cost against each axis]({link(path.with_suffix('.svg'))})"
         parts.append(
             f"{markdown(columns, body)}\n\n{picture}\n\nSteps of {values['batch_size']} where the batch does "
             f"not vary; epochs are whole small runs, whose start counts{shared}. {caption(values)}"
@@ -230,7 +242,7 @@ def scaling_table(results: Path) -> str:
 def reliability_table(results: Path) -> str:
     """One row per machine that ran the fault campaign."""
     rows, machines = [], []
-    for path in sorted(results.glob("soak-*.json")):
+    for path in files_of(results, "soak"):
         values = json.loads(path.read_text())
         machines.append(f"{hardware_name(values['machine'])}; {software(values['machine'])}")
         lost, bad = values["lost_seconds"], values["bad_inputs"]
@@ -382,7 +394,7 @@ def main(options: Options) -> int:
             print("README.md disagrees with benchmarks/results: run make tables", file=sys.stderr)
         return int(rendered != text)
     README.write_text(rendered, encoding="utf-8")
-    for source in RESULTS.glob("scaling-*.json"):
+    for source in files_of(RESULTS, "scaling"):
         draw_scaling(source)
     return 0
 

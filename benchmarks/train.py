@@ -18,8 +18,8 @@ from tempfile import TemporaryDirectory  # noqa: E402
 from typing import Any, Literal  # noqa: E402
 
 from benchmarks.report import run, save, show  # noqa: E402
-from fasttrain.machine import pick_device  # noqa: E402
 from fasttrain.recipe import load_recipe  # noqa: E402
+from fasttrain.system.machine import pick_device  # noqa: E402
 from fasttrain.trainer import train  # noqa: E402
 
 GOALS = (0.90, 0.94)

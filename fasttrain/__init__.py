@@ -15,10 +15,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "PRESETS": "fasttrain.recipe",
     "Recipe": "fasttrain.recipe",
-    "Run": "fasttrain.run",
+    "Run": "fasttrain.report.run",
     "UserError": "fasttrain.errors",
     "load_recipe": "fasttrain.recipe",
-    "load_run": "fasttrain.run",
+    "load_run": "fasttrain.report.run",
     "train": "fasttrain.trainer",
 }
 

@@ -221,7 +221,7 @@ def train(args: Sequence[str]) -> int:
 
 def find_lr(args: Sequence[str]) -> int:
     options = _parse_run(FindLrOptions, "find-lr", args)
-    from fasttrain.lr_find import find_lr
+    from fasttrain.tools.find_lr import find_lr
 
     find_lr(
         options.settings,
@@ -240,9 +240,9 @@ def find_lr(args: Sequence[str]) -> int:
 
 def summary(args: Sequence[str]) -> int:
     options = _parse(SummaryOptions, "summary", args)
-    from fasttrain.machine import pick_device
-    from fasttrain.metrics import epoch_floor
-    from fasttrain.model import build_model, summary
+    from fasttrain.model import build_model
+    from fasttrain.report.summary import epoch_floor, summary
+    from fasttrain.system.machine import pick_device
 
     device = pick_device(options.device)
     model = build_model(Recipe(resolution=options.resolution), num_classes=10)
@@ -253,12 +253,12 @@ def summary(args: Sequence[str]) -> int:
 
 def evaluate(args: Sequence[str]) -> int:
     options = _parse(EvaluateOptions, "evaluate", args)
-    from fasttrain.data.loader import open_dataset
-    from fasttrain.evaluate import evaluate_checkpoint
+    from fasttrain.data.load import load_dataset
+    from fasttrain.tools.evaluate_checkpoint import evaluate_checkpoint
 
     evaluate_checkpoint(
         options.checkpoint,
-        lambda resolution: open_dataset(
+        lambda resolution: load_dataset(
             options.data, options.data_dir, print, resolution=resolution, skip_bad=options.skip_bad
         ),
         device=options.device,
@@ -270,7 +270,7 @@ def evaluate(args: Sequence[str]) -> int:
 
 def predict(args: Sequence[str]) -> int:
     options = _parse(PredictOptions, "predict", args)
-    from fasttrain.predict import predict, show
+    from fasttrain.tools.predict import predict, show
 
     skipped: list[str] = []
 
@@ -298,7 +298,7 @@ def predict(args: Sequence[str]) -> int:
 
 def export(args: Sequence[str]) -> int:
     options = _parse(ExportOptions, "export", args)
-    from fasttrain.export import export
+    from fasttrain.tools.export import export
 
     card = export(
         options.checkpoint,
@@ -314,7 +314,7 @@ def export(args: Sequence[str]) -> int:
 
 def report(args: Sequence[str]) -> int:
     options = _parse(ReportOptions, "report", args)
-    from fasttrain.report import report
+    from fasttrain.tools.report import report
 
     path = report(
         options.run,
@@ -329,7 +329,7 @@ def report(args: Sequence[str]) -> int:
 
 def compare(args: Sequence[str]) -> int:
     options = _parse(CompareOptions, "compare", args)
-    from fasttrain.compare import compare
+    from fasttrain.report.compare import compare
 
     compare(options.runs, options.out)
     print(f"comparison -> {options.out}")
@@ -338,13 +338,13 @@ def compare(args: Sequence[str]) -> int:
 
 def profile(args: Sequence[str]) -> int:
     options = _parse_run(ProfileOptions, "profile", args)
-    from fasttrain.data.loader import open_dataset
-    from fasttrain.machine import pick_device
-    from fasttrain.profiling import profile_training, sentences
+    from fasttrain.data.load import load_dataset
+    from fasttrain.system.machine import pick_device
+    from fasttrain.tools.profiler import profile_training, sentences
 
     found, table = profile_training(
         options.settings,
-        open_dataset(
+        load_dataset(
             options.data,
             options.data_dir,
             print,
@@ -373,18 +373,19 @@ def data(args: Sequence[str]) -> int:
         """Pixels of a side that your own images are scaled to, as the training will."""
 
     options = _parse(Options, "data", args)
-    from fasttrain.data.loader import open_dataset, show_dataset
+    from fasttrain.data.load import load_dataset
+    from fasttrain.tools.show_data import show_dataset
 
     resolution = Recipe(resolution=options.resolution).resolution  # checked
     show_dataset(
-        open_dataset(options.data, options.data_dir, print, resolution=resolution, skip_bad=options.skip_bad)
+        load_dataset(options.data, options.data_dir, print, resolution=resolution, skip_bad=options.skip_bad)
     )
     return 0
 
 
 def doctor(args: Sequence[str]) -> int:
     options = _parse(DoctorOptions, "doctor", args)
-    from fasttrain.machine import doctor
+    from fasttrain.tools.doctor import doctor
 
     return doctor(options.device)
 
@@ -423,7 +424,7 @@ def _parse_run(options: type[R], verb: str, args: Sequence[str]) -> R:
     asks_for_help = any(flag in ("-h", "--help") for flag in args)
     name = known.recipe
     if known.resume and options is TrainOptions:
-        from fasttrain.runlog import RECIPE_FILE, find_unfinished
+        from fasttrain.system.run_folder import RECIPE_FILE, find_unfinished
 
         if name != "auto":
             raise UserError(f"--recipe {name}: a resumed run keeps its own; leave it out")
@@ -434,7 +435,7 @@ def _parse_run(options: type[R], verb: str, args: Sequence[str]) -> R:
 
 
 def _on_gpu(device: str) -> bool:
-    from fasttrain.machine import pick_device
+    from fasttrain.system.machine import pick_device
 
     return pick_device(device).type == "cuda"
 

@@ -28,14 +28,18 @@ from torch import Tensor, nn
 
 from fasttrain.data.sampler import Shard
 from fasttrain.errors import DivergedError, Interrupted, UserError
-from fasttrain.interrupt import ignore_sigterm
+from fasttrain.system.signals import ignore_sigterm
 
 T = TypeVar("T")
 
+
 ANSWER_SECONDS = 20
 """How long a rank waits for the others while they train."""
+
+
 START_SECONDS = 3600
 """The same before they train: the first rank may download the images, find a rate, compile."""
+
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
@@ -54,7 +58,7 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this rank speaks and writes for all."""
         return self.rank == 0
 
@@ -64,7 +68,7 @@ class World:
 
     def print(self, line: str) -> None:
         """Print, on the first rank only."""
-        if self.is_first:
+        if self.is_main:
             print(line)
 
     def share(self, batch_size: int) -> int:
@@ -81,16 +85,16 @@ class World:
 
     # ------------------------------------------------------------------------------------------ agreement
 
-    def from_first(self, work: Callable[[], T]) -> T:
+    def broadcast(self, work: Callable[[], T]) -> T:
         """What `work` returns on the first rank, where alone it is called."""
         if self.size == 1:
             return work()
-        box = [work() if self.is_first else None]
-        with self.lost_rank_in_one_line():
+        box = [work() if self.is_main else None]
+        with self.report_lost_rank():
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]  # type: ignore[return-value]  # the first rank's
 
-    def in_turn(self, work: Callable[[], T]) -> T:
+    def main_first(self, work: Callable[[], T]) -> T:
         """What `work` returns, called on every machine's first rank before its others: it may write files."""
         if self.local_rank == 0:
             value = work()
@@ -104,7 +108,7 @@ class World:
         values: list[Any] = [None] * self.size
         if self.size == 1:
             return [value]
-        with self.lost_rank_in_one_line():
+        with self.report_lost_rank():
             dist.all_gather_object(values, value)
         return values
 
@@ -113,13 +117,13 @@ class World:
         if self.size == 1:
             return list(values)
         most = torch.tensor(values)
-        with self.lost_rank_in_one_line():
+        with self.report_lost_rank():
             dist.all_reduce(most, dist.ReduceOp.MAX)
         return most.tolist()
 
     def require_same(self, facts: dict[str, Any]) -> None:
         """Raise UserError, naming the difference, where another rank's facts are not the first one's."""
-        first = self.from_first(lambda: facts)
+        first = self.broadcast(lambda: facts)
         differing = [
             f"{key} is {value}, not {first[key]}" for key, value in facts.items() if value != first[key]
         ]
@@ -136,7 +140,7 @@ class World:
         if self.size == 1:
             return values
         values = values.clone()
-        with self.lost_rank_in_one_line():
+        with self.report_lost_rank():
             dist.all_reduce(values)
         return values
 
@@ -145,7 +149,7 @@ class World:
         if self.size == 1:
             return values
         values = values.clone()
-        with self.lost_rank_in_one_line():
+        with self.report_lost_rank():
             dist.all_reduce(values, dist.ReduceOp.MIN)
         return values
 
@@ -153,7 +157,7 @@ class World:
         """The network with gradients that are means over all ranks after every backward pass.
 
         Parameters are the first rank's from the start. Buffers, which BatchNorm's statistics are, stay each
-        rank's own until share_buffers.
+        rank's own until broadcast_buffers.
         """
         if self.size == 1:
             return model
@@ -167,11 +171,11 @@ class World:
                 gradient_as_bucket_view=True,
             )
 
-    def share_buffers(self, model: nn.Module) -> None:
+    def broadcast_buffers(self, model: nn.Module) -> None:
         """Give every rank the first one's buffers, so that all evaluate one network."""
         if self.size == 1:
             return
-        with self.lost_rank_in_one_line():
+        with self.report_lost_rank():
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
@@ -218,7 +222,7 @@ class World:
             self._raise_if_lost(error)
 
     @contextmanager
-    def lost_rank_in_one_line(self) -> Iterator[None]:
+    def report_lost_rank(self) -> Iterator[None]:
         """Within the block a broken connection is a UserError, and SIGTERM waits for it."""
         try:
             yield

@@ -3,20 +3,14 @@
 Shape suffixes: N images, K classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from fasttrain.checkpoint import TrainedModel, load_model
-from fasttrain.data.batches import Loader
-from fasttrain.data.cifar import Dataset
-from fasttrain.data.loader import build_loader, pick_loader
-from fasttrain.errors import UserError
-from fasttrain.machine import DTYPES, evaluation_precision, pick_device, prepare
-from fasttrain.step import autocast
+from fasttrain.data.loader import Loader
+from fasttrain.system.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -143,78 +137,3 @@ def evaluate(
         confidences_N=torch.cat(confidences).cpu(),
         flip_predictions_N=torch.cat(flip_predictions).cpu() if flip else None,
     )
-
-
-def evaluate_model(
-    trained: TrainedModel, dataset: Dataset, device: torch.device, *, flip: bool = False
-) -> Evaluation:
-    """Measure a checkpoint's network on every test image, as its training did.
-
-    In the training's precision where the device has it, as machine.evaluation_precision says. Images are
-    normalised with the mean and standard deviation of the training: the model holds them.
-    Raises UserError if the checkpoint's classes are not the data set's.
-    """
-    trained.require_classes_of(dataset)
-    precision = evaluation_precision(trained.precision, device)
-    prepare(device, precision)
-    kind = pick_loader(trained.recipe.loader, device, print)
-    loader = build_loader(dataset, trained.recipe, train=False, kind=kind, device=device)
-    return evaluate(trained.model, loader, device, DTYPES[precision], flip=flip)
-
-
-def evaluate_checkpoint(
-    path: Path,
-    open_dataset: Callable[[int], Dataset],
-    *,
-    device: str = "auto",
-    mistakes: int = 5,
-    flip: bool = False,
-) -> Evaluation:
-    """Measure a checkpoint on every test image and print accuracy, classes and the most confident mistakes.
-
-    What the training itself measured of the same weights is printed beside it.
-    open_dataset: called with the checkpoint's resolution.
-    flip: print a second accuracy, with every image's mirror image taken into account.
-    Raises UserError if the checkpoint cannot be read, or if its classes are not the data set's.
-    """
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    run_device = pick_device(device)
-    trained = load_model(path, run_device)
-    dataset = open_dataset(trained.recipe.resolution)
-    try:
-        result = evaluate_model(trained, dataset, run_device, flip=flip)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-    precision = evaluation_precision(trained.precision, run_device)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(
-        f"{dataset.name}: test accuracy {result.accuracy:.2%}, loss {result.loss:.4f} over "
-        f"{len(result.labels_N):,} images, in {precision}; epoch {trained.epoch} of {path}",
-        markup=False,
-    )
-    if trained.metrics is not None:
-        note = f"the training itself measured {trained.metrics['test_accuracy']:.2%} on {trained.dataset}"
-        if trained.precision not in (None, precision):
-            note += f", in {trained.precision}, which {run_device} lacks; rounding moves a few images"
-        console.print(note, markup=False)
-    if result.accuracy_flip is not None:
-        console.print(f"with each image's mirror image: {result.accuracy_flip:.2%}", markup=False)
-    table = Table("class", "images", "recall", "precision", "most often taken for")
-    for name, figures in zip(dataset.classes, result.per_class(len(dataset.classes)), strict=True):
-        table.add_row(
-            escape(name),
-            f"{figures.images:,}",
-            "-" if figures.recall is None else f"{figures.recall:.2%}",
-            "-" if figures.precision is None else f"{figures.precision:.2%}",
-            "-" if figures.taken_for is None else escape(dataset.classes[figures.taken_for]),
-        )
-    console.print(table)
-    for index in result.misclassified()[:mistakes].tolist():
-        truth, said = dataset.classes[result.labels_N[index]], dataset.classes[result.predictions_N[index]]
-        confidence = result.confidences_N[index]
-        console.print(f"test image {index}: {truth}, taken for {said} at {confidence:.1%}", markup=False)
-    return result

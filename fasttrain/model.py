@@ -15,8 +15,12 @@ from fasttrain.recipe import Recipe
 
 EPOCH_IMAGES = 50_000
 """CIFAR-10's training images, for the cost of an epoch."""
+
+
 POOLED_STEM_FROM = 128
 """Resolution from which the first block pools as well, or an image would cost four times as much."""
+
+
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 """Of a network that has not been told its training images' own."""
 
@@ -170,37 +174,8 @@ def build_model(
     )
 
 
-def _one_image(resolution: int) -> tuple[int, int, int, int]:
+def image_shape(resolution: int) -> tuple[int, int, int, int]:
     return 1, 3, resolution, resolution
-
-
-def block_shapes(model: CustomResNet) -> list[tuple[str, tuple[int, ...]]]:
-    """The shape after every block at one image, under the names that the assignment prints.
-
-    A residual sum is no module: it is read as the input of the module behind it.
-    """
-    shapes: list[tuple[str, tuple[int, ...]]] = []
-    probe = copy.deepcopy(model).to("meta").eval()
-
-    def before(module: nn.Module, name: str) -> None:
-        module.register_forward_pre_hook(lambda _, inputs: shapes.append((name, tuple(inputs[0].shape))))
-
-    def after(module: nn.Module, name: str) -> None:
-        module.register_forward_hook(lambda _, __, output: shapes.append((name, tuple(output.shape))))
-
-    after(probe.prep, "PrepLayer")
-    after(probe.layer1, "Layer 1, X")
-    after(probe.res1, "Layer 1, R1")
-    before(probe.layer2, "Layer 1, X + R1")
-    after(probe.layer2, "Layer 2")
-    after(probe.layer3, "Layer 3, X")
-    after(probe.res2, "Layer 3, R2")
-    before(probe.pool, "Layer 3, X + R2")
-    after(probe.pool, "Max Pooling")
-    before(probe.fc, "Reshape before FC")
-    after(probe.fc, "After FC")
-    probe(torch.empty(_one_image(model.resolution), device="meta"))
-    return shapes
 
 
 def multiply_adds(model: CustomResNet, resolution: int | None = None) -> int:
@@ -223,56 +198,10 @@ def multiply_adds(model: CustomResNet, resolution: int | None = None) -> int:
     for module in probe.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(count)
-    probe(torch.empty(_one_image(resolution or model.resolution), device="meta"))
+    probe(torch.empty(image_shape(resolution or model.resolution), device="meta"))
     return total
 
 
 def training_flop_per_image(model: CustomResNet, resolution: int | None = None) -> int:
     """Floating-point operations of one training step for one image of so many pixels a side."""
     return 2 * 3 * multiply_adds(model, resolution)
-
-
-def summary(model: CustomResNet) -> str:
-    """The assignment's summary: a table of all layers, totals, the shape after every block; then the cost."""
-    import torchinfo
-
-    with torch.random.fork_rng():  # torchinfo draws its input from the global generator
-        table = torchinfo.summary(
-            copy.deepcopy(model).cpu(),
-            input_size=_one_image(model.resolution),
-            col_names=("input_size", "kernel_size", "output_size", "num_params", "trainable"),
-            col_width=16,
-            verbose=0,
-        )
-    # torchinfo 1.8 prints the name of an enum in its footer: keep its table, print the totals here.
-    body = str(table).split("\nTotal params:")[0].rstrip("=\n")
-    rule = body.splitlines()[0]
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    lines = [
-        body,
-        rule,
-        f"Total params: {table.total_params:,}",
-        f"Trainable params: {trainable:,}",
-        f"Non-trainable params: {table.total_params - trainable:,}",
-        f"Total mult-adds (M): {table.total_mult_adds / 1e6:.2f}",
-        f"Input size (MB): {table.total_input / 1e6:.2f}",
-        f"Forward/backward pass size (MB): {table.total_output_bytes / 1e6:.2f}",
-        f"Params size (MB): {table.total_param_bytes / 1e6:.2f}",
-        f"Estimated Total Size (MB): "
-        f"{(table.total_input + table.total_output_bytes + table.total_param_bytes) / 1e6:.2f}",
-        rule,
-        "",
-    ]
-    for name, shape in block_shapes(model):
-        lines.append(f"{name:<20}{list(shape)}")
-    flop = training_flop_per_image(model)
-    lines += [
-        rule,
-        f"Mult-adds per image, forward: {multiply_adds(model):,}",
-        f"Training FLOP per image: {flop / 1e9:.3f} G",
-        f"Training FLOP per epoch of {EPOCH_IMAGES:,} images: {flop * EPOCH_IMAGES / 1e12:.1f} T",
-        "Counted: the convolutions and the linear layer alone, two FLOP per mult-add; training takes three",
-        "times the forward pass: for the outputs, the gradients of the inputs and those of the weights.",
-        rule,
-    ]
-    return "\n".join(lines)

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasttrain.average import WeightAverage
+from fasttrain.cuda_graph import record
 from fasttrain.distributed import World
-from fasttrain.graph import record
-from fasttrain.machine import fork_rng
+from fasttrain.ema import WeightAverage
 from fasttrain.model import CustomResNet
 from fasttrain.optim import build_optimizer, one_cycle, set_schedule
 from fasttrain.recipe import Recipe
+from fasttrain.system.precision import autocast
+from fasttrain.system.rng import fork_rng
 
 
 class TrainStep:
@@ -81,7 +82,7 @@ class TrainStep:
         return self.recipe.training_resolution(self.step, self.total_steps)
 
     @property
-    def shipped_model(self) -> CustomResNet:
+    def eval_model(self) -> CustomResNet:
         """The network to evaluate and to ship: the averaged one, if there is one, else the trained one."""
         return self.average.model if self.average else self.model  # type: ignore[return-value]  # a copy
 
@@ -136,7 +137,7 @@ class TrainStep:
         repeats, side = 20, self.recipe.resolution
         self.warm_up(images_NCHW, labels_N, side)
         work = self._recording or functools.partial(self._work, side=side)
-        with self._untouched():
+        with self._preserve_state():
             work(images_NCHW, labels_N)
             self._sums.tolist()  # waits for the device
             start = time.perf_counter()
@@ -158,7 +159,7 @@ class TrainStep:
             return 0.0
         start = time.perf_counter()
         side = side or self.resolution
-        with self._untouched(), warnings.catch_warnings():
+        with self._preserve_state(), warnings.catch_warnings():
             # The calls before the recording are what an optimizer made to be recorded warns of.
             warnings.filterwarnings("ignore", message=".*capturable=True")
             if self._compiled and side != self.recipe.resolution:
@@ -235,7 +236,7 @@ class TrainStep:
         return logits_NK.detach(), loss.detach()
 
     @contextmanager
-    def _untouched(self) -> Iterator[None]:
+    def _preserve_state(self) -> Iterator[None]:
         """Put everything that a step changes back as it was, in the tensors where it was."""
         begins = not self.optimizer.state
         kept = [*self.model.parameters(), *self.model.buffers(), self._sums, *self._optimizer_tensors()]
@@ -305,9 +306,3 @@ def _means(sums: Tensor, images: int) -> tuple[float, float]:
     """Mean loss and accuracy (0 to 1); waits for the device that the sums are on."""
     loss_sum, hits = sums.tolist()
     return loss_sum / max(images, 1), hits / max(images, 1)
-
-
-def autocast(device: torch.device, compute_dtype: torch.dtype) -> torch.autocast:
-    """Autocast to the compute dtype; does nothing at float32."""
-    enabled = compute_dtype != torch.float32
-    return torch.autocast(device.type, dtype=compute_dtype if enabled else None, enabled=enabled)

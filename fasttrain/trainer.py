@@ -17,43 +17,41 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fasttrain.checkpoint import LAST, PREVIOUS, CheckpointWriter, SaveInterval
-from fasttrain.compiling import cache_of, compile_step, payoff, pick_compile_mode, records_step
-from fasttrain.data.batches import Loader
-from fasttrain.data.cifar import Dataset
-from fasttrain.data.loader import build_loader, open_dataset, pick_loader
+from fasttrain.checkpoint.file import LAST, PREVIOUS
+from fasttrain.checkpoint.fingerprint import fingerprint
+from fasttrain.checkpoint.manager import SaveInterval, Saver
+from fasttrain.checkpoint.resume import KeptSettings, resume_from, resumed_recipe
+from fasttrain.checkpoint.state import RunState
+from fasttrain.checkpoint.writer import CheckpointWriter
+from fasttrain.compile import cache_of, captures_graph, compile_step, payoff, pick_compile_mode
+from fasttrain.data.build import build_loader, pick_loader
+from fasttrain.data.dataset import Dataset
+from fasttrain.data.load import load_dataset
+from fasttrain.data.loader import Loader
 from fasttrain.distributed import World, command, join
 from fasttrain.errors import DivergedError, UserError
 from fasttrain.evaluate import Evaluation, evaluate, joined
-from fasttrain.files import hold_folder, remove_temporaries
-from fasttrain.interrupt import catch_signals
-from fasttrain.lr_find import find_max_lr
-from fasttrain.machine import (
-    DTYPES,
-    describe,
-    hardware_name,
-    measure_matmul_tflops,
-    pick_device,
-    pick_precision,
-    prepare,
-)
-from fasttrain.metrics import WaitTimer, model_flops_utilization, peak_memory_gib, watch
+from fasttrain.lr_finder import find_max_lr
 from fasttrain.model import build_model, training_flop_per_image
 from fasttrain.recipe import PRESETS, Recipe, flag
-from fasttrain.report import first_images, write_report
-from fasttrain.resume import KeptSettings, RunState, Saver, fingerprint, resume_from, resumed_recipe
-from fasttrain.run import Run, load_run, read_object
-from fasttrain.runlog import (
+from fasttrain.report.html import first_images, write_report
+from fasttrain.report.run import Run, load_run
+from fasttrain.step import TrainStep
+from fasttrain.system.files import hold_folder, remove_temporaries
+from fasttrain.system.machine import describe, hardware_name, pick_device
+from fasttrain.system.metrics import WaitTimer, model_flops_utilization, peak_memory_gib, watch
+from fasttrain.system.precision import DTYPES, pick_precision, prepare
+from fasttrain.system.rates import measure_matmul_tflops
+from fasttrain.system.run_folder import (
     MACHINE_FILE,
     RECIPE_FILE,
     RESULT_FILE,
-    RunLog,
-    SilentLog,
     find_unfinished,
-    new_folder,
-    require_tensorboard,
+    new_run_folder,
+    read_object,
 )
-from fasttrain.step import TrainStep
+from fasttrain.system.run_log import RunLog, SilentLog, require_tensorboard
+from fasttrain.system.signals import catch_signals
 
 FIRST_STEPS = 5
 """Steps after which the laptop recipe says how long the full one would take."""
@@ -81,7 +79,7 @@ def train(
 ) -> Run:
     """Train one recipe and leave a run's folder; returns what is in it.
 
-    data, data_dir, skip_bad: the images, as data.loader.open_dataset takes them; or data is a Dataset.
+    data, data_dir, skip_bad: the images, as data.loader.load_dataset takes them; or data is a Dataset.
     resume: go on with an unfinished run of this recipe: its folder, a checkpoint in it, or auto for the
     newest under `out`.
     save_every: steps, as 500, or seconds, as 60s, between two checkpoints; an epoch ends with one too, unless
@@ -103,24 +101,24 @@ def train(
         require_tensorboard()
     world = join(pick_device(device))
     run_device = world.device
-    checkpoints = world.from_first(lambda: _checkpoints(unfinished, resume))
-    kept = world.from_first(lambda: KeptSettings.from_checkpoints(checkpoints))
+    checkpoints = world.broadcast(lambda: _checkpoints(unfinished, resume))
+    kept = world.broadcast(lambda: KeptSettings.from_checkpoints(checkpoints))
     if unfinished is not None:
         recipe = resumed_recipe(recipe, unfinished, kept.precision)
     share = world.share(recipe.batch_size)
     precision = kept.precision
     if precision is None:
         picked = pick_precision(recipe.compute_dtype, run_device)
-        precision = world.from_first(lambda: picked)  # a CPU measures it: let no two ranks differ
+        precision = world.broadcast(lambda: picked)  # a CPU measures it: let no two ranks differ
     dtype = DTYPES[precision]
     prepare(run_device, precision)
 
     _import_meanwhile("nvidia.dali", "torch._dynamo")
-    dataset = world.in_turn(
+    dataset = world.main_first(
         lambda: (
             data
             if isinstance(data, Dataset)
-            else open_dataset(
+            else load_dataset(
                 data,
                 Path(data_dir) if data_dir else None,
                 world.print,
@@ -137,16 +135,16 @@ def train(
     train_loader = build_loader(dataset, recipe, train=True, **parts)
     test_loader = build_loader(dataset, recipe, train=False, **parts)
 
-    folder = world.from_first(lambda: unfinished or new_folder(Path(out), recipe.name))
-    log = RunLog(folder) if world.is_first else SilentLog(folder)
+    folder = world.broadcast(lambda: unfinished or new_run_folder(Path(out), recipe.name))
+    log = RunLog(folder) if world.is_main else SilentLog(folder)
     with world, _held(world, folder), _one_line_if_memory_is_full(recipe):
         machine = describe(run_device) | {"ranks": world.size}
-        if checkpoints != world.from_first(lambda: _checkpoints(unfinished, resume)):
+        if checkpoints != world.broadcast(lambda: _checkpoints(unfinished, resume)):
             raise UserError(f"{folder}: another process has trained it in the meantime; resume it again")
         if unfinished is None:
             log.write(MACHINE_FILE, machine)
             log.write(RECIPE_FILE, recipe.to_dict())
-        if tensorboard and world.is_first:
+        if tensorboard and world.is_main:
             log.open_tensorboard(first_images(dataset, recipe, run_device)[0])
         log.say(
             f"{recipe.name}: {dataset.name}, {recipe.epochs} epochs of {len(train_loader)} steps of "
@@ -160,7 +158,7 @@ def train(
             max_lr = (
                 math.inf
                 if checkpoints
-                else world.from_first(lambda: _find_max_lr(log, dataset, recipe, settings))
+                else world.broadcast(lambda: _find_max_lr(log, dataset, recipe, settings))
             )
 
         torch.manual_seed(recipe.seed)
@@ -176,7 +174,7 @@ def train(
             total_steps=recipe.epochs * len(train_loader),
             device=run_device,
             compute_dtype=dtype,
-            cuda_graph=world.size == 1 and records_step(recipe, run_device, mode),
+            cuda_graph=world.size == 1 and captures_graph(recipe, run_device, mode),
             world=world,
         )
         example = _example_batch(share, recipe.resolution, run_device)
@@ -185,7 +183,7 @@ def train(
             mode = None if kept.compile_mode == "off" else mode and kept.compile_mode
         elif mode and recipe.compile == "auto":
             own = payoff(step, cache, matmul_tflops, *example)
-            gain = world.from_first(lambda: own)
+            gain = world.broadcast(lambda: own)
             log.say(str(gain))
             mode = mode if gain else None
         if not checkpoints or _lost(log, MACHINE_FILE):
@@ -224,7 +222,7 @@ def train(
         with (
             CheckpointWriter(log.folder, run_device) as writer,
             catch_signals() as signalled,
-            world.lost_rank_in_one_line(),
+            world.report_lost_rank(),
         ):
             world.begin()
             saver = Saver(run, writer, interval, signalled, how_to_go_on)
@@ -270,9 +268,9 @@ def train(
             f"images){_said_of_flip(result)}; {result['train_seconds']:.1f} s of training, "
             f"{result['wall_seconds']:.1f} s in all -> {log.folder}"
         )
-        finished = world.from_first(lambda: load_run(log.folder))
+        finished = world.broadcast(lambda: load_run(log.folder))
         world.leave()
-        if test is not None and report and world.is_first:
+        if test is not None and report and world.is_main:
             _report(finished, log, dataset, test, run_device)
         return finished
 
@@ -379,8 +377,8 @@ def _announce_full_recipe(log: RunLog, loader: Loader, step: TrainStep, seconds:
 
 def _test_epoch(step: TrainStep, loader: Loader) -> tuple[Evaluation, dict[str, float]]:
     start = time.perf_counter()
-    step.world.share_buffers(step.shipped_model)
-    part = evaluate(step.shipped_model, loader, step.device, step.compute_dtype, flip=step.recipe.test_flip)
+    step.world.broadcast_buffers(step.eval_model)
+    part = evaluate(step.eval_model, loader, step.device, step.compute_dtype, flip=step.recipe.test_flip)
     test = joined(step.world.gather(part))
     return test, {
         "test_loss": test.loss,
@@ -441,7 +439,7 @@ def _resume_command(folder: Path, **options: tuple[object, object]) -> str:
 @contextlib.contextmanager
 def _held(world: World, folder: Path) -> Iterator[None]:
     """The run's folder in the hands of the first rank, cleared of what a killed process left half-written."""
-    if not world.is_first:
+    if not world.is_main:
         yield
         return
     with hold_folder(folder):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fasttrain.data import cifar, synthetic
+from fasttrain.data import dataset
+from fasttrain.data.sources import cifar, synthetic
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,7 +34,7 @@ def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def dataset(dataset_dir: Path) -> cifar.Dataset:
+def dataset(dataset_dir: Path) -> dataset.Dataset:
     return cifar.read(dataset_dir)
 
 

@@ -13,8 +13,9 @@ from unittest import mock
 import torch
 
 from fasttrain import trainer
-from fasttrain.data import cifar
-from fasttrain.data.loader import build_loader
+from fasttrain.data import dataset
+from fasttrain.data.build import build_loader
+from fasttrain.data.sources import cifar
 from fasttrain.distributed import World, join
 from fasttrain.errors import Interrupted
 from fasttrain.model import build_model
@@ -30,7 +31,7 @@ RUN_RECIPE = dataclasses.replace(
 FOUND_LR = 0.005
 
 
-def steps(dataset: cifar.Dataset, world: World, *, sync_batchnorm: bool) -> dict[str, object]:
+def steps(dataset: dataset.Dataset, world: World, *, sync_batchnorm: bool) -> dict[str, object]:
     """Weights, buffers and metrics after a few steps of a narrow network."""
     torch.manual_seed(0)
     model = build_model(STEP_RECIPE, len(dataset.classes), mean=dataset.mean, std=dataset.std)

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fasttrain.checkpoint import REQUIRED
+from fasttrain.checkpoint.file import REQUIRED
+from fasttrain.checkpoint.proof import proof_logits
 from fasttrain.model import CustomResNet, build_model
-from fasttrain.proof import proof_logits
 from fasttrain.recipe import Recipe
 
 OTHER_VALUES: dict[str, Any] = {

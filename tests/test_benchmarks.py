@@ -26,12 +26,12 @@ from benchmarks import (
     train,
 )
 from benchmarks.peers import check
-from fasttrain.data.cifar import Dataset, Split
-from fasttrain.data.loader import build_loader
+from fasttrain.data.build import build_loader
+from fasttrain.data.dataset import Dataset, Split
 from fasttrain.errors import UserError
-from fasttrain.machine import describe
 from fasttrain.model import CustomResNet
 from fasttrain.recipe import Recipe
+from fasttrain.system.machine import describe
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,15 +42,15 @@ def test_the_readme_says_what_the_result_files_say() -> None:
 
 
 def test_every_plot_was_drawn_from_the_file_beside_it() -> None:
-    sources = sorted(report.RESULTS.glob("scaling-*.json"))
+    sources = sorted(report.RESULTS.glob("*/scaling.json"))
     assert sources
     for source in sources:
         assert pictures.drawn_from(source.with_suffix(".svg")) == pictures.checksum(source), "run make tables"
 
 
 def test_a_changed_result_changes_the_readme(tmp_path: Path) -> None:
-    [first, *_] = sorted((report.RESULTS / "runs").glob("*/result.json"))
-    copy = tmp_path / "runs" / "one"
+    [first, *_] = sorted(report.RESULTS.glob("*/runs/*/result.json"))
+    copy = tmp_path / "machine" / "runs" / "one"
     copy.mkdir(parents=True)
     for name in ("machine.json", "result.json"):
         (copy / name).write_text((first.parent / name).read_text())
@@ -61,7 +61,9 @@ def test_a_changed_result_changes_the_readme(tmp_path: Path) -> None:
 
 
 def test_every_committed_run_names_its_data_its_machine_and_a_clean_commit() -> None:
-    for folder in (report.RESULTS / "runs").iterdir():
+    folders = [*report.RESULTS.glob("*/runs/*")]
+    assert folders
+    for folder in folders:
         result = json.loads((folder / "result.json").read_text())
         machine = json.loads((folder / "machine.json").read_text())
         assert result["dataset"] and result["precision"] and machine["torch"] and machine["git_commit"]
@@ -103,7 +105,7 @@ def test_one_command_runs_every_benchmark(dataset_dir: Path, tmp_path: Path) -> 
             "scaling",
         ),
     ):
-        [path] = tmp_path.glob(f"{benchmark}-*.json")
+        [path] = tmp_path.glob(f"*/{benchmark}.json")
         values = json.loads(path.read_text())
         assert values["rows"] and values["machine"]["torch"], benchmark
     assert "conv" in (tmp_path / "profile.log").read_text() and (tmp_path / "profile" / "trace.json").exists()
@@ -140,7 +142,7 @@ def test_jpeg_files_are_timed_or_the_peers_absence_is_told(tmp_path: Path) -> No
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    [path] = tmp_path.glob("folder-*.json")
+    [path] = tmp_path.glob("*/folder.json")
     values = json.loads(path.read_text())
     found = {(row["images"], row["way"]) for row in values["rows"]}
     assert len(found) + 2 * len(values["missing"]) == 8

@@ -6,18 +6,12 @@ import threading
 import pytest
 import torch
 
-from fasttrain import checkpoint
-from fasttrain.checkpoint import (
-    REQUIRED,
-    CheckpointWriter,
-    SaveInterval,
-    load_checkpoint,
-    require_like,
-    save_checkpoint,
-    snapshot,
-)
+from fasttrain.checkpoint import writer as writer_module
+from fasttrain.checkpoint.file import REQUIRED, load_checkpoint, require_like, save_checkpoint
+from fasttrain.checkpoint.manager import SaveInterval
+from fasttrain.checkpoint.writer import CheckpointWriter, snapshot
 from fasttrain.errors import UserError
-from fasttrain.files import link_atomically, remove_temporaries, write_atomically, write_json
+from fasttrain.system.files import link_atomically, remove_temporaries, write_atomically, write_json
 
 STATE = dict.fromkeys(REQUIRED, 1) | {"model": {"w": torch.ones(2)}, "loader": {"pipeline": b"\x00\xff"}}
 
@@ -141,7 +135,7 @@ def test_the_writer_copies_before_it_returns(tmp_path, monkeypatch) -> None:
         assert changed.wait(10)
         save_checkpoint(path, state)
 
-    monkeypatch.setattr(checkpoint, "save_checkpoint", write)
+    monkeypatch.setattr(writer_module, "save_checkpoint", write)
     state = numbered(1)
     with CheckpointWriter(tmp_path, CPU) as writer:
         writer.write(state)
@@ -164,7 +158,7 @@ def test_the_writer_writes_elsewhere_and_never_two_at_once(tmp_path, monkeypatch
         threads.append(threading.current_thread())
         busy.release()
 
-    monkeypatch.setattr(checkpoint, "save_checkpoint", write)
+    monkeypatch.setattr(writer_module, "save_checkpoint", write)
     with CheckpointWriter(tmp_path, CPU) as writer:
         for number in range(20):
             writer.write(numbered(number))
@@ -177,7 +171,7 @@ def test_what_went_wrong_on_the_thread_is_raised(when, tmp_path, monkeypatch) ->
     def full(path, state) -> None:
         raise UserError("disk full")
 
-    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
+    monkeypatch.setattr(writer_module, "save_checkpoint", full)
     with pytest.raises(UserError, match="disk full"), CheckpointWriter(tmp_path, CPU) as writer:
         writer.write(numbered(1))
         if when == "next":

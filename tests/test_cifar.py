@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fasttrain.data import cifar
-from fasttrain.data.loader import open_dataset, show_dataset
+from fasttrain.data import dataset
+from fasttrain.data.load import find_dataset, load_dataset
+from fasttrain.data.sources import cifar, download, releases
 from fasttrain.errors import UserError
-from fasttrain.report import find_dataset
+from fasttrain.system.files import new_folder
+from fasttrain.tools.show_data import show_dataset
 
 RECORDS = 4
 
@@ -37,7 +39,9 @@ def write_set(root: Path) -> Path:
 
 def pretend(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     """Change what is known of the release of CIFAR-10 for this test."""
-    monkeypatch.setattr(cifar, "CIFAR10", dataclasses.replace(cifar.CIFAR10, **changes))
+    changed = dataclasses.replace(cifar.CIFAR10, **changes)
+    for module in (cifar, download):
+        monkeypatch.setattr(module, "CIFAR10", changed)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -100,7 +104,7 @@ def test_label_out_of_range_names_the_record(tmp_path: Path) -> None:
 
 def pretend_release(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the small files in `folder` the release, for this test."""
-    mean, std = cifar.channel_statistics(cifar.read(folder).train.images)
+    mean, std = dataset.channel_statistics(cifar.read(folder).train.images)
     (folder / cifar.STATISTICS_FILE).unlink()
     mean, std = (tuple(round(value, 4) for value in values) for values in (mean, std))
     pretend(monkeypatch, sha256=digests(folder), mean=mean, std=std)
@@ -144,7 +148,7 @@ def test_a_stand_in_names_itself_but_not_cifar_10(tmp_path: Path) -> None:
 def test_statistics_match_float64() -> None:
     # More than one chunk, a different spread per channel.
     images = np.random.default_rng(0).integers(0, [[[[90]], [[180]], [[256]]]], (1700, 3, 8, 8), np.uint8)
-    mean, std = cifar.channel_statistics(images)
+    mean, std = dataset.channel_statistics(images)
     reference = images.astype(np.float64) / 255
     assert mean == pytest.approx(reference.mean((0, 2, 3)), rel=1e-12)
     assert std == pytest.approx(reference.std((0, 2, 3)), rel=1e-12)
@@ -153,7 +157,7 @@ def test_statistics_match_float64() -> None:
 def test_statistics_are_of_the_training_images(tmp_path: Path) -> None:
     write_set(tmp_path)
     data = cifar.read(tmp_path)
-    assert (data.mean, data.std) == cifar.channel_statistics(data.train.images)
+    assert (data.mean, data.std) == dataset.channel_statistics(data.train.images)
 
 
 def test_statistics_are_cached_until_content_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +174,7 @@ def test_statistics_are_cached_until_content_changes(tmp_path: Path, monkeypatch
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     second = cifar.read(tmp_path)
     assert second.mean != first.mean
-    assert (second.mean, second.std) == cifar.channel_statistics(second.train.images)
+    assert (second.mean, second.std) == dataset.channel_statistics(second.train.images)
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
@@ -314,25 +318,25 @@ def part_of(root: Path) -> Path:
 def test_download(tmp_path: Path, archive: bytes, serve: Serve) -> None:
     mirror = serve(archive)
     root = tmp_path / "new" / "data"
-    cifar.download(root, [mirror.url])
+    download.download(root, [mirror.url])
     assert_complete(root)
-    cifar.download(root, [mirror.url])
+    download.download(root, [mirror.url])
     assert mirror.asked == [None]  # the second call found the files
 
 
 def test_a_cut_connection_is_resumed(tmp_path: Path, archive: bytes, serve: Serve) -> None:
     mirror = serve(archive, cuts=(9000, 7000))
-    cifar.download(tmp_path, [mirror.url])
+    download.download(tmp_path, [mirror.url])
     assert_complete(tmp_path)
     assert mirror.asked == [None, "bytes=9000-", "bytes=16000-"]
 
 
 def test_the_next_run_goes_on_where_one_stopped(tmp_path: Path, archive: bytes, serve: Serve) -> None:
     mirror = serve(archive, cuts=(9000, 0))
-    with pytest.raises(cifar.DownloadError, match=f"9000 of {len(archive)} bytes"):
-        cifar.download(tmp_path, [mirror.url])
+    with pytest.raises(download.DownloadError, match=f"9000 of {len(archive)} bytes"):
+        download.download(tmp_path, [mirror.url])
     assert part_of(tmp_path).read_bytes() == archive[:9000]
-    cifar.download(tmp_path, [mirror.url])
+    download.download(tmp_path, [mirror.url])
     assert_complete(tmp_path)
     assert mirror.asked[-1] == "bytes=9000-"
 
@@ -340,7 +344,7 @@ def test_the_next_run_goes_on_where_one_stopped(tmp_path: Path, archive: bytes, 
 def test_a_server_without_ranges_starts_anew(tmp_path: Path, archive: bytes, serve: Serve) -> None:
     part_of(tmp_path).write_bytes(archive[:5000])
     mirror = serve(archive, ranges=False)
-    cifar.download(tmp_path, [mirror.url])
+    download.download(tmp_path, [mirror.url])
     assert_complete(tmp_path)
     assert mirror.asked == ["bytes=5000-"]
 
@@ -350,7 +354,7 @@ def test_a_stale_part_is_dropped(tmp_path: Path, archive: bytes, serve: Serve) -
         root = tmp_path / str(len(stale))
         root.mkdir()
         part_of(root).write_bytes(stale)
-        cifar.download(root, [serve(archive).url])
+        download.download(root, [serve(archive).url])
         assert_complete(root)
 
 
@@ -359,7 +363,7 @@ def test_a_range_beyond_the_end_starts_anew(tmp_path: Path, archive: bytes, serv
     part_of(tmp_path).write_bytes(archive[:-10])
     short = serve(archive[:-20])
     good = serve(archive)
-    cifar.download(tmp_path, [short.url, good.url])
+    download.download(tmp_path, [short.url, good.url])
     assert_complete(tmp_path)
     assert short.asked == [f"bytes={len(archive) - 10}-", None]
 
@@ -370,26 +374,26 @@ def test_wrong_bytes_lead_to_the_next_mirror(
 ) -> None:
     wrong = serve(change(archive))
     advice = "not the release's.*cifar-10-batches-bin by hand.*--data synthetic"
-    with pytest.raises(cifar.DownloadError, match=advice):
-        cifar.download(tmp_path, [wrong.url])
+    with pytest.raises(download.DownloadError, match=advice):
+        download.download(tmp_path, [wrong.url])
     assert list(tmp_path.iterdir()) == []
-    cifar.download(tmp_path, [wrong.url, serve(archive).url])
+    download.download(tmp_path, [wrong.url, serve(archive).url])
     assert_complete(tmp_path)
 
 
 def test_an_endless_answer_cannot_fill_the_disk(
     tmp_path: Path, archive: bytes, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cifar, "CHUNK_BYTES", 1000)
-    cifar._transfer(serve(archive * 100).url, part_of(tmp_path), cifar.CIFAR10)
+    monkeypatch.setattr(download, "CHUNK_BYTES", 1000)
+    download._transfer(serve(archive * 100).url, part_of(tmp_path), cifar.CIFAR10)
     assert part_of(tmp_path).stat().st_size <= len(archive) + 1000
 
 
 def test_every_mirrors_reason_is_told(tmp_path: Path, archive: bytes, serve: Serve) -> None:
     gone = serve(b"")  # answers 416 to everything
     file = (tmp_path / "no-such-file").as_uri()
-    with pytest.raises(cifar.DownloadError) as caught:
-        cifar.download(tmp_path, [gone.url, file, "ftp://127.0.0.1/x", "http://127.0.0.1:1/x"])
+    with pytest.raises(download.DownloadError) as caught:
+        download.download(tmp_path, [gone.url, file, "ftp://127.0.0.1/x", "http://127.0.0.1:1/x"])
     message = str(caught.value)
     assert "\n" not in message
     for part in (f"{gone.url}: HTTP 416", f"{file}: ", "ftp://127.0.0.1/x: not a", "http://127.0.0.1:1/x: "):
@@ -399,7 +403,7 @@ def test_every_mirrors_reason_is_told(tmp_path: Path, archive: bytes, serve: Ser
 def test_mirrors_of_the_environment(tmp_path: Path, archive: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "copy.tar.gz").write_bytes(archive)
     monkeypatch.setenv("FASTTRAIN_MIRRORS", f"file:///no/such/file , {(tmp_path / 'copy.tar.gz').as_uri()}")
-    cifar.download(tmp_path / "data")
+    download.download(tmp_path / "data")
     assert_complete(tmp_path / "data")
 
 
@@ -416,7 +420,7 @@ def test_strange_members_stay_in_the_archive(
         f"{here}/evil",
     ]
     root = tmp_path / "data"
-    cifar.download(root, [serve(pack({**dict.fromkeys(evil, b""), **members()}, monkeypatch)).url])
+    download.download(root, [serve(pack({**dict.fromkeys(evil, b""), **members()}, monkeypatch)).url])
     assert_complete(root)
     assert list(tmp_path.iterdir()) == [root]
 
@@ -434,7 +438,7 @@ def test_a_member_of_another_size_is_refused(
 ) -> None:
     files = {**members(), f"{cifar.CIFAR10.folder}/{name}": content}
     with pytest.raises(UserError, match=f"{name} has {len(content)} bytes"):
-        cifar.download(tmp_path, [serve(pack(files, monkeypatch)).url])
+        download.download(tmp_path, [serve(pack(files, monkeypatch)).url])
     assert not (tmp_path / cifar.CIFAR10.folder).exists()
 
 
@@ -446,14 +450,14 @@ def test_a_link_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
         tar.addfile(link)
     with pytest.raises(UserError, match="no plain file"):
-        cifar._unpack(path, tmp_path / cifar.CIFAR10.folder, cifar.CIFAR10)
+        download._unpack(path, tmp_path / cifar.CIFAR10.folder, cifar.CIFAR10)
 
 
 def test_a_lacking_member_is_named(tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     files = members()
     del files[f"{cifar.CIFAR10.folder}/test_batch.bin"]
     with pytest.raises(UserError, match=r"lacks test_batch\.bin"):
-        cifar.download(tmp_path, [serve(pack(files, monkeypatch)).url])
+        download.download(tmp_path, [serve(pack(files, monkeypatch)).url])
     assert not (tmp_path / cifar.CIFAR10.folder).exists()
 
 
@@ -467,30 +471,30 @@ def test_a_full_disk_leaves_nothing_visible(
             raise OSError(28, "No space left on device")
         copied.append(target.write(source.read()))
 
-    monkeypatch.setattr(cifar.shutil, "copyfileobj", copy_two_then_fail)
+    monkeypatch.setattr(download.shutil, "copyfileobj", copy_two_then_fail)
     with pytest.raises(UserError, match="No space left on device"):
-        cifar.download(tmp_path, [serve(archive).url])
+        download.download(tmp_path, [serve(archive).url])
     assert list(tmp_path.iterdir()) == [part_of(tmp_path)]
 
 
 def test_an_unwritable_root_is_no_download_error(tmp_path: Path, archive: bytes, serve: Serve) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as caught:
-        cifar.download(tmp_path / "file" / "data", [serve(archive).url])
-    assert not isinstance(caught.value, cifar.DownloadError)
+        download.download(tmp_path / "file" / "data", [serve(archive).url])
+    assert not isinstance(caught.value, download.DownloadError)
 
 
 def test_files_placed_by_hand_are_never_overwritten(tmp_path: Path, archive: bytes, serve: Serve) -> None:
     (write_set(tmp_path) / "data_batch_5.bin").unlink()
     mirror = serve(archive)
     with pytest.raises(UserError, match="move it away"):
-        cifar.download(tmp_path, [mirror.url])
+        download.download(tmp_path, [mirror.url])
     assert mirror.asked == []
 
 
 def test_new_folder_refuses_a_folder_that_has_files(tmp_path: Path) -> None:
     target = tmp_path / "set"
-    with pytest.raises(UserError, match="set"), cifar.new_folder(target) as folder:
+    with pytest.raises(UserError, match="set"), new_folder(target) as folder:
         (folder / "mine").write_text("mine")
         assert not target.exists()
         target.mkdir()
@@ -521,7 +525,7 @@ def test_cifar_100_is_fetched_and_its_fine_labels_read(
     files = members_100()
     archive = pack({**files, "cifar-100-binary/coarse_label_names.txt": b"coarse"}, monkeypatch)
     release = dataclasses.replace(
-        cifar.CIFAR100,
+        releases.CIFAR100,
         train_images=10,
         test_images=4,
         archive_bytes=len(archive),
@@ -530,7 +534,7 @@ def test_cifar_100_is_fetched_and_its_fine_labels_read(
     monkeypatch.setitem(cifar.RELEASES, "cifar100", release)
     mirror = serve(archive, cuts=(9000,))
     monkeypatch.setenv("FASTTRAIN_MIRRORS", mirror.url)
-    data = open_dataset("cifar100", tmp_path, pytest.fail)
+    data = load_dataset("cifar100", tmp_path, pytest.fail)
     assert mirror.asked == [None, "bytes=9000-"]
     folder = tmp_path / "cifar-100-binary"
     assert not (folder / "coarse_label_names.txt").exists()
@@ -557,12 +561,12 @@ def test_cifar_100_is_fetched_and_its_fine_labels_read(
 
 def test_cifar_100_never_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTTRAIN_MIRRORS", raising=False)
-    nowhere = dataclasses.replace(cifar.CIFAR100, url="file:///no/such/file")
+    nowhere = dataclasses.replace(releases.CIFAR100, url="file:///no/such/file")
     monkeypatch.setitem(cifar.RELEASES, "cifar100", nowhere)
-    with pytest.raises(cifar.DownloadError, match=r"CIFAR-100 could not be .*file:///no/such/file: "):
-        open_dataset("cifar100", tmp_path, pytest.fail)
+    with pytest.raises(download.DownloadError, match=r"CIFAR-100 could not be .*file:///no/such/file: "):
+        load_dataset("cifar100", tmp_path, pytest.fail)
     (tmp_path / "cifar-100-binary").mkdir()
-    for name in cifar.CIFAR100.files:
+    for name in releases.CIFAR100.files:
         (tmp_path / "cifar-100-binary" / name).write_bytes(bytes(3073))
     with pytest.raises(UserError, match=r"train\.bin: 3073 bytes, .*3074 \(153700000 in the release"):
-        open_dataset("cifar100", tmp_path, pytest.fail)
+        load_dataset("cifar100", tmp_path, pytest.fail)

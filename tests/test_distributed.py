@@ -14,10 +14,11 @@ import torch
 
 from benchmarks.soak import outcome, same
 from fasttrain import trainer
-from fasttrain.checkpoint import load_checkpoint
-from fasttrain.data import cifar, synthetic
-from fasttrain.data.loader import build_loader
+from fasttrain.checkpoint.file import load_checkpoint
+from fasttrain.data import dataset
+from fasttrain.data.build import build_loader
 from fasttrain.data.sampler import Shard
+from fasttrain.data.sources import cifar, synthetic
 from fasttrain.distributed import Pace, World, join
 from fasttrain.errors import UserError
 from fasttrain.evaluate import evaluate
@@ -153,7 +154,7 @@ def test_two_ranks_train_as_one_process_on_the_whole_batch(job, data: Path) -> N
     assert synced["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
 
 
-def steps_begin(dataset: cifar.Dataset) -> dict:
+def steps_begin(dataset: dataset.Dataset) -> dict:
     """The network of `steps` before its first step."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tests.distributed_job.STEPS", 0)

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from fasttrain.checkpoint import save_checkpoint
-from fasttrain.evaluate import ClassFigures, Evaluation, evaluate, evaluate_checkpoint
+from fasttrain.checkpoint.file import save_checkpoint
+from fasttrain.evaluate import ClassFigures, Evaluation, evaluate
 from fasttrain.model import build_model
 from fasttrain.recipe import Recipe
+from fasttrain.tools.evaluate_checkpoint import evaluate_checkpoint
 from tests.helpers import checkpoint_of
 
 CPU = torch.device("cpu")

@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fasttrain import export as export_module
-from fasttrain.checkpoint import load_checkpoint, load_model, save_checkpoint
-from fasttrain.data.cifar import Dataset
+from fasttrain.checkpoint.file import load_checkpoint, save_checkpoint
+from fasttrain.checkpoint.network import load_model
+from fasttrain.data.dataset import Dataset
 from fasttrain.errors import UserError
-from fasttrain.export import FORMATS, FormatKind, export
 from fasttrain.recipe import Recipe
+from fasttrain.tools import export as export_module
+from fasttrain.tools.export import FORMATS, FormatKind, export
 from tests.helpers import checkpoint_of, experienced_network
 
 CPU = torch.device("cpu")

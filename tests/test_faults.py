@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fasttrain.__main__ import main
-from fasttrain.checkpoint import REQUIRED, load_checkpoint, save_checkpoint
+from fasttrain.checkpoint.file import REQUIRED, load_checkpoint, save_checkpoint
 from fasttrain.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

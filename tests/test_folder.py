@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from fasttrain.__main__ import main
-from fasttrain.data import decoded, folder
-from fasttrain.data.cifar import Dataset, channel_statistics
-from fasttrain.data.loader import open_dataset
+from fasttrain.data.dataset import Dataset, channel_statistics
+from fasttrain.data.load import load_dataset
+from fasttrain.data.sources import folder, pixel_cache
 from fasttrain.errors import UserError
-from fasttrain.predict import read_image
+from fasttrain.tools.predict import read_image
 
 
 def noise(seed: int, width: int = 32, height: int = 32) -> Image.Image:
@@ -213,7 +213,7 @@ def damage(root: Path) -> dict[str, str]:
 
 def test_every_bad_file_is_named_with_what_is_wrong(root: Path, monkeypatch) -> None:
     reasons = damage(root)
-    monkeypatch.setattr(decoded, "NAMED", 100)
+    monkeypatch.setattr(pixel_cache, "NAMED", 100)
     message = refused(root, f"12 of {20 + len(reasons)} files cannot be used: .*--skip-bad")
     found = dict(
         part.split("cat/")[1].rstrip(")").split(" (", 1) for part in message.split("used: ")[1].split("), ")
@@ -304,7 +304,7 @@ def test_pixels_are_cached_until_a_file_changes(root: Path, monkeypatch) -> None
     first = read(root)
     [cache] = (root.parent / "cache").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(decoded, "_decode", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(pixel_cache, "_decode", lambda *_: pytest.fail("decoded again"))
         again = read(root)
         assert np.array_equal(first.train.images, again.train.images)
         assert np.array_equal(first.test.labels, again.test.labels)
@@ -319,7 +319,7 @@ def test_pixels_are_cached_until_a_file_changes(root: Path, monkeypatch) -> None
     changed = read(root)
     assert holds(np.concatenate([changed.train.images, changed.test.images]), pixels(noise(999)))
     (root / "dog" / "000.png").rename(root / "dog" / "renamed.png")
-    monkeypatch.setattr(decoded, "_decode", lambda *_: (_ for _ in ()).throw(UserError("decoded")))
+    monkeypatch.setattr(pixel_cache, "_decode", lambda *_: (_ for _ in ()).throw(UserError("decoded")))
     with pytest.raises(UserError, match="decoded"):
         read(root)
     assert list((root.parent / "cache").iterdir()) == [cache]
@@ -368,7 +368,7 @@ def test_a_choice_that_is_none_is_refused_in_one_line(tmp_path: Path, capsys) ->
             error = capsys.readouterr().err
             assert f"--data {choice}: expected auto, cifar10, cifar100, synthetic, folder:PATH, or" in error
     with pytest.raises(UserError, match="--skip-bad: only"):
-        open_dataset("synthetic", tmp_path, pytest.fail, skip_bad=True)
+        load_dataset("synthetic", tmp_path, pytest.fail, skip_bad=True)
 
 
 def test_the_commands_take_a_folder_from_data_to_report(root: Path, tmp_path: Path, capsys) -> None:

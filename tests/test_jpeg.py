@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fasttrain.data import decoded, folder, jpeg
-from fasttrain.data.image import decode
+from fasttrain.data.sources import folder, jpeg, pixel_cache
+from fasttrain.data.sources.image import decode
 from fasttrain.errors import UserError
 
 needs_dali = pytest.mark.skipif(sys.platform != "linux", reason="DALI has wheels for Linux only")
@@ -144,7 +144,7 @@ def dali_decoded(monkeypatch) -> list[int]:
         counts.append(len(images))
         return images
 
-    monkeypatch.setattr(decoded, "decode_plain", counted)
+    monkeypatch.setattr(pixel_cache, "decode_plain", counted)
     return counts
 
 

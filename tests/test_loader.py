@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from fasttrain.data import cifar, loader, synthetic
-from fasttrain.data.cifar import Dataset, Split
-from fasttrain.data.loader import build_loader, open_dataset, pick_loader
+from fasttrain.data import build, load
+from fasttrain.data.build import build_loader, pick_loader
+from fasttrain.data.dataset import Dataset, Split
+from fasttrain.data.load import load_dataset
 from fasttrain.data.sampler import Sampler
+from fasttrain.data.sources import cifar, synthetic
+from fasttrain.data.sources.download import DownloadError
 from fasttrain.errors import UserError
 from fasttrain.recipe import Recipe
 
@@ -43,7 +46,7 @@ def ramp_dataset(count: int) -> Dataset:
     return Dataset("ramp", Path("nowhere"), ("a",), split, split, (0.0, 0.0, 0.0), (1 / 255,) * 3)
 
 
-def build(
+def loader_of(
     kind: str,
     dataset: Dataset,
     *,
@@ -64,7 +67,9 @@ def epoch(batches) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def test_both_give_identical_values_labels_and_strides_on_the_test_split() -> None:
     dataset = random_dataset()
     pairs = zip(
-        epoch(build("dali", dataset, train=False)), epoch(build("tensor", dataset, train=False)), strict=True
+        epoch(loader_of("dali", dataset, train=False)),
+        epoch(loader_of("tensor", dataset, train=False)),
+        strict=True,
     )
     for (images, labels), (expected_images, expected_labels) in pairs:
         assert torch.equal(images, expected_images) and torch.equal(labels, expected_labels)
@@ -75,23 +80,23 @@ def test_both_give_identical_values_labels_and_strides_on_the_test_split() -> No
 @pytest.mark.parametrize("train", [True, False])
 def test_images_too_large_to_be_padded_in_memory_are_padded_batch_by_batch(train: bool, monkeypatch) -> None:
     dataset = random_dataset()
-    expected = epoch(build("dali", dataset, train=train))
-    monkeypatch.setattr(loader, "PADDED_GIB_MAX", 0)
-    monkeypatch.setattr(loader, "pad", lambda *_: pytest.fail("padded as a whole"))
+    expected = epoch(loader_of("dali", dataset, train=train))
+    monkeypatch.setattr(build, "PADDED_GIB_MAX", 0)
+    monkeypatch.setattr(build, "pad", lambda *_: pytest.fail("padded as a whole"))
     for (images, labels), (wanted, wanted_labels) in zip(
-        epoch(build("dali", dataset, train=train)), expected, strict=True
+        epoch(loader_of("dali", dataset, train=train)), expected, strict=True
     ):
         assert torch.equal(images, wanted) and torch.equal(labels, wanted_labels)
     with pytest.raises(UserError, match=r"--loader tensor: holds all images in memory, here 0\.0 GiB"):
-        build("tensor", dataset, train=train)
+        loader_of("tensor", dataset, train=train)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_of_another_resolution_than_the_recipes_are_refused(kind: str) -> None:
     with pytest.raises(UserError, match="--resolution 64: the images of random have 32 pixels a side"):
-        build(kind, random_dataset(), resolution=64)
+        loader_of(kind, random_dataset(), resolution=64)
     with pytest.raises(UserError, match="--resolution 64: the images of --data cifar10 have 32 pixels"):
-        loader.open_dataset("cifar10", Path("nowhere"), pytest.fail, resolution=64)
+        load.load_dataset("cifar10", Path("nowhere"), pytest.fail, resolution=64)
 
 
 @needs_dali
@@ -108,7 +113,7 @@ def test_images_of_another_resolution_than_the_recipes_are_refused(kind: str) ->
 )
 def test_both_give_identical_batches_in_training(fields: dict[str, Any]) -> None:
     dataset = random_dataset()
-    ours, reference = (build(kind, dataset, **fields) for kind in ("dali", "tensor"))
+    ours, reference = (loader_of(kind, dataset, **fields) for kind in ("dali", "tensor"))
     for _ in range(2):
         for (images, labels), (expected_images, expected_labels) in zip(ours, reference, strict=True):
             assert torch.equal(images, expected_images) and torch.equal(labels, expected_labels)
@@ -117,14 +122,14 @@ def test_both_give_identical_batches_in_training(fields: dict[str, Any]) -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_are_the_pixels(kind: str) -> None:
     dataset = random_dataset(test=20)
-    [(images, labels)] = epoch(build(kind, dataset, train=False))
+    [(images, labels)] = epoch(loader_of(kind, dataset, train=False))
     assert np.array_equal(images.numpy(), dataset.test.images)
     assert labels.tolist() == dataset.test.labels.tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_are_uint8_channels_last_with_int64_labels(kind: str) -> None:
-    images, labels = next(iter(build(kind, random_dataset())))
+    images, labels = next(iter(loader_of(kind, random_dataset())))
     assert images.shape == (128, 3, 32, 32) and images.dtype == torch.uint8
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert labels.shape == (128,) and labels.dtype == torch.int64
@@ -132,9 +137,9 @@ def test_batches_are_uint8_channels_last_with_int64_labels(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_drops_the_last_batch_and_evaluation_counts_every_image_once(kind: str, monkeypatch) -> None:
-    monkeypatch.setattr(loader, "EVAL_BATCH_SIZE", 50)
+    monkeypatch.setattr(build, "EVAL_BATCH_SIZE", 50)
     dataset = random_dataset(train=600, test=130)
-    train, test = build(kind, dataset), build(kind, dataset, train=False)
+    train, test = loader_of(kind, dataset), loader_of(kind, dataset, train=False)
     assert len(train) == 4 and [len(labels) for _, labels in train] == [128] * 4
     for _ in range(2):  # a second evaluation must see the same
         batches = epoch(test)
@@ -145,7 +150,7 @@ def test_training_drops_the_last_batch_and_evaluation_counts_every_image_once(ki
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_epoch_is_a_full_reshuffle_without_repeats(kind: str) -> None:
     dataset = random_dataset(train=512)
-    batches = build(kind, dataset, **PLAIN)
+    batches = loader_of(kind, dataset, **PLAIN)
     place = {image.tobytes(): index for index, image in enumerate(dataset.train.images)}
     orders = []
     for _ in range(3):
@@ -159,7 +164,7 @@ def test_every_epoch_is_a_full_reshuffle_without_repeats(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_offsets_are_uniform_over_9_by_9_and_half_of_the_images_are_mirrored(kind: str) -> None:
     count = 8100
-    batches = build(kind, ramp_dataset(count), batch_size=count, cutout=0)
+    batches = loader_of(kind, ramp_dataset(count), batch_size=count, cutout=0)
     images, _ = next(iter(batches))
     row, column = images[:, 0, :, 0].numpy().astype(int) - 100, images[:, 1, 0, :].numpy().astype(int) - 100
     # Row 4 of the padded image is row 0: at offset 4 the middle of the crop shows its own row.
@@ -177,7 +182,7 @@ def test_offsets_are_uniform_over_9_by_9_and_half_of_the_images_are_mirrored(kin
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_border_is_the_images_own_reflection(kind: str) -> None:
-    batches = build(kind, ramp_dataset(256), batch_size=256, cutout=0, flip=False)
+    batches = loader_of(kind, ramp_dataset(256), batch_size=256, cutout=0, flip=False)
     images, _ = next(iter(batches))
     rows = set(map(tuple, (images[:, 0, :, 0].int() - 100).tolist()))
     reflected = [*range(4, 0, -1), *range(32), *range(30, 26, -1)]
@@ -187,7 +192,7 @@ def test_the_border_is_the_images_own_reflection(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_cutout_is_one_8_by_8_square_at_the_mean_anywhere_in_the_image(kind: str) -> None:
     dataset = ramp_dataset(5000)  # its mean is 0, which no pixel has
-    batches = build(kind, dataset, batch_size=5000, crop_padding=0, flip=False)
+    batches = loader_of(kind, dataset, batch_size=5000, crop_padding=0, flip=False)
     images, _ = next(iter(batches))
     hole = (images == 0).all(1)
     assert (hole.sum((1, 2)) == 64).all()
@@ -202,9 +207,9 @@ def test_cutout_is_one_8_by_8_square_at_the_mean_anywhere_in_the_image(kind: str
 @pytest.mark.parametrize("on", ["crop_padding", "flip", "cutout"])
 def test_each_augmentation_works_alone(kind: str, on: str) -> None:
     dataset = random_dataset()
-    [(plain, _), *_] = epoch(build(kind, dataset, **PLAIN))
+    [(plain, _), *_] = epoch(loader_of(kind, dataset, **PLAIN))
     [(changed, _), *_] = epoch(
-        build(kind, dataset, **PLAIN | {on: {"crop_padding": 4, "flip": True}.get(on, 8)})
+        loader_of(kind, dataset, **PLAIN | {on: {"crop_padding": 4, "flip": True}.get(on, 8)})
     )
     same = (plain == changed).all(1).float().mean((1, 2))
     expected = {"crop_padding": 0.02, "flip": 0.5, "cutout": 1 - 64 / 1024}[on]
@@ -215,7 +220,7 @@ def test_each_augmentation_works_alone(kind: str, on: str) -> None:
 def test_same_seed_same_batches_for_any_number_of_threads(kind: str) -> None:
     dataset = random_dataset()
     one, two, other = (
-        epoch(build(kind, dataset, loader_threads=threads, seed=seed))
+        epoch(loader_of(kind, dataset, loader_threads=threads, seed=seed))
         for threads, seed in ((1, 3), (2, 3), (1, 4))
     )
     assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(one, two, strict=True))
@@ -225,20 +230,20 @@ def test_same_seed_same_batches_for_any_number_of_threads(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_seed_augments_otherwise(kind: str) -> None:
     dataset = ramp_dataset(128)  # all images alike: whatever differs is the augmentation
-    one, other = (next(iter(build(kind, dataset, seed=seed)))[0] for seed in (3, 4))
+    one, other = (next(iter(loader_of(kind, dataset, seed=seed)))[0] for seed in (3, 4))
     assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_step_augments_otherwise(kind: str) -> None:
-    first, second = epoch(build(kind, ramp_dataset(256)))
+    first, second = epoch(loader_of(kind, ramp_dataset(256)))
     assert not torch.equal(first[0], second[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_restored_state_goes_on_bit_exactly_in_the_middle_of_an_epoch(kind: str) -> None:
     dataset = random_dataset()
-    first, second = build(kind, dataset), build(kind, dataset)
+    first, second = loader_of(kind, dataset), loader_of(kind, dataset)
     epoch(first)
     batches = iter(first)
     next(batches)
@@ -254,8 +259,8 @@ def test_a_restored_state_goes_on_bit_exactly_in_the_middle_of_an_epoch(kind: st
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cutout_leaves_the_mean_of_each_channel(kind: str) -> None:
-    [(plain, _), *_] = epoch(build(kind, random_dataset(), **PLAIN))
-    [(cut, _), *_] = epoch(build(kind, random_dataset(), **PLAIN | {"cutout": 8}))
+    [(plain, _), *_] = epoch(loader_of(kind, random_dataset(), **PLAIN))
+    [(cut, _), *_] = epoch(loader_of(kind, random_dataset(), **PLAIN | {"cutout": 8}))
     for channel, value in enumerate((125, 123, 114)):  # MEAN, in pixel values
         changed = cut[:, channel][cut[:, channel] != plain[:, channel]]
         assert len(changed) > 0.9 * 128 * 64 and (changed == value).all()
@@ -263,14 +268,14 @@ def test_a_cutout_leaves_the_mean_of_each_channel(kind: str) -> None:
 
 @needs_dali
 def test_records_on_the_device_and_on_the_host_give_the_same_windows() -> None:
-    from fasttrain.data.dali import OnDevice, OnHost
+    from fasttrain.data.dali import DeviceStore, HostStore
 
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (50, 40, 40, 3), dtype=np.uint8), rng.integers(0, 10, 50, np.uint8)
     indices, (rows, columns) = rng.permutation(50)[:20], rng.integers(9, size=(2, 20))
-    expected = OnHost(images, labels, 32).gather(indices, rows, columns)
+    expected = HostStore(images, labels, 32).gather(indices, rows, columns)
     for ours, theirs in zip(
-        OnDevice(images, labels, 32, CPU).gather(indices, rows, columns), expected, strict=True
+        DeviceStore(images, labels, 32, CPU).gather(indices, rows, columns), expected, strict=True
     ):
         assert torch.equal(ours, torch.from_numpy(theirs)) and ours.is_contiguous()
     window = images[indices[3], rows[3] : rows[3] + 32, columns[3] : columns[3] + 32]
@@ -281,10 +286,10 @@ def test_records_on_the_device_and_on_the_host_give_the_same_windows() -> None:
 def test_a_run_of_the_pipeline_makes_several_batches_and_is_none_the_longer_for_it(monkeypatch) -> None:
     from fasttrain.data import dali
 
-    whole = epoch(build("dali", random_dataset(), batch_size=100))
+    whole = epoch(loader_of("dali", random_dataset(), batch_size=100))
     for images in (100, 250, 10_000):  # one batch, two, more than an epoch holds
-        monkeypatch.setattr(dali, "RUN_BYTES", images * 32 * 32 * 3)
-        batches = epoch(build("dali", random_dataset(), batch_size=100))
+        monkeypatch.setattr(dali, "CHUNK_BYTES", images * 32 * 32 * 3)
+        batches = epoch(loader_of("dali", random_dataset(), batch_size=100))
         assert len(batches) == 6
         assert all(
             torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(whole, batches, strict=False)
@@ -302,8 +307,8 @@ def test_dalis_gpu_pipeline_gives_what_its_cpu_backend_gives(
     monkeypatch.setattr(dali, "RESIDENT_SHARE", resident_share)
     dataset, device = random_dataset(), torch.device("cuda", 0)
     pairs = zip(
-        epoch(build("dali", dataset, train=train, device=device)),
-        epoch(build("dali", dataset, train=train)),
+        epoch(loader_of("dali", dataset, train=train, device=device)),
+        epoch(loader_of("dali", dataset, train=train)),
         strict=True,
     )
     for (images, labels), (expected_images, expected_labels) in pairs:
@@ -315,7 +320,7 @@ def test_dalis_gpu_pipeline_gives_what_its_cpu_backend_gives(
 
 @pytest.mark.gpu
 def test_the_gpu_pipeline_hands_its_batches_over_without_a_host_sync() -> None:
-    batches = build("dali", random_dataset(), device=torch.device("cuda", 0))
+    batches = loader_of("dali", random_dataset(), device=torch.device("cuda", 0))
     epoch(batches)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -336,7 +341,7 @@ def test_the_sampler_is_a_pure_function_of_seed_and_step() -> None:
 
 def test_a_batch_larger_than_the_training_set_is_refused() -> None:
     with pytest.raises(UserError, match="--batch-size 700"):
-        build("tensor", random_dataset(), batch_size=700)
+        loader_of("tensor", random_dataset(), batch_size=700)
 
 
 def test_without_dali_the_torch_loader_takes_over_in_one_line(monkeypatch) -> None:
@@ -352,32 +357,32 @@ def test_without_dali_the_torch_loader_takes_over_in_one_line(monkeypatch) -> No
 @pytest.fixture
 def no_network(monkeypatch) -> None:
     def download(root: Path, release: cifar.Release) -> None:
-        raise cifar.DownloadError("no mirror answered")
+        raise DownloadError("no mirror answered")
 
-    monkeypatch.setattr(cifar, "download", download)
+    monkeypatch.setattr(load, "download", download)
     generate = synthetic.generate
     monkeypatch.setattr(synthetic, "generate", lambda root: generate(root, train_count=50, test_count=20))
 
 
 def test_auto_falls_back_loudly_and_cifar10_never_does(no_network, tmp_path) -> None:
     said: list[str] = []
-    assert open_dataset("auto", tmp_path, said.append).name == "synthetic"
+    assert load_dataset("auto", tmp_path, said.append).name == "synthetic"
     assert len(said) == 1 and "NOT CIFAR-10" in said[0] and "no mirror answered" in said[0]
     with pytest.raises(UserError, match="no mirror answered"):
-        open_dataset("cifar10", tmp_path, said.append)
+        load_dataset("cifar10", tmp_path, said.append)
 
 
 def test_files_on_disk_are_taken_without_a_download(no_network, tmp_path) -> None:
     synthetic.generate(tmp_path)
-    assert open_dataset("auto", tmp_path, pytest.fail).name == "synthetic"
+    assert load_dataset("auto", tmp_path, pytest.fail).name == "synthetic"
     with pytest.raises(UserError, match="--data cifar10"):
-        open_dataset("cifar10", tmp_path, pytest.fail)
+        load_dataset("cifar10", tmp_path, pytest.fail)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_alternating_flip_shows_every_image_both_ways_in_two_epochs(kind: str) -> None:
     dataset = random_dataset(train=512)
-    batches = build(kind, dataset, **PLAIN | {"flip": True}, flip_order="alternating", batch_size=128)
+    batches = loader_of(kind, dataset, **PLAIN | {"flip": True}, flip_order="alternating", batch_size=128)
     as_it_is = {image.tobytes(): index for index, image in enumerate(dataset.train.images)}
     mirrored = {image[:, :, ::-1].tobytes(): index for index, image in enumerate(dataset.train.images)}
     epochs = []
@@ -392,13 +397,13 @@ def test_an_alternating_flip_shows_every_image_both_ways_in_two_epochs(kind: str
     assert (
         (epochs[1] == ~epochs[0]).all() and (epochs[2] == epochs[0]).all() and (epochs[3] == epochs[1]).all()
     )
-    other = build(kind, dataset, **PLAIN | {"flip": True}, flip_order="alternating", seed=1)
+    other = loader_of(kind, dataset, **PLAIN | {"flip": True}, flip_order="alternating", seed=1)
     assert not np.array_equal(epochs[0], other.augmentation.first_flips)
 
 
 def test_the_order_of_flips_changes_no_other_draw() -> None:
     dataset = random_dataset()
-    one, other = (build("tensor", dataset, flip_order=order) for order in ("random", "alternating"))
+    one, other = (loader_of("tensor", dataset, flip_order=order) for order in ("random", "alternating"))
     for step in (0, 5):
         draws = [batches.augmentation.draw(step, 1, batches.sampler(step)) for batches in (one, other)]
         assert all(np.array_equal(getattr(draws[0], f), getattr(draws[1], f)) for f in ("rows", "holes"))

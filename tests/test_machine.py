@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch._inductor.config
 
-from fasttrain import machine
+from fasttrain import compile
 from fasttrain.errors import UserError
+from fasttrain.system import machine, precision, rates, rng
+from fasttrain.tools import doctor
 
 CPU = torch.device("cpu")
 
@@ -56,48 +58,48 @@ def test_auto_takes_bf16_where_the_cpu_has_it(
     monkeypatch: pytest.MonkeyPatch, instruction: str, dtype: torch.dtype
 ) -> None:
     give_cpu_instructions(monkeypatch, **{instruction: True})
-    monkeypatch.setattr(machine, "bf16_speedup_on_cpu", lambda: 2.4)
-    assert machine.pick_compute_dtype("auto", CPU) == dtype
+    monkeypatch.setattr(precision, "bf16_speedup_on_cpu", lambda: 2.4)
+    assert precision.pick_compute_dtype("auto", CPU) == dtype
 
 
 def test_auto_leaves_bf16_where_the_cpu_is_slower_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     give_cpu_instructions(monkeypatch, avx512_bf16=True)
-    rates, threads, ours = {torch.float32: 0.28, torch.bfloat16: 0.16}, set(), torch.get_num_threads()
+    measured, threads, ours = {torch.float32: 0.28, torch.bfloat16: 0.16}, set(), torch.get_num_threads()
 
     def measure(device: torch.device, dtype: torch.dtype, **_: object) -> float:
         threads.add(torch.get_num_threads())
-        return rates[dtype]
+        return measured[dtype]
 
-    monkeypatch.setattr(machine, "measure_matmul_tflops", measure)
-    machine.bf16_speedup_on_cpu.cache_clear()
+    monkeypatch.setattr(precision, "measure_matmul_tflops", measure)
+    precision.bf16_speedup_on_cpu.cache_clear()
     try:
-        assert machine.pick_compute_dtype("auto", CPU) == torch.float32
-        assert machine.pick_compute_dtype("bf16", CPU) == torch.bfloat16  # who asks for it gets it
+        assert precision.pick_compute_dtype("auto", CPU) == torch.float32
+        assert precision.pick_compute_dtype("bf16", CPU) == torch.bfloat16  # who asks for it gets it
         # One is not held up by another thread that waits for a busy core: the answer stays the same there.
         assert threads == {1} and torch.get_num_threads() == ours
     finally:
-        machine.bf16_speedup_on_cpu.cache_clear()
+        precision.bf16_speedup_on_cpu.cache_clear()
 
 
 @pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_auto_takes_a_half_precision_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, has_bf16: bool, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(machine, "has_native_bf16", lambda device: has_bf16)
-    assert machine.pick_compute_dtype("auto", torch.device("cuda", 0)) == dtype
+    monkeypatch.setattr(precision, "has_native_bf16", lambda device: has_bf16)
+    assert precision.pick_compute_dtype("auto", torch.device("cuda", 0)) == dtype
 
 
 @pytest.mark.parametrize("requested", ["bf16", "fp16", "tf32"])
 def test_a_precision_that_the_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch, requested: str) -> None:
     give_cpu_instructions(monkeypatch)
     with pytest.raises(UserError, match=f"--compute-dtype {requested}: .* fp32"):
-        machine.pick_compute_dtype(requested, CPU)  # type: ignore[arg-type]
+        precision.pick_compute_dtype(requested, CPU)  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("error")
 def test_tf32_is_allowed_to_all_or_to_none() -> None:
     for allow in (True, False):
-        machine.set_fp32_precision(allow_tf32=allow)
+        precision.set_fp32_precision(allow_tf32=allow)
         assert torch.backends.cudnn.allow_tf32 is allow
         assert torch.backends.cuda.matmul.allow_tf32 is allow
 
@@ -110,7 +112,7 @@ def test_freed_memory_is_kept_so_that_large_tensors_come_without_page_faults() -
     """
     code = """
 import resource, sys, torch
-from fasttrain.machine import prepare
+from fasttrain.system.precision import prepare
 if sys.argv[1] == "keep":
     prepare(torch.device("cpu"), "auto")
 for _ in range(20):
@@ -129,14 +131,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def test_a_missing_compiler_is_named_with_its_remedy() -> None:
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
-        assert "install g++" in (machine.compiler_available(CPU) or "")
+        assert "install g++" in (compile.compiler_available(CPU) or "")
 
 
 def test_fork_rng_puts_the_generators_back() -> None:
     torch.manual_seed(1)
     expected = torch.rand(2)
     torch.manual_seed(1)
-    with machine.fork_rng(CPU):
+    with rng.fork_rng(CPU):
         torch.rand(5)
     assert torch.equal(torch.rand(2), expected)
 
@@ -154,7 +156,7 @@ def test_describe_is_json_and_names_nobody(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_copy_without_git_is_told_its_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, commit: str, dirty: bool
 ) -> None:
-    monkeypatch.setattr(machine, "__file__", str(tmp_path / "fasttrain" / "machine.py"))
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "fasttrain" / "system" / "machine.py"))
     monkeypatch.delenv("FASTTRAIN_COMMIT", raising=False)
     assert machine.describe(CPU)["git_commit"] is None
     monkeypatch.setenv("FASTTRAIN_COMMIT", told)
@@ -163,15 +165,15 @@ def test_a_copy_without_git_is_told_its_commit(
 
 def test_rates_are_positive() -> None:
     before = torch.get_rng_state()
-    assert machine.measure_matmul_tflops(CPU, torch.float32, seconds=0.05) > 0
+    assert rates.measure_matmul_tflops(CPU, torch.float32, seconds=0.05) > 0
     assert torch.equal(torch.get_rng_state(), before)  # what a caller draws does not hang on it
-    assert machine.measure_copy_gbps(CPU, seconds=0.05) > 0
+    assert rates.measure_copy_gbps(CPU, seconds=0.05) > 0
 
 
 @pytest.fixture
 def quick_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "measure_matmul_tflops", lambda *_, **__: 1.0)
-    monkeypatch.setattr(machine, "measure_copy_gbps", lambda device: 1.0)
+    monkeypatch.setattr(doctor, "measure_matmul_tflops", lambda *_, **__: 1.0)
+    monkeypatch.setattr(doctor, "measure_copy_gbps", lambda device: 1.0)
 
 
 @pytest.mark.usefixtures("quick_rates")
@@ -192,13 +194,13 @@ def test_doctor_names_a_missing_package_and_its_fix(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)  # Makes `import module` fail.
     monkeypatch.setenv("COLUMNS", "200")
-    assert machine.doctor("cpu") == 0, "training goes on without it"
+    assert doctor.doctor("cpu") == 0, "training goes on without it"
     assert fix in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("quick_rates")
 def test_doctor_fails_where_training_would(capsys: pytest.CaptureFixture[str]) -> None:
-    assert machine.doctor("cuda:99") == 1
+    assert doctor.doctor("cuda:99") == 1
     assert "cannot run" in capsys.readouterr().out
 
 
@@ -213,7 +215,7 @@ def test_describe_on_a_gpu() -> None:
 def test_compute_on_a_gpu() -> None:
     device = machine.pick_device("auto")
     assert device.type == "cuda"
-    assert machine.measure_matmul_tflops(device, machine.pick_compute_dtype("auto", device)) > 1
+    assert rates.measure_matmul_tflops(device, precision.pick_compute_dtype("auto", device)) > 1
 
 
 @pytest.mark.parametrize(("seconds", "side"), [(1e-3, 2048), (1.0, 512)])
@@ -221,5 +223,5 @@ def test_a_cpu_that_emulates_a_precision_is_measured_with_smaller_matrices(
     seconds: float, side: int, monkeypatch
 ) -> None:
     """At a second for a product of 512, one of 2,048 would take a minute."""
-    monkeypatch.setattr(machine, "_best_seconds", lambda *_: seconds)
-    assert machine.measure_matmul_tflops(CPU, torch.float32) == 2 * side**3 / seconds / 1e12
+    monkeypatch.setattr(rates, "_best_seconds", lambda *_: seconds)
+    assert rates.measure_matmul_tflops(CPU, torch.float32) == 2 * side**3 / seconds / 1e12

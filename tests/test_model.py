@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from fasttrain.model import CustomResNet, block_shapes, multiply_adds, summary, training_flop_per_image
+from fasttrain.model import CustomResNet, multiply_adds, training_flop_per_image
+from fasttrain.report.summary import block_shapes, summary
 
 
 def pixels(count: int) -> torch.Tensor:

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from fasttrain.__main__ import main
-from fasttrain.checkpoint import load_checkpoint, save_checkpoint
-from fasttrain.data import image as image_module
+from fasttrain.checkpoint.file import load_checkpoint, save_checkpoint
+from fasttrain.data.sources import image as image_module
 from fasttrain.errors import UserError
 from fasttrain.model import CustomResNet
-from fasttrain.predict import find_images, predict, read_image
 from fasttrain.recipe import Recipe
+from fasttrain.tools.predict import find_images, predict, read_image
 from tests.helpers import checkpoint_of, experienced_network
 
 CLASSES = [f"class {label}" for label in range(5)]

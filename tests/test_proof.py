@@ -14,10 +14,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrain import model as model_module
-from fasttrain.checkpoint import load_checkpoint, load_model, restore_model, save_checkpoint
+from fasttrain.checkpoint.file import load_checkpoint, save_checkpoint
+from fasttrain.checkpoint.network import load_model, restore_model
+from fasttrain.checkpoint.proof import TOLERANCE, proof_images, proof_logits, require_proven
 from fasttrain.errors import UserError
 from fasttrain.model import CustomResNet, build_model
-from fasttrain.proof import TOLERANCE, proof_images, proof_logits, require_proven
 from fasttrain.recipe import Recipe
 from tests.helpers import OTHER_VALUES, checkpoint_of, experienced_network
 
@@ -150,9 +151,9 @@ def test_a_proof_is_exact_whatever_torchs_newer_settings_say(newer: str) -> None
     owner = "torch.backends" if newer == "backends" else f"torch.backends.{newer}"
     code = f"""
 import torch
-from fasttrain.machine import exact_float32, set_fp32_precision
+from fasttrain.system.precision import exact_float32, set_fp32_precision
 from fasttrain.model import build_model
-from fasttrain.proof import proof_logits
+from fasttrain.checkpoint.proof import proof_logits
 from fasttrain.recipe import Recipe
 {owner}.fp32_precision = "tf32"
 with exact_float32():
@@ -170,7 +171,7 @@ assert torch.backends.cudnn.conv.fp32_precision != "tf32" and not torch.backends
 
 def test_a_proof_is_exact_where_onednn_may_round_to_bf16() -> None:
     code = """
-from fasttrain.proof import proof_logits
+from fasttrain.checkpoint.proof import proof_logits
 from fasttrain.recipe import Recipe
 from tests.helpers import experienced_network
 print(proof_logits(experienced_network(Recipe(width=8))).tolist())

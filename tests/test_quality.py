@@ -7,14 +7,15 @@ import numpy as np
 
 from benchmarks import quality, report, tables
 from fasttrain import trainer
-from fasttrain.data import cifar
+from fasttrain.data import dataset
+from fasttrain.data.sources import cifar
 
 
 def test_coarser_images_are_farther_from_the_original_and_their_labels_stay(dataset_dir: Path) -> None:
     original = cifar.read(dataset_dir)
     coarse, coarser = (quality.at_quality(original, q) for q in (90, 10))
 
-    def distance(dataset: cifar.Dataset) -> float:
+    def distance(dataset: dataset.Dataset) -> float:
         return float(np.abs(dataset.test.images.astype(int) - original.test.images).mean())
 
     assert 0 < 1.2 * distance(coarse) < distance(coarser)
@@ -43,7 +44,7 @@ def test_it_trains_at_every_quality_and_goes_on_where_it_stopped(
     quality.main(options)
     monkeypatch.setattr(trainer, "train", None)  # everything is there: nothing is trained again
     quality.main(options)
-    [path] = (tmp_path / "results").glob("quality-*.json")
+    [path] = (tmp_path / "results").glob("*/quality.json")
     values = json.loads(path.read_text())
     assert [row["name"] for row in values["rows"]] == ["as they are", "q25"]
     assert values["rows"][0]["difference"] is None and values["rows"][1]["difference"]["n"] == 2

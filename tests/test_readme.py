@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import fasttrain
-from fasttrain.data import synthetic
-from fasttrain.run import EPOCH_LOSSES, Run
+from fasttrain.data.sources import synthetic
+from fasttrain.report.run import EPOCH_LOSSES, Run
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 

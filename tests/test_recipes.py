@@ -14,12 +14,13 @@ import pytest
 from benchmarks import recipes, report, tables
 from benchmarks.recipes import Options
 from fasttrain import trainer
-from fasttrain.checkpoint import load_checkpoint
-from fasttrain.data import cifar
+from fasttrain.checkpoint.file import load_checkpoint
+from fasttrain.data import dataset
+from fasttrain.data.sources import cifar
 from fasttrain.errors import UserError
-from fasttrain.machine import hardware_name
 from fasttrain.recipe import PRESETS, Recipe, load_recipe
 from fasttrain.step import TrainStep
+from fasttrain.system.machine import hardware_name
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +57,7 @@ def options(base: Path, data: Path, tmp_path: Path, **fields: Any) -> Options:
 
 
 def result(tmp_path: Path, name: str) -> dict[str, Any]:
-    [path] = (tmp_path / "results").glob(f"{name}-*.json")
+    [path] = (tmp_path / "results").glob(f"*/{name}*.json")
     return json.loads(path.read_text())
 
 
@@ -131,7 +132,7 @@ def test_the_test_images_are_not_among_those_of_an_ablation(dataset_dir) -> None
     split = recipes.held_out(whole)
     kept = np.concatenate([split.train.images, split.test.images])
     assert np.array_equal(kept, whole.train.images) and len(split.test.labels) == 6
-    assert split.mean == cifar.channel_statistics(split.train.images)[0] != whole.mean
+    assert split.mean == dataset.channel_statistics(split.train.images)[0] != whole.mean
     assert "held out" in split.name
 
 

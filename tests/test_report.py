@@ -22,13 +22,14 @@ from matplotlib.image import imread
 
 from fasttrain import trainer as train_module
 from fasttrain.__main__ import main
-from fasttrain.compare import group_runs
-from fasttrain.data import cifar
+from fasttrain.data.sources import cifar
 from fasttrain.evaluate import Evaluation
-from fasttrain.lr_find import LrCurve, LrSearch
+from fasttrain.lr_finder import LrCurve, LrSearch
 from fasttrain.recipe import Recipe
-from fasttrain.report import _samples, _tests, report
-from fasttrain.run import load_run
+from fasttrain.report.compare import group_runs
+from fasttrain.report.html import _samples, _tests
+from fasttrain.report.run import load_run
+from fasttrain.tools.report import report
 from fasttrain.trainer import train
 
 HOSTILE = "<script>alert('$x_$')</script>"
@@ -222,7 +223,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(run: Path, tmp_path, m
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fasttrain.files.os.fsync", full)
+    monkeypatch.setattr("fasttrain.system.files.os.fsync", full)
     assert main(["report", str(folder), "--data-dir", str(tmp_path / "none"), "--device", "cpu"]) == 2
     assert "report.html: cannot be written (No space left on device)" in capsys.readouterr().err
     assert (folder / "report.html").read_bytes() == before

@@ -12,19 +12,24 @@ import pytest
 import torch
 
 from benchmarks.soak import outcome, same
-from fasttrain import machine, resume, trainer
+from fasttrain import trainer
 from fasttrain.__main__ import main
-from fasttrain.checkpoint import CheckpointWriter, load_checkpoint, save_checkpoint
-from fasttrain.data import cifar
-from fasttrain.data.loader import build_loader
+from fasttrain.checkpoint import manager
+from fasttrain.checkpoint import resume as resume_module
+from fasttrain.checkpoint.file import load_checkpoint, save_checkpoint
+from fasttrain.checkpoint.state import Progress
+from fasttrain.checkpoint.writer import CheckpointWriter
+from fasttrain.data.build import build_loader
+from fasttrain.data.sources import cifar
 from fasttrain.errors import DivergedError, Interrupted, UserError
-from fasttrain.evaluate import evaluate, evaluate_checkpoint
-from fasttrain.files import hold_folder
+from fasttrain.evaluate import evaluate
 from fasttrain.model import build_model
 from fasttrain.recipe import Recipe, flag
-from fasttrain.resume import Progress
-from fasttrain.run import load_run
+from fasttrain.report.run import load_run
 from fasttrain.step import TrainStep
+from fasttrain.system import precision
+from fasttrain.system.files import hold_folder
+from fasttrain.tools.evaluate_checkpoint import evaluate_checkpoint
 
 RECIPE = Recipe(
     name="tiny", epochs=3, batch_size=16, width=2, dropout=0.1, compute_dtype="fp32", loader="tensor"
@@ -150,7 +155,7 @@ def test_a_run_begun_before_a_field_was_added_goes_on(whole, dataset_dir, tmp_pa
 
 def choose(monkeypatch, precision: str) -> None:
     """Let this machine choose a precision for new runs."""
-    for module in (trainer, resume):
+    for module in (trainer, resume_module):
         monkeypatch.setattr(
             module, "pick_precision", lambda requested, _: precision if requested == "auto" else requested
         )
@@ -181,12 +186,12 @@ def test_a_resumed_run_keeps_its_precision_wherever_it_goes_on(
 def test_a_machine_without_the_runs_precision_emulates_it(
     requested: str, dataset_dir, tmp_path, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr(machine, "has_native_bf16", lambda _: True)
-    monkeypatch.setattr(machine, "bf16_speedup_on_cpu", lambda: 2.0)
+    monkeypatch.setattr(precision, "has_native_bf16", lambda _: True)
+    monkeypatch.setattr(precision, "bf16_speedup_on_cpu", lambda: 2.0)
     recipe = dataclasses.replace(RECIPE, compute_dtype=requested)
     undisturbed = train(dataset_dir, tmp_path / "whole", recipe)
     folder = stop_at(dataset_dir, tmp_path / "stopped", 6, monkeypatch, recipe=recipe)
-    monkeypatch.setattr(machine, "has_native_bf16", lambda _: False)
+    monkeypatch.setattr(precision, "has_native_bf16", lambda _: False)
     resume_it = ["train", "--resume", str(folder), "--data-dir", str(dataset_dir), "--device", "cpu"]
     assert main(resume_it) == 0
     reason = "cpu only emulates it" if requested == "bf16" else "a new one would take fp32 here"
@@ -197,8 +202,8 @@ def test_a_machine_without_the_runs_precision_emulates_it(
     said = capsys.readouterr().out
     assert "images, in fp32" in said and f"measured {row['test_accuracy']:.2%} on synthetic, in bf16" in said
     assert result.loss == pytest.approx(row["test_loss"], rel=0.02)
-    monkeypatch.setattr(machine, "has_native_bf16", lambda _: True)
-    monkeypatch.setattr(machine, "bf16_speedup_on_cpu", lambda: 0.5)  # here a new run would take fp32
+    monkeypatch.setattr(precision, "has_native_bf16", lambda _: True)
+    monkeypatch.setattr(precision, "bf16_speedup_on_cpu", lambda: 0.5)  # here a new run would take fp32
     result = evaluate_checkpoint(folder / "last.pt", lambda _: cifar.read(dataset_dir), device="cpu")
     assert "images, in bf16" in capsys.readouterr().out
     assert (result.loss, result.accuracy) == (row["test_loss"], row["test_accuracy"])
@@ -234,7 +239,7 @@ def test_a_checkpoint_of_before_the_proof_resumes_and_is_said_to_be_unproven(
 def test_a_checkpoint_that_fails_its_proof_is_not_resumed(
     whole, dataset_dir, tmp_path, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr(resume, "EPOCH_PAUSE", 0.0)
+    monkeypatch.setattr(manager, "EPOCH_PAUSE", 0.0)
     folder = stop_at(dataset_dir, tmp_path, 6, monkeypatch)
     state = load_checkpoint(folder / "last.pt")
     state["model"]["fc.weight"].mul_(1.01)
@@ -248,7 +253,7 @@ def test_a_checkpoint_that_fails_its_proof_is_not_resumed(
 
 def test_another_runs_checkpoint_decides_nothing(dataset_dir, tmp_path, monkeypatch, capsys) -> None:
     """A last.pt of another recipe and precision is set aside; previous.pt, which is this run's, resumes."""
-    monkeypatch.setattr(resume, "EPOCH_PAUSE", 0.0)
+    monkeypatch.setattr(manager, "EPOCH_PAUSE", 0.0)
     choose(monkeypatch, "fp32")
     undisturbed = train(dataset_dir, tmp_path / "whole", AUTO)
     folder = stop_at(dataset_dir, tmp_path / "stopped", 6, monkeypatch, recipe=AUTO)
@@ -373,14 +378,14 @@ def test_other_images_are_refused_and_nothing_changes(dataset_dir, tmp_path, mon
     folder = stop_at(dataset_dir, tmp_path, 1, monkeypatch)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setattr(
-        trainer, "open_dataset", lambda *_, **__: dataclasses.replace(original(*_), name="other")
+        trainer, "load_dataset", lambda *_, **__: dataclasses.replace(original(*_), name="other")
     )
     with pytest.raises(UserError, match="dataset is other and was synthetic"):
         train(dataset_dir, tmp_path, resume=folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-original = trainer.open_dataset
+original = trainer.load_dataset
 
 
 def test_another_version_is_said_and_kept(dataset_dir, tmp_path, monkeypatch, capsys) -> None:
@@ -396,7 +401,7 @@ def test_another_version_is_said_and_kept(dataset_dir, tmp_path, monkeypatch, ca
 def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(
     whole, dataset_dir, tmp_path, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr(resume, "EPOCH_PAUSE", 0.0)
+    monkeypatch.setattr(manager, "EPOCH_PAUSE", 0.0)
     folder = stop_at(dataset_dir, tmp_path, 6, monkeypatch)
     torn = (folder / "last.pt").read_bytes()[:-100]
     (folder / "last.pt").write_bytes(torn)
@@ -440,7 +445,7 @@ def poison(step: TrainStep) -> None:
 
 
 def test_a_nan_stops_the_run_and_keeps_the_good_checkpoint(dataset_dir, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(resume, "EPOCH_PAUSE", 0.0)
+    monkeypatch.setattr(manager, "EPOCH_PAUSE", 0.0)
     after_step(monkeypatch, 6, poison)  # so that step 7 is the first with a NaN loss
     with pytest.raises(DivergedError, match="epoch 2, step 7"):
         train(dataset_dir, tmp_path)
@@ -487,13 +492,13 @@ def test_short_epochs_share_a_checkpoint_and_the_best_one_is_kept(
 
 
 def test_a_signal_right_after_a_short_epoch_still_saves_it(dataset_dir, tmp_path, monkeypatch) -> None:
-    end_epoch = resume.Saver.end_epoch
+    end_epoch = manager.Saver.end_epoch
 
-    def signalled_late(self: resume.Saver) -> None:
+    def signalled_late(self: manager.Saver) -> None:
         end_epoch(self)  # the checkpoint is young: none is written
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(resume.Saver, "end_epoch", signalled_late)
+    monkeypatch.setattr(manager.Saver, "end_epoch", signalled_late)
     with pytest.raises(Interrupted, match=f"saved at step {STEPS_PER_EPOCH} "):
         train(dataset_dir, tmp_path)
     state = load_checkpoint(only(tmp_path) / "last.pt")

@@ -17,19 +17,20 @@ from PIL import Image
 from torch import Tensor
 
 from fasttrain import trainer
-from fasttrain.checkpoint import load_checkpoint, load_model
-from fasttrain.data import cifar, synthetic
-from fasttrain.data.cifar import Dataset
-from fasttrain.data.image import decode
-from fasttrain.data.loader import open_dataset
-from fasttrain.evaluate import evaluate_checkpoint
-from fasttrain.export import FORMATS, export
+from fasttrain.checkpoint.file import load_checkpoint
+from fasttrain.checkpoint.network import load_model
+from fasttrain.checkpoint.proof import proof_logits
+from fasttrain.data.dataset import Dataset
+from fasttrain.data.load import load_dataset
+from fasttrain.data.sources import cifar, synthetic
+from fasttrain.data.sources.image import decode
 from fasttrain.model import CustomResNet
-from fasttrain.predict import predict
-from fasttrain.proof import proof_logits
 from fasttrain.recipe import PRESETS, Recipe
-from fasttrain.report import report
 from fasttrain.step import TrainStep
+from fasttrain.tools.evaluate_checkpoint import evaluate_checkpoint
+from fasttrain.tools.export import FORMATS, export
+from fasttrain.tools.predict import predict
+from fasttrain.tools.report import report
 
 CPU = torch.device("cpu")
 
@@ -112,8 +113,8 @@ def trained(request, images: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         patch.setattr(trainer, "measure_matmul_tflops", lambda *_, **__: 1.0)
         out = tmp_path_factory.mktemp("runs")
         run = trainer.train(recipe, data=f"folder:{images}", data_dir=images.parent, out=out, device="cpu")
-    dataset = open_dataset(f"folder:{images}", images.parent, print, resolution=recipe.resolution)
-    yield Trained(run.folder, steps[-1].shipped_model.eval(), dataset, images)
+    dataset = load_dataset(f"folder:{images}", images.parent, print, resolution=recipe.resolution)
+    yield Trained(run.folder, steps[-1].eval_model.eval(), dataset, images)
 
 
 def test_evaluate_gives_the_figures_that_the_training_wrote(trained: Trained, capsys) -> None:

@@ -15,7 +15,7 @@ from matplotlib.image import imread
 
 import fasttrain
 from fasttrain.recipe import Recipe
-from fasttrain.run import Run
+from fasttrain.report.run import Run
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = "<script>alert(1)</script>"

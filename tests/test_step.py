@@ -163,11 +163,11 @@ def test_a_restored_step_goes_on_exactly(fields: dict) -> None:
     for _ in range(3):
         first(images, labels)
     second = build(**fields)
-    second.shipped_model.load_state_dict(copy.deepcopy(first.shipped_model.state_dict()))
+    second.eval_model.load_state_dict(copy.deepcopy(first.eval_model.state_dict()))
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for step in (first, second):
         step(images, labels)
-    for models in ((second.model, first.model), (second.shipped_model, first.shipped_model)):
+    for models in ((second.model, first.model), (second.eval_model, first.eval_model)):
         ours, expected = (model.state_dict().values() for model in models)
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
@@ -180,13 +180,13 @@ def test_an_average_follows_the_training_and_does_not_change_it() -> None:
         for step in (plain, averaged):
             step(images, labels)
         trail.append(averaged.model.fc.weight.detach().clone())
-    assert plain.shipped_model is plain.model and averaged.shipped_model is not averaged.model
+    assert plain.eval_model is plain.model and averaged.eval_model is not averaged.model
     for ours, expected in zip(averaged.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(ours, expected)
     shares = [math.exp(-age / 10) for age in (2, 1, 0)]
     expected = sum(share * weights for share, weights in zip(shares, trail, strict=True)) / sum(shares)
-    torch.testing.assert_close(averaged.shipped_model.fc.weight, expected)
-    statistics = [step.shipped_model.prep[1].running_mean for step in (plain, averaged)]
+    torch.testing.assert_close(averaged.eval_model.fc.weight, expected)
+    statistics = [step.eval_model.prep[1].running_mean for step in (plain, averaged)]
     assert not torch.equal(*statistics)
 
 
@@ -298,7 +298,7 @@ def test_a_recorded_step_trains_as_an_eager_one(
     assert len(recordings) == (2 if "early_resolution" in fields else 1)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert eager.lr == recorded.lr
-    for models in ((recorded.model, eager.model), (recorded.shipped_model, eager.shipped_model)):
+    for models in ((recorded.model, eager.model), (recorded.eval_model, eager.eval_model)):
         ours, reference = (model.state_dict() for model in models)
         for name, value in ours.items():
             torch.testing.assert_close(value.float(), reference[name].float(), rtol=1e-2, atol=1e-3)
@@ -352,11 +352,11 @@ def test_compiling_covers_both_resolutions_before_the_first_step(monkeypatch) ->
 def test_recording_leaves_no_trace(recordings) -> None:
     step, (images, labels) = build(cuda_graph=True, width=8, dropout=0.5, ema_epochs=4.0), batch()
     before, rng = copy.deepcopy(step.model.state_dict()), torch.get_rng_state()
-    average = copy.deepcopy(step.shipped_model.state_dict())
+    average = copy.deepcopy(step.eval_model.state_dict())
     assert step.warm_up(images, labels) > 0 and len(recordings) == 1
     assert step.state_dict()["optimizer"]["state"] == {} and step.step == 0
     assert all(torch.equal(now, before[name]) for name, now in step.model.state_dict().items())
-    assert all(torch.equal(now, average[name]) for name, now in step.shipped_model.state_dict().items())
+    assert all(torch.equal(now, average[name]) for name, now in step.eval_model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), rng)
     assert not any(tensor.any() for tensor in step._optimizer_tensors())
     step(images, labels)
@@ -396,8 +396,8 @@ def test_a_restored_step_goes_on_where_the_recorded_one_stood_on_a_gpu(compute_d
     for _ in range(3):
         step(images, labels)
     other(images, labels)  # has a recording of its own, which the restored state must not go on with
-    weights, state = copy.deepcopy((step.shipped_model.state_dict(), step.state_dict()))
-    other.shipped_model.load_state_dict(weights)
+    weights, state = copy.deepcopy((step.eval_model.state_dict(), step.state_dict()))
+    other.eval_model.load_state_dict(weights)
     other.load_state_dict(state)
     step.take_metrics()
     other.take_metrics()

@@ -4,12 +4,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fasttrain.data import cifar, synthetic
+from fasttrain.data import dataset
+from fasttrain.data.sources import cifar, synthetic
 from fasttrain.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> cifar.Dataset:
+def data(tmp_path_factory: pytest.TempPathFactory) -> dataset.Dataset:
     root = tmp_path_factory.mktemp("synthetic")
     synthetic.generate(root, train_count=4000, test_count=1000)
     return cifar.read(root)
@@ -19,7 +20,7 @@ def content(root: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (root / cifar.CIFAR10.folder).iterdir()}
 
 
-def test_it_is_read_like_the_release(data: cifar.Dataset) -> None:
+def test_it_is_read_like_the_release(data: dataset.Dataset) -> None:
     assert data.name == "synthetic"
     assert len(data.classes) == 10 and not set(data.classes) & set(cifar.CIFAR10.classes)
     for split, count in ((data.train, 4000), (data.test, 1000)):
@@ -30,7 +31,7 @@ def test_it_is_read_like_the_release(data: cifar.Dataset) -> None:
     assert not any(state.verified for state in cifar.checksum_state(data.root))
 
 
-def test_labels_are_shuffled(data: cifar.Dataset) -> None:
+def test_labels_are_shuffled(data: dataset.Dataset) -> None:
     # Nothing may follow from the place in a file: a batch of neighbours must hold every class.
     assert all(len(set(data.train.labels[start : start + 100])) == 10 for start in range(0, 4000, 100))
     assert len({tuple(part) for part in data.train.labels.reshape(-1, 10)}) > 390
@@ -100,7 +101,7 @@ def features(images: np.ndarray, degree: int) -> np.ndarray:
     return np.concatenate([correlation[:, :9, :9], correlation[:, -8:, :9]], axis=1).reshape(len(pixels), -1)
 
 
-def linear_accuracy(data: cifar.Dataset, degree: int, penalty: float) -> float:
+def linear_accuracy(data: dataset.Dataset, degree: int, penalty: float) -> float:
     """Test accuracy of ridge regression on one-hot labels."""
     train, test = features(data.train.images, degree), features(data.test.images, degree)
     targets = np.eye(10, dtype=np.float32)[data.train.labels]
@@ -108,14 +109,14 @@ def linear_accuracy(data: cifar.Dataset, degree: int, penalty: float) -> float:
     return float(((test @ weights).argmax(1) == data.test.labels).mean())
 
 
-def test_pixels_say_little_and_texture_says_much(data: cifar.Dataset) -> None:
+def test_pixels_say_little_and_texture_says_much(data: dataset.Dataset) -> None:
     assert linear_accuracy(data, degree=1, penalty=1000) < 0.3
     assert linear_accuracy(data, degree=2, penalty=0.1) > 0.6
 
 
-def test_a_flip_keeps_the_class(data: cifar.Dataset) -> None:
+def test_a_flip_keeps_the_class(data: dataset.Dataset) -> None:
     """Texture classified by weights from upright images must be as easy to classify on flipped ones."""
-    flipped = cifar.Split(data.test.images[..., ::-1], data.test.labels)
-    mirrored = cifar.Dataset(data.name, data.root, data.classes, data.train, flipped, data.mean, data.std)
+    flipped = dataset.Split(data.test.images[..., ::-1], data.test.labels)
+    mirrored = dataset.Dataset(data.name, data.root, data.classes, data.train, flipped, data.mean, data.std)
     upright = linear_accuracy(data, degree=2, penalty=0.1)
     assert linear_accuracy(mirrored, degree=2, penalty=0.1) == pytest.approx(upright, abs=0.03)

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fasttrain import metrics, trainer
+from fasttrain import trainer
 from fasttrain.__main__ import main
-from fasttrain.checkpoint import load_checkpoint
-from fasttrain.compiling import Payoff
-from fasttrain.data import cifar
-from fasttrain.machine import cpu_cores
+from fasttrain.checkpoint.file import load_checkpoint
+from fasttrain.compile import CompileEstimate
+from fasttrain.data.sources import cifar
 from fasttrain.model import CustomResNet, training_flop_per_image
 from fasttrain.recipe import Recipe
+from fasttrain.report import summary
 from fasttrain.step import TrainStep
+from fasttrain.system.machine import cpu_cores
 from fasttrain.trainer import train
 
 RESULT_KEYS = {
@@ -159,7 +160,9 @@ def test_two_runs_of_one_seed_are_equal_bit_for_bit(run: Path, dataset_dir: Path
 def test_auto_compiles_where_it_can_pay_and_a_resumed_run_keeps_what_was_decided(
     pays: bool, dataset_dir: Path, tmp_path, monkeypatch, capsys
 ) -> None:
-    gain = Payoff(steps=4, step_seconds=1.0, floor_seconds=0.5, compile_seconds=1.0 if pays else 60.0)
+    gain = CompileEstimate(
+        steps=4, step_seconds=1.0, floor_seconds=0.5, compile_seconds=1.0 if pays else 60.0
+    )
     compile_, calls = torch.compile, []
     monkeypatch.setattr(trainer, "pick_compile_mode", lambda *_: "default")
     monkeypatch.setattr(trainer, "payoff", lambda *_: calls.append("asked") or gain)
@@ -234,7 +237,7 @@ def test_tensorboard_where_it_is_missing_is_one_line_and_no_folder(
 
 def test_max_lr_auto_asks_the_finder_first(dataset_dir: Path, tmp_path, monkeypatch) -> None:
     from fasttrain import trainer as train_module
-    from fasttrain.lr_find import LrSearch
+    from fasttrain.lr_finder import LrSearch
 
     monkeypatch.setattr(train_module, "find_max_lr", lambda *_, **__: LrSearch([], [0.5, 0.002, 0.001]))
     recipe = Recipe(epochs=1, batch_size=32, max_lr="auto")
@@ -285,8 +288,8 @@ def test_help_of_train_shows_the_chosen_recipes_defaults(capsys) -> None:
 
 
 def test_summary_names_the_least_time_of_an_epoch_on_this_machine(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(metrics, "measure_matmul_tflops", lambda *_: 10.0)
-    monkeypatch.setattr(metrics, "pick_precision", lambda *_: "fp32")
+    monkeypatch.setattr(summary, "measure_matmul_tflops", lambda *_: 10.0)
+    monkeypatch.setattr(summary, "pick_precision", lambda *_: "fp32")
     assert main(["summary", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "6,573,130" in out and f"{cpu_cores()} cores" in out

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from fasttrain.__main__ import main
-from fasttrain.data import decoded, webdataset
-from fasttrain.data.cifar import Dataset
+from fasttrain.data.dataset import Dataset
+from fasttrain.data.sources import pixel_cache, webdataset
 from fasttrain.errors import UserError
 
 Members = list[tuple[str, bytes]]
@@ -83,7 +83,7 @@ def test_every_sample_counts_once_with_its_own_label(root: Path) -> None:
 def test_pixels_are_cached_until_a_shard_changes(root: Path, monkeypatch) -> None:
     first = read(root)
     with monkeypatch.context() as patch:
-        patch.setattr(decoded, "_decode", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(pixel_cache, "_decode", lambda *_: pytest.fail("decoded again"))
         assert np.array_equal(read(root).train.images, first.train.images)
     write_shard(root / "01.tar", samples(50, 10, pet))
     os.utime(root / "01.tar", ns=(0, 0))
@@ -183,7 +183,7 @@ def damage(root: Path) -> tuple[str, dict[str, str]]:
 
 def test_every_bad_shard_and_sample_is_named_with_what_is_wrong(root: Path, monkeypatch) -> None:
     pattern, reasons = damage(root)
-    monkeypatch.setattr(decoded, "NAMED", 100)
+    monkeypatch.setattr(pixel_cache, "NAMED", 100)
     with pytest.raises(
         UserError, match=f"{len(reasons)} of [0-9]+ files cannot be used: .*--skip-bad"
     ) as refusal:

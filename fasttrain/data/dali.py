@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrain.data.batches import Loader
-from fasttrain.data.padding import LazyWindows, windows
-from fasttrain.data.sampler import Augmentation, Draws, Sampler
+from fasttrain.data.crops import LazyCrops, windows
+from fasttrain.data.loader import Loader
+from fasttrain.data.sampler import Augmentation, AugmentParams, Sampler
 
 PREFETCH = 2
 """Runs that DALI prepares ahead of the consumer."""
 
-RUN_BYTES = 2048 * 32 * 32 * 3
+CHUNK_BYTES = 2048 * 32 * 32 * 3
 """Pixels in one run of the training pipeline, or one batch where that is larger: they stay in a cache."""
 
 RESIDENT_SHARE = 0.25
@@ -47,7 +47,7 @@ class DaliLoader(Loader):
 
     def __init__(
         self,
-        images_NHWC: np.ndarray | LazyWindows,
+        images_NHWC: np.ndarray | LazyCrops,
         labels_N: np.ndarray,
         sampler: Sampler,
         augmentation: Augmentation,
@@ -62,12 +62,12 @@ class DaliLoader(Loader):
         self._fill, self._device, self._threads = fill, device, threads
         self._records: Records
         if isinstance(images_NHWC, np.ndarray) and fits_on(device, images_NHWC.nbytes):
-            self._records = OnDevice(images_NHWC, labels_N, augmentation.crop, device)
+            self._records = DeviceStore(images_NHWC, labels_N, augmentation.crop, device)
         else:
-            self._records = OnHost(images_NHWC, labels_N, augmentation.crop)
+            self._records = HostStore(images_NHWC, labels_N, augmentation.crop)
         # An evaluation's last batch is smaller: each of its batches is a run of its own.
         batch_bytes = 3 * augmentation.crop**2 * sampler.batch_size
-        self._batches_per_run = max(1, RUN_BYTES // batch_bytes) if sampler.train else 1
+        self._batches_per_chunk = max(1, CHUNK_BYTES // batch_bytes) if sampler.train else 1
         self._forget()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -99,15 +99,15 @@ class DaliLoader(Loader):
         in_flight: deque[Any] = deque(maxlen=2 * (PREFETCH + 2))
 
         @lru_cache(maxsize=PREFETCH + 2)  # both callbacks ask
-        def choices(run: int) -> tuple[np.ndarray, Draws]:
-            first = first_step + run * self._batches_per_run
-            steps = range(first, first + self._batches_per_run)
+        def choices(run: int) -> tuple[np.ndarray, AugmentParams]:
+            first = first_step + run * self._batches_per_chunk
+            steps = range(first, first + self._batches_per_chunk)
             indices = [self.sampler(step) for step in steps]
             draws = [
                 self.augmentation.draw(step, self.sampler.epoch(step), chosen)
                 for step, chosen in zip(steps, indices, strict=True)
             ]
-            return np.concatenate(indices), Draws(*map(np.concatenate, zip(*draws, strict=True)))
+            return np.concatenate(indices), AugmentParams(*map(np.concatenate, zip(*draws, strict=True)))
 
         def records(info: Any) -> list[Any]:
             indices, draws = choices(info.iteration)
@@ -126,7 +126,7 @@ class DaliLoader(Loader):
         of_chances = _source(draw_columns) | {"device": "cpu", "no_copy": True}
 
         @pipeline_def(
-            batch_size=self.sampler.batch_size * self._batches_per_run,
+            batch_size=self.sampler.batch_size * self._batches_per_chunk,
             num_threads=self._threads,
             device_id=(self._device.index or 0) if on_gpu else None,
             prefetch_queue_depth=PREFETCH,
@@ -173,19 +173,19 @@ class Records(Protocol):
         """The images' windows (N, side, side, 3) that begin at these rows and columns, and labels_N."""
 
 
-class OnHost:
+class HostStore:
     """Records in the host's memory, or mapped from a file."""
 
-    def __init__(self, images_NHWC: np.ndarray | LazyWindows, labels_N: np.ndarray, side: int) -> None:
+    def __init__(self, images_NHWC: np.ndarray | LazyCrops, labels_N: np.ndarray, side: int) -> None:
         self.settings = {"device": "cpu", "no_copy": True}
-        self._windows = images_NHWC if isinstance(images_NHWC, LazyWindows) else windows(images_NHWC, side)
+        self._windows = images_NHWC if isinstance(images_NHWC, LazyCrops) else windows(images_NHWC, side)
         self._labels_N = labels_N.astype(np.int64)
 
     def gather(self, indices: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> list[Any]:
         return [self._windows[indices, rows, columns], self._labels_N[indices]]
 
 
-class OnDevice:
+class DeviceStore:
     """Records in the GPU's memory: of a batch, only its indices and offsets cross the bus."""
 
     def __init__(

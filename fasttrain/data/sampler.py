@@ -57,7 +57,7 @@ class Sampler:
         return batch[self.shard.of(self.batch_size)]
 
 
-class Draws(NamedTuple):
+class AugmentParams(NamedTuple):
     """One batch's random choices; offsets and corners in pixels, int64.
 
     rows, columns: (N,), where the crop begins in the padded image. mirrored: (N,) bool.
@@ -89,7 +89,7 @@ class Augmentation:
     shard: Shard = WHOLE
     first_flips: np.ndarray | None = None
 
-    def draw(self, step: int, epoch: int, indices: np.ndarray) -> Draws:
+    def draw(self, step: int, epoch: int, indices: np.ndarray) -> AugmentParams:
         """The choices for these images at this step: offsets uniform, half of the images mirrored."""
         count = len(indices)
         rng = np.random.default_rng((self.seed, AUGMENTATION, step))
@@ -99,7 +99,7 @@ class Augmentation:
         if self.first_flips is not None:
             mirrored = self.first_flips[indices] ^ bool(epoch % 2)
         holes = rng.integers(self.crop - self.cutout + 1, size=(whole, 2))[mine]
-        return Draws(rows, columns, mirrored, holes)
+        return AugmentParams(rows, columns, mirrored, holes)
 
 
 def first_flips(count: int, seed: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrain.data.batches import Loader
+from fasttrain.data.loader import Loader
 from fasttrain.data.sampler import Augmentation, Sampler
 
 

@@ -1,0 +1,98 @@
+"""Checkpoints: written atomically on a thread of their own, read without trusting them."""
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.errors import UserError
+from fasttrain.system.files import write_atomically
+
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+
+
+REQUIRED = (
+    "model",
+    "epoch",
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "loss",
+    "batch_size",
+    "recipe",
+    "classes",
+    "dataset",
+    "progress",
+    "metrics",
+)
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint; an older one of the same name stays until the new one is whole."""
+    buffer = io.BytesIO()  # torch.save hides a full disk behind errors of its own; a plain write does not
+    torch.save(state, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, tensors and plain values only (weights_only).
+
+    Raises UserError if there is no such file, if any byte of its content has changed since it was written, or
+    if it is not a checkpoint of this project.
+    """
+    expected = "expected a checkpoint that fasttrain wrote, such as runs/.../last.pt"
+    try:
+        content = io.BytesIO(path.read_bytes())
+        _verify_checksums(content)
+        state = torch.load(content, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; {expected}") from error
+    except Exception as error:  # a torn or foreign file fails anywhere in zipfile, pickle or torch
+        reason = type(error).__name__
+        raise UserError(f"{path}: cannot be read as a checkpoint ({reason}); {expected}") from error
+    missing = [key for key in REQUIRED if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise UserError(f"{path}: holds no {', '.join(missing)}; {expected}")
+    model = state["model"]
+    if isinstance(model, dict) and "inverse_std" in model:  # a CustomResNet, maybe of before it scaled logits
+        model.setdefault("logit_scale", torch.ones(()))
+    return state
+
+
+def _verify_checksums(content: io.BytesIO) -> None:
+    """Hold a checkpoint's parts against the CRC-32 that torch.save stores and torch.load does not look at."""
+    with zipfile.ZipFile(content) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise zipfile.BadZipFile("compressed, which torch.save never does")
+        if archive.testzip() is not None:
+            raise zipfile.BadZipFile("a checksum differs")
+    content.seek(0)
+
+
+def require_like(value: Any, example: Any, place: str) -> None:
+    """Raise UserError unless a value from a file has the example's keys, types, shapes and finite figures."""
+    if isinstance(example, dict):
+        fits = isinstance(value, dict) and value.keys() == example.keys()
+        expected = f"the keys {', '.join(map(str, example))}"
+    elif isinstance(example, Tensor):
+        fits = isinstance(value, Tensor) and value.layout == example.layout
+        fits = fits and (value.shape, value.dtype) == (example.shape, example.dtype)
+        fits = fits and bool(value.isfinite().all())
+        expected = f"finite {example.dtype} of shape {tuple(example.shape)}"
+    elif isinstance(example, float):
+        fits = type(value) in (int, float) and 0 <= value < float("inf")
+        expected = "a figure of 0 or more"
+    elif isinstance(example, int):
+        fits = type(value) is int and value >= 0
+        expected = "a whole number of 0 or more"
+    else:
+        fits = example is None or type(value) is type(example)
+        expected = type(example).__name__
+    if not fits:
+        raise UserError(f"{place} is not {expected}")
+    if isinstance(example, dict):
+        for key, entry in example.items():
+            require_like(value[key], entry, f"{place}.{key}")

@@ -1,0 +1,133 @@
+"""The network of a checkpoint: rebuilt from its recipe, and checked against its proof."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.checkpoint.file import load_checkpoint
+from fasttrain.checkpoint.proof import require_proven
+from fasttrain.data.dataset import Dataset
+from fasttrain.errors import UserError
+from fasttrain.model import CustomResNet, build_model
+from fasttrain.recipe import Recipe
+from fasttrain.system.precision import DTYPES
+from fasttrain.system.rng import fork_rng
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel:
+    """The network of a checkpoint, and what the checkpoint says of it.
+
+    model: in evaluation mode. classes: their names in the order of the logits. dataset: the images' name.
+    precision: what the training computed in: bf16, fp16, fp32 or tf32; None if the checkpoint does not say.
+    metrics: the row of metrics.jsonl that the training measured on these weights; None where they have been
+    trained further since.
+    """
+
+    model: CustomResNet
+    recipe: Recipe
+    classes: list[str]
+    dataset: str
+    epoch: int
+    precision: str | None
+    metrics: dict[str, float] | None
+
+    def require_classes_of(self, dataset: Dataset) -> None:
+        """Raise UserError unless the data set's labels mean the classes that the network was trained on."""
+        if list(dataset.classes) != self.classes:
+            raise UserError(
+                f"it was trained on {self.dataset}, not on {dataset.name}, which has other classes; "
+                "name its --data"
+            )
+
+
+def _print_to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def load_model(
+    path: Path, device: torch.device, announce: Callable[[str], object] = _print_to_stderr
+) -> TrainedModel:
+    """Rebuild the network of a checkpoint, and check that it is the one that was saved.
+
+    announce: called with one line if the checkpoint holds no proof.
+    Raises UserError if the file is not a checkpoint, or if the network's logits differ from the saved ones.
+    """
+    state = load_checkpoint(path)
+    try:
+        recipe, classes = Recipe.from_dict(state["recipe"]), list(state["classes"])
+        trained = TrainedModel(
+            model=restore_model(state, recipe, len(classes), device),
+            recipe=recipe,
+            classes=classes,
+            dataset=str(state["dataset"]),
+            epoch=int(state["epoch"]),
+            precision=saved_precision(state),
+            metrics=_metrics_of_these_weights(state),
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = type(error).__name__
+        raise UserError(
+            f"{path}: expected a checkpoint as fasttrain writes it ({reason}); train it again"
+        ) from error
+    if "proof" not in state:
+        announce(unproven(path))
+    return trained
+
+
+def unproven(path: Path) -> str:
+    """The line about a checkpoint without a proof."""
+    return (
+        f"{path}: unproven: written before checkpoints held a proof; the network is rebuilt from its recipe"
+    )
+
+
+def saved_precision(state: dict[str, Any]) -> str | None:
+    """The precision that the checkpoint's run computes in; None where it does not say."""
+    fingerprint = state.get("fingerprint")
+    precision = fingerprint.get("precision") if isinstance(fingerprint, dict) else None
+    return precision if isinstance(precision, str) and precision in DTYPES else None
+
+
+def _metrics_of_these_weights(state: dict[str, Any]) -> dict[str, float] | None:
+    rows = state["progress"]["epochs"]
+    if not rows or state["metrics"]["images"]:  # images trained on since the last evaluation
+        return None
+    return {**rows[-1], "test_accuracy": float(rows[-1]["test_accuracy"])}
+
+
+def restore_model(
+    state: dict[str, Any], recipe: Recipe, num_classes: int, device: torch.device
+) -> CustomResNet:
+    """The network of a loaded checkpoint, in evaluation mode, checked against its proof if it has one.
+
+    Raises UserError if the weights do not fit, or if the network's logits differ from the saved ones.
+    """
+    model = model_with_weights(recipe, num_classes, state["model"]).to(device)
+    if "proof" in state:
+        require_proven(model, state["proof"])
+    return model
+
+
+def model_with_weights(recipe: Recipe, num_classes: int, weights: dict[str, Tensor]) -> CustomResNet:
+    """The recipe's network with these weights, on the CPU and in evaluation mode.
+
+    The weights hold the mean and standard deviation of the training images. Raises UserError if they do not
+    fit the network.
+    """
+    with fork_rng(torch.device("cpu")):  # a new network draws its weights from the global generator
+        model = build_model(recipe, num_classes)
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        first, *details = str(error).splitlines()
+        reason = details[0].strip() if details else first  # torch names the weights from the second line on
+        raise UserError(f"its weights do not fit the network ({reason}); train it again") from error
+    return model.eval()

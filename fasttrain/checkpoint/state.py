@@ -1,0 +1,235 @@
+"""All that a run is at one moment: saved as a checkpoint, checked against the run that goes on from it."""
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fasttrain.checkpoint.file import load_checkpoint, require_like
+from fasttrain.checkpoint.fingerprint import differences
+from fasttrain.checkpoint.network import restore_model
+from fasttrain.checkpoint.proof import proof_logits
+from fasttrain.data.dataset import Dataset
+from fasttrain.data.loader import Loader
+from fasttrain.errors import DivergedError, UserError
+from fasttrain.optim import state_example
+from fasttrain.recipe import Recipe
+from fasttrain.step import TrainStep
+from fasttrain.system.machine import hardware_name
+from fasttrain.system.rng import restore_rng, rng_state
+
+ENVIRONMENT = ("fasttrain", "torch", "dali", "numpy", "torch_threads")
+"""What machine.json says of the software; a change in it may round differently, but trains the same."""
+
+
+EPOCH_FIGURES = (
+    *("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr"),
+    *("seconds", "test_seconds", "images_per_sec", "data_wait_share"),
+)
+
+
+@dataclass
+class Progress:
+    """What a run has to show so far.
+
+    epochs: a row of figures per finished epoch. seconds, wait_seconds: of the epoch under way.
+    wall_seconds: up to the checkpoint, without what was lost or passed between two processes.
+    changes: what was different, in words, when the run was resumed.
+    """
+
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    matmul_tflops: float = 0.0
+    resumed: int = 0
+    rollbacks: int = 0
+    changes: list[str] = field(default_factory=list)
+
+    @property
+    def best_epoch(self) -> dict[str, float]:
+        """The row with the highest test accuracy, the first of equals."""
+        return max(self.epochs, key=lambda row: row["test_accuracy"])
+
+    def finish_epoch(self, row: dict[str, float]) -> None:
+        self.epochs.append(row)
+        self.seconds = self.wait_seconds = 0.0
+
+
+class RunState:
+    """A run's training step, loader and progress as one state.
+
+    fingerprint: from `fingerprint` below; a checkpoint with another one is refused.
+    machine: as machine.describe gives it; a change of its software or hardware is noted and said.
+    """
+
+    def __init__(
+        self,
+        step: TrainStep,
+        loader: Loader,
+        dataset: Dataset,
+        *,
+        fingerprint: dict[str, Any],
+        machine: dict[str, Any],
+    ) -> None:
+        self.step, self.loader, self.dataset, self.world = step, loader, dataset, step.world
+        self.fingerprint = fingerprint
+        self.environment = {key: str(machine[key]) for key in ENVIRONMENT} | {
+            "hardware": hardware_name(machine)
+        }
+        self.progress = Progress()
+        self._started = time.perf_counter()
+
+    def add_up(self, started: float, *, compile_seconds: float, matmul_tflops: float) -> None:
+        """Count what this process, begun at `started`, spent and found to what earlier ones did."""
+        self._started = started - self.progress.wall_seconds
+        self.progress.compile_seconds += compile_seconds
+        self.progress.matmul_tflops = max(self.progress.matmul_tflops, matmul_tflops)
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds of all the run's processes, without what was lost or passed in between."""
+        return time.perf_counter() - self._started
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are finished, evaluation included."""
+        return len(self.progress.epochs)
+
+    def require_finite(self) -> None:
+        """Raise DivergedError if the loss or the weights are NaN or infinite. Waits for the device."""
+        step = self.step.diverged()
+        if step is not None:
+            raise DivergedError(
+                f"epoch {self.epoch + 1}, step {step}: the loss or a weight is no finite number any more; "
+                "the last checkpoint is from before. Resume with --on-nan rollback, or take a lower --max-lr."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds; the tensors are the live ones."""
+        recipe, dataset = self.step.recipe, self.dataset
+        return {
+            "model": self.step.eval_model.state_dict(),
+            "proof": proof_logits(self.step.eval_model),
+            "epoch": self.epoch,
+            **self.step.state_dict(),
+            "loader": self.loader.state_dict(),
+            "rng": rng_state(self.step.device),
+            "progress": dataclasses.asdict(self.progress) | {"wall_seconds": self.wall_seconds},
+            "loss": self.progress.epochs[-1]["train_loss"] if self.epoch else None,
+            "batch_size": recipe.batch_size,
+            "recipe": recipe.to_dict(),
+            "dataset": dataset.name,
+            "classes": list(dataset.classes),
+            "fingerprint": self.fingerprint,
+            "environment": self.environment,
+        }
+
+    def own_state(self) -> dict[str, Any]:
+        """What of it every rank has for itself; the first one's is in state_dict."""
+        return {"rng": rng_state(self.step.device), "sums": self.step.state_dict()["metrics"]["sums"].cpu()}
+
+    def load(self, path: Path) -> list[str]:
+        """Read and restore a checkpoint, on one rank; returns what restore does.
+
+        Raises UserError, and changes nothing, if it is not a sound checkpoint of this very run.
+        """
+        return self.restore(self.read(path))
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """A checkpoint, for `restore`. Raises UserError if it is not a sound one of this very run."""
+        state = load_checkpoint(path)
+        try:
+            self._require_same_run(state.get("fingerprint"))
+            self._require_sound(state)
+            restore_model(state, self.step.recipe, len(self.dataset.classes), self.step.device)
+            restore_rng(state["rng"], self.step.device)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        return state
+
+    def restore(self, state: dict[str, Any]) -> list[str]:
+        """Go on from what `read` returned; returns what of the environment is different now, in words."""
+        if self.world.rank:
+            own = state["ranks"][self.world.rank - 1]
+            state = state | {"rng": own["rng"], "metrics": state["metrics"] | {"sums": own["sums"]}}
+        restore_rng(state["rng"], self.step.device)
+        self.step.eval_model.load_state_dict(state["model"])
+        self.step.load_state_dict(state)
+        self.loader.load_state_dict(state["loader"])
+        self.progress = Progress(**state["progress"])
+        then = state["environment"]
+        return [f"{key} {then[key]}, now {now}" for key, now in self.environment.items() if then[key] != now]
+
+    def _require_same_run(self, then: Any) -> None:
+        if not isinstance(then, dict) or any(isinstance(value, Tensor) for value in then.values()):
+            raise UserError("it does not say what run it is of")
+        differing = differences(self.fingerprint, then)
+        if differing:
+            raise UserError(f"cannot go on from it: {', '.join(differing)}; restore that, or start a new run")
+
+    def _require_sound(self, state: dict[str, Any]) -> None:
+        """Every field that is restored: its structure, shapes, finite values, and figures that agree."""
+        example = self.state_dict()
+        require_like(state["scheduler"], example["scheduler"], "scheduler")
+        step, total_steps, max_lr = (state["scheduler"][key] for key in ("step", "total_steps", "max_lr"))
+        example["optimizer"] = {
+            "state": state_example(self.step.optimizer) if step else {},
+            "param_groups": [],
+        }
+        for key in (
+            "model",
+            *(("trained_model",) if self.step.average else ()),
+            "epoch",
+            "optimizer",
+            "scaler",
+            "metrics",
+            "loader",
+            "rng",
+            "progress",
+            "environment",
+        ):
+            require_like(state.get(key), example[key], key)
+        own, ranks = self.own_state(), state.get("ranks", [])
+        require_like(
+            dict(enumerate(ranks)) if isinstance(ranks, list) else ranks,
+            {rank: own for rank in range(self.world.size - 1)},
+            "ranks",
+        )
+        progress, metrics, recipe = state["progress"], state["metrics"], self.step.recipe
+        rows, first = progress["epochs"], state["epoch"] * len(self.loader)
+        for row in rows:
+            figures = [row.get(key) for key in {*EPOCH_FIGURES, *row}] if isinstance(row, dict) else [None]
+            if any(type(figure) not in (int, float) for figure in figures):
+                raise UserError("progress.epochs holds a row that is no row of figures")
+        share = recipe.batch_size // self.world.size
+        all_sums = [metrics["sums"].tolist(), *(rank["sums"].tolist() for rank in ranks)]
+        agree = {
+            "progress.epochs": [row["epoch"] for row in rows] == list(range(1, state["epoch"] + 1)),
+            "progress.changes": all(isinstance(change, str) for change in progress["changes"]),
+            "scheduler.step": first <= step <= min(first + len(self.loader), total_steps),
+            "scheduler.total_steps": total_steps == self.step.total_steps,
+            "scheduler.max_lr": max_lr == _max_lr(recipe, progress["rollbacks"], max_lr),
+            "loader.step": state["loader"]["step"] == step,
+            "metrics.since": metrics["since"] == first,
+            "metrics.images": metrics["images"] == (step - first) * share,
+            "metrics.sums": all(
+                finite_steps == step - first and 0 <= hits <= metrics["images"]
+                for _, hits, finite_steps in all_sums
+            ),
+            "optimizer.state": all(s.get("step", 0) <= step for s in state["optimizer"]["state"].values()),
+        }
+        for place, fits in agree.items():
+            if not fits:
+                raise UserError(f"{place} does not agree with the rest of it")
+
+
+def _max_lr(recipe: Recipe, rollbacks: int, found: float) -> float:
+    """The peak rate that a checkpoint should hold; where the LR finder found it, any above 0."""
+    if recipe.max_lr == "auto":
+        return found if found > 0 else 1.0
+    return recipe.max_lr / 2**rollbacks

@@ -1,0 +1,130 @@
+"""The choice of the data set and of its loaders."""
+
+import platform
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from fasttrain.data.crops import LazyCrops, pad
+from fasttrain.data.dataset import Dataset, Split
+from fasttrain.data.loader import Loader
+from fasttrain.data.sampler import WHOLE, Augmentation, Sampler, Shard, first_flips
+from fasttrain.errors import UserError
+from fasttrain.recipe import Recipe
+
+LoaderName = Literal["dali", "tensor"]
+
+
+PADDED_GIB_MAX = 4
+"""Images that take more with their border stay where they are, and are padded batch by batch."""
+
+
+EVAL_BATCH_SIZE = 1000
+"""Divides CIFAR-10's 10,000 test images, so that every batch has one shape."""
+
+
+def pick_loader(requested: str, device: torch.device, announce: Callable[[str], object]) -> LoaderName:
+    """DALI where it is installed and drives this device, else the pure-torch loader, announced in one line.
+
+    Raises UserError if DALI was asked for and cannot be had.
+    """
+    if requested == "tensor":
+        return "tensor"
+    reason = _dali_missing(device)
+    if reason is None:
+        return "dali"
+    if requested == "dali":
+        raise UserError(f"--loader dali: {reason}; take --loader tensor")
+    announce(f"loader: {reason}; using the pure-torch loader")
+    return "tensor"
+
+
+def _dali_missing(device: torch.device) -> str | None:
+    if device.type not in ("cpu", "cuda"):
+        return f"DALI does not run on {device.type}"
+    try:
+        from fasttrain.data.dali import dali_version
+
+        dali_version()
+    except ImportError as error:
+        if platform.system() != "Linux":
+            return f"DALI has no wheel for {platform.system()}"
+        return f"DALI is not installed ({error})"
+    return None
+
+
+def build_loader(
+    dataset: Dataset,
+    recipe: Recipe,
+    *,
+    train: bool,
+    kind: LoaderName,
+    device: torch.device,
+    shard: Shard = WHOLE,
+) -> Loader:
+    """The loader for the training images (shuffled, augmented) or for the test images (as they are).
+
+    shard: a rank's part: of every training batch, or of the test images as a whole. Put together in the order
+    of the ranks, the parts are what one rank would get, to the last bit.
+    Raises UserError if the batch is larger than the training set, if a rank gets no test image, or if the
+    images are not of the recipe's size.
+    """
+    split = dataset.train if train else _part(dataset.test, shard)
+    batch_size = recipe.batch_size if train else min(EVAL_BATCH_SIZE, len(split.labels))
+    if batch_size > len(split.labels):
+        raise UserError(
+            f"--batch-size {batch_size}: {dataset.name} has {len(split.labels)} training images, take fewer"
+        )
+    own = shard if train else WHOLE
+    size = split.images.shape[-1]
+    if size != recipe.resolution:
+        raise UserError(
+            f"--resolution {recipe.resolution}: the images of {dataset.name} have {size} pixels a side"
+        )
+    padding, flip = (recipe.crop_padding, recipe.flip) if train else (0, False)
+    alternates = flip and recipe.flip_order == "alternating"
+    settings: dict[str, Any] = {
+        "images_NHWC": _padded(split, padding, kind),
+        "labels_N": split.labels,
+        "sampler": Sampler(len(split.labels), batch_size, train=train, seed=recipe.seed, shard=own),
+        "augmentation": Augmentation(
+            crop=size,
+            room=2 * padding,
+            flip=flip,
+            cutout=recipe.cutout if train else 0,
+            seed=recipe.seed,
+            shard=own,
+            first_flips=first_flips(len(split.labels), recipe.seed) if alternates else None,
+        ),
+        "fill": tuple(round(255 * value) for value in dataset.mean),
+        "device": device,
+    }
+    if kind == "dali":
+        from fasttrain.data.dali import DaliLoader
+
+        return DaliLoader(**settings, threads=recipe.loader_threads)
+    from fasttrain.data.tensor import TensorLoader
+
+    return TensorLoader(**settings)
+
+
+def _padded(split: Split, padding: int, kind: LoaderName) -> np.ndarray | LazyCrops:
+    """The images as the loader takes them. Raises UserError if they are too large for it."""
+    side = split.images.shape[-1] + 2 * padding
+    gib = 3 * side * side * len(split.labels) / 2**30
+    if gib <= PADDED_GIB_MAX:
+        return pad(split.images, padding)
+    if kind == "dali":
+        return LazyCrops(split.images, padding)
+    raise UserError(f"--loader tensor: holds all images in memory, here {gib:,.1f} GiB; take --loader dali")
+
+
+def _part(test: Split, shard: Shard) -> Split:
+    """A rank's test images: consecutive, each on one rank alone, however many there are."""
+    count = len(test.labels)
+    if count < shard.size:
+        raise UserError(f"{count} test images for {shard.size} ranks: start fewer")
+    first, end = (count * rank // shard.size for rank in (shard.rank, shard.rank + 1))
+    return Split(test.images[first:end], test.labels[first:end])

@@ -1,0 +1,97 @@
+"""The choice of the data set: `--data` in, a Dataset out."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fasttrain.data.dataset import Dataset
+from fasttrain.data.sources import cifar, folder, synthetic, webdataset
+from fasttrain.data.sources.download import DownloadError, download
+from fasttrain.errors import UserError
+from fasttrain.recipe import Recipe
+
+
+def find_dataset(
+    name: str,
+    data: str,
+    data_dir: Path | None,
+    *,
+    resolution: int = Recipe.resolution,
+    skip_bad: bool = False,
+) -> Dataset:
+    """The data set of this name: the folder of images, what the data folder holds, or the stand-in in it."""
+    if names_own_images(data):
+        dataset = load_dataset(data, data_dir, print, resolution=resolution, skip_bad=skip_bad)
+        if dataset.name == name:
+            return dataset
+        raise UserError(f"--data {data}: the run's images are {name}")
+    if names_own_images(name):
+        kind = name.partition(":")[0]
+        raise UserError(f"the run's images are {name}: name them with --data {kind}:...")
+    root = cifar.locate(data_dir)
+    places = [(root, release) for release in cifar.RELEASES.values()]
+    for place, release in (*places, (root / synthetic.NAME, cifar.CIFAR10)):
+        if cifar.exists(place, release):
+            dataset = cifar.read(place, release)
+            if dataset.name == name:
+                return dataset
+    raise UserError(f"{root} does not hold the run's images, {name}: name their folder with --data-dir")
+
+
+def names_own_images(data: str) -> bool:
+    return data.partition(":")[0] in OWN_IMAGES
+
+
+OWN_IMAGES = {"folder": folder.read, "webdataset": webdataset.read}
+"""What `--data` begins with, before a colon, where the images are a user's own; and who reads them."""
+
+
+def load_dataset(
+    data: str,
+    data_dir: Path | None,
+    announce: Callable[[str], object],
+    *,
+    resolution: int = Recipe.resolution,
+    skip_bad: bool = False,
+) -> Dataset:
+    """The data set that `data` asks for, downloaded or generated where it is not there yet.
+
+    cifar10, cifar100: the files in the data folder, else a download. auto: cifar10, and where the download
+    fails, the synthetic stand-in, announced. synthetic: the stand-in. folder:PATH, webdataset:PATTERN: the
+    images there, scaled to the resolution and cached as pixels in the data folder; with skip_bad those that
+    cannot be decoded are left out.
+    Raises UserError if there is no such data set, or if its files are not as they should be.
+    """
+    root = cifar.locate(data_dir)
+    kind, _, place = data.partition(":")
+    if kind in OWN_IMAGES and place:
+        path, cache = Path(place).expanduser(), root / "decoded"
+        return OWN_IMAGES[kind](path, cache, resolution=resolution, skip_bad=skip_bad, announce=announce)
+    if data not in ("auto", *cifar.RELEASES, "synthetic"):
+        expected = ", ".join(("auto", *cifar.RELEASES, "synthetic"))
+        raise UserError(f"--data {data}: expected {expected}, folder:PATH, or webdataset:PATTERN")
+    if skip_bad:
+        raise UserError("--skip-bad: only folder:PATH and webdataset:PATTERN have files to leave out")
+    if resolution != cifar.IMAGE_SHAPE[-1]:
+        raise UserError(
+            f"--resolution {resolution}: the images of --data {data} have {cifar.IMAGE_SHAPE[-1]} pixels a "
+            "side; only those of folder:PATH and webdataset:PATTERN are scaled"
+        )
+    stand_in = root / synthetic.NAME
+    if data != "synthetic":
+        release = cifar.RELEASES.get(data, cifar.CIFAR10)
+        try:
+            if not cifar.exists(root, release):
+                download(root, release=release)
+            dataset = cifar.read(root, release)
+            if data != "auto" and dataset.name == synthetic.NAME:
+                raise UserError(f"--data {data}: {root} holds the stand-in; name another --data-dir")
+            return dataset
+        except DownloadError as error:
+            if data != "auto":
+                raise
+            announce(
+                f"NOT CIFAR-10: {error}. Training on a generated stand-in instead; "
+                f"every result says '{synthetic.NAME}'."
+            )
+    synthetic.generate(stand_in)
+    return cifar.read(stand_in)

@@ -1,0 +1,209 @@
+"""The binary releases of CIFAR-10 and CIFAR-100: fetch one, verify it, read it.
+
+A release (https://www.cs.toronto.edu/~kriz/cifar.html) is a folder, for CIFAR-10 `cifar-10-batches-bin` with
+five training files and one test file. A file is a row of records: a label (for CIFAR-100 two, coarse and
+fine, of which the fine one counts), then the red, green and blue planes of a 32x32 image, row-major. The
+Python releases hold the same pixels as pickles, which can run code when they are opened; these are inert.
+
+A set is called "CIFAR-10" only if all its files have the release's SHA-256. Any other set in this layout (a
+generated stand-in, a re-encoded copy) names itself in a `dataset.json` beside its files, as in
+{"name": "CIFAR-10 (JPEG q75)"}.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fasttrain.data.dataset import Dataset, Split, as_channels, channel_statistics
+from fasttrain.data.sources.releases import CIFAR10, IMAGE_SHAPE, RELEASES, Channels, Release
+from fasttrain.errors import UserError
+from fasttrain.system.files import disk_errors, write_json
+
+NAME_FILE = "dataset.json"
+
+
+STATISTICS_FILE = "channel_statistics.json"
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What `fasttrain data` shows of one file. verified: its content is the release's."""
+
+    name: str
+    bytes: int
+    records: int
+    sha256: str
+    verified: bool
+
+
+def locate(data_dir: Path | None) -> Path:
+    """The root folder of the data: the argument, else the environment's FASTTRAIN_DATA, else `data`."""
+    return data_dir or Path(os.environ.get("FASTTRAIN_DATA") or "data")
+
+
+def exists(root: Path, release: Release | None = None) -> bool:
+    """Whether all files of the release, else CIFAR-10, are there. Says nothing of their content."""
+    release = release or CIFAR10
+    folder = _folder(root, release)
+    return all((folder / name).is_file() for name in release.files)
+
+
+def read(root: Path, release: Release | None = None) -> Dataset:
+    """Read and validate all files of the release, else CIFAR-10.
+
+    root: the folder that holds the release's, or that folder itself. Files may have any number of records.
+    Class names come from its file of them, or are the release's if that file is absent or empty.
+    Needs one file's worth of memory beyond the result.
+    Raises UserError for a missing or truncated file, a label out of range, or a name that the content belies.
+    """
+    release = release or CIFAR10
+    folder = _folder(root, release)
+    records_per_file = {name: _count_records(folder / name, release) for name in release.files}
+    classes = _read_classes(folder, release)
+    digests: dict[str, str] = {}
+
+    def read_split(names: Sequence[str]) -> Split:
+        total = sum(records_per_file[name] for name in names)
+        images = np.empty((total, *IMAGE_SHAPE), np.uint8)
+        labels = np.empty(total, np.uint8)
+        start = 0
+        for name in names:
+            content = _read_bytes(folder / name)
+            digests[name] = hashlib.sha256(content.data).hexdigest()
+            records = content.reshape(records_per_file[name], release.record_bytes)
+            here = slice(start, start + len(records))
+            labels[here] = records[:, release.label_bytes - 1]
+            images[here] = records[:, release.label_bytes :].reshape(-1, *IMAGE_SHAPE)
+            _check_labels(folder / name, labels[here], len(classes))
+            start = here.stop
+        return Split(images, labels)
+
+    train = read_split(release.train_files)
+    test = read_split((release.test_file,))
+    name = _name(folder, digests, release)
+    mean, std = _cached_statistics(folder, [digests[file] for file in release.train_files], train.images)
+    if name == release.name:
+        _check_statistics(folder, mean, std, release)
+    return Dataset(name, root, classes, train, test, mean, std, release)
+
+
+def checksum_state(root: Path, release: Release | None = None) -> list[FileState]:
+    """Size, records and checksum of each file of the release, else CIFAR-10.
+
+    Raises UserError for a missing or truncated one.
+    """
+    release = release or CIFAR10
+    folder = _folder(root, release)
+    states = []
+    for name in release.files:
+        records = _count_records(folder / name, release)
+        sha256 = hashlib.sha256(_read_bytes(folder / name).data).hexdigest()
+        verified = sha256 == release.sha256[name]
+        states.append(FileState(name, records * release.record_bytes, records, sha256, verified))
+    return states
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where the file is unreadable or holds anything else."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+# Reading
+def _folder(root: Path, release: Release) -> Path:
+    inner = root / release.folder
+    is_inner = not inner.is_dir() and any((root / name).is_file() for name in release.files)
+    return root if is_inner else inner
+
+
+def _count_records(path: Path, release: Release) -> int:
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; expected {', '.join(release.files)} there: "
+            "fetch them with `python -m fasttrain data`, or name their folder with --data-dir"
+        )
+    size = path.stat().st_size
+    if size == 0 or size % release.record_bytes:
+        raise UserError(
+            f"{path}: {size} bytes, expected a positive multiple of {release.record_bytes} "
+            f"({release.file_bytes(path.name)} in the release); it is truncated or of another format: "
+            "remove its folder and fetch the data again"
+        )
+    return size // release.record_bytes
+
+
+def _read_bytes(path: Path) -> np.ndarray:
+    with disk_errors(path):
+        return np.fromfile(path, np.uint8)
+
+
+def _read_classes(folder: Path, release: Release) -> tuple[str, ...]:
+    path = folder / release.classes_file
+    lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
+    classes = tuple(line.strip() for line in lines if line.strip()) or release.classes
+    if not classes:
+        raise UserError(f"{path}: no names of classes; expected one a line: fetch the data again")
+    return classes
+
+
+def _check_labels(path: Path, labels: np.ndarray, classes: int) -> None:
+    wrong = np.flatnonzero(labels >= classes)
+    if len(wrong):
+        raise UserError(
+            f"{path}: record {wrong[0]} has label {labels[wrong[0]]}, expected 0 to {classes - 1}; "
+            "it is damaged or of another format: remove its folder and fetch the data again"
+        )
+
+
+def _name(folder: Path, digests: Mapping[str, str], release: Release) -> str:
+    if digests == release.sha256:
+        return release.name
+    path = folder / NAME_FILE
+    if not path.is_file():
+        return f"{release.name} (unverified)"
+    name = read_json(path).get("name")
+    if not isinstance(name, str) or not name.strip():
+        raise UserError(f'{path}: expected {{"name": "..."}}, the name of this set')
+    if name.replace("-", "").replace(" ", "").lower() in RELEASES:
+        raise UserError(f'{path}: says "{name}", but the files are not that release: name the set otherwise')
+    return name.strip()
+
+
+def _cached_statistics(folder: Path, digests: list[str], images: np.ndarray) -> tuple[Channels, Channels]:
+    """channel_statistics, kept beside the data under its checksums: counting takes longer than hashing."""
+    path = folder / STATISTICS_FILE
+    cache = read_json(path)
+    with suppress(KeyError, TypeError, ValueError):  # damaged: count again
+        if cache["sha256"] == digests and cache["check"] == _check(digests, cache["mean"], cache["std"]):
+            return as_channels(cache["mean"]), as_channels(cache["std"])
+    mean, std = channel_statistics(images)
+    with suppress(UserError):  # a read-only data set is common, and the next run can count again
+        write_json(path, {"sha256": digests, "mean": mean, "std": std, "check": _check(digests, mean, std)})
+    return mean, std
+
+
+def _check(*values: Iterable[object]) -> str:
+    """A checksum over what the cache says: a changed digit would normalise every image wrongly, unseen."""
+    return hashlib.sha256(repr([list(entries) for entries in values]).encode()).hexdigest()
+
+
+def _check_statistics(folder: Path, mean: Channels, std: Channels, release: Release) -> None:
+    if release.mean is None or release.std is None:
+        return
+    found = tuple(round(value, 4) for value in mean + std)
+    published = release.mean + release.std
+    if found != published:
+        raise UserError(
+            f"{folder}: mean and std per channel are {found}, the release's are {published}; "
+            f"remove {folder / STATISTICS_FILE} and try again"
+        )

@@ -1,0 +1,192 @@
+"""Fetching a release of CIFAR: mirrors, broken connections, checksums, and an archive that is not trusted."""
+
+import hashlib
+import http.client
+import os
+import shutil
+import sys
+import tarfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fasttrain.data.sources.cifar import exists
+from fasttrain.data.sources.releases import CIFAR10, Release
+from fasttrain.errors import UserError
+from fasttrain.system.files import disk_errors, new_folder
+
+CLASSES_BYTES_MAX = 4096
+
+
+SILENCE_SECONDS = 10  # to connect, and between two pieces: without a network a run must fail fast
+
+
+CHUNK_BYTES = 1 << 18
+
+
+class DownloadError(UserError):
+    """No mirror gave the release. Apart from UserError so that a caller may fall back on other data."""
+
+
+def download(root: Path, mirrors: Sequence[str] | None = None, release: Release | None = None) -> None:
+    """Fetch the release, else CIFAR-10, into its folder in `root`, which appears whole or not at all.
+
+    mirrors: URLs (http, https, file) of the archive, tried in order; else those of the environment's
+    FASTTRAIN_MIRRORS, separated by commas; else the release's own. An interrupted download goes on where it
+    stopped. Does nothing where the files exist.
+    Raises DownloadError if no mirror gave the release, UserError if the folder cannot be written.
+    """
+    release = release or CIFAR10
+    if exists(root, release):
+        return
+    target = root / release.folder
+    if target.exists():
+        raise UserError(
+            f"{target}: exists but lacks some of {', '.join(release.files)}; move it away and try again"
+        )
+    if mirrors is None:
+        listed = os.environ.get("FASTTRAIN_MIRRORS", "").split(",")
+        mirrors = [url.strip() for url in listed if url.strip()] or [release.url]
+
+    part = root / f"{release.archive}.part"
+    failures = []
+    with disk_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        for url in mirrors:
+            try:
+                _fetch(url, part, release)
+                break
+            except _MirrorError as error:
+                failures.append(f"{url}: {error}")
+        else:
+            raise DownloadError(
+                f"{release.name} could not be downloaded ({'; '.join(failures)}). "
+                f"Place the files of {release.archive} in {target} by hand, or use --data synthetic"
+            )
+        _unpack(part, target, release)
+        part.unlink()
+
+
+# Downloading
+class _MirrorError(Exception):
+    """Why one mirror failed; never a fault of the local disk."""
+
+
+def _fetch(url: str, part: Path, release: Release) -> None:
+    """Complete `part` from one mirror and verify it.
+
+    Raises _MirrorError. A `part` with wrong content is then gone; one that is too short stays, to go on from.
+    """
+    while True:
+        begun = part.exists()
+        _transfer(url, part, release)
+        if part.stat().st_size == release.archive_bytes and _md5(part) == release.archive_md5:
+            return
+        part.unlink()
+        # The first bytes may have come from another mirror: this one answers only for a file all of its own.
+        if not begun:
+            raise _MirrorError("its content is not the release's (md5 or size differs)")
+
+
+def _md5(path: Path) -> str:
+    md5 = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            md5.update(chunk)
+    return md5.hexdigest()
+
+
+def _transfer(url: str, part: Path, release: Release) -> None:
+    """Append to `part` until it has the archive's size, over as many connections as bring anything new."""
+    with _progress(release) as show:
+        size = part.stat().st_size if part.exists() else 0
+        while size < release.archive_bytes:
+            before = size
+            reason = _transfer_once(url, part, size, release.archive_bytes, show)
+            size = part.stat().st_size
+            if size <= before:
+                raise _MirrorError(reason or f"it ends after {size} of {release.archive_bytes} bytes")
+
+
+def _transfer_once(url: str, part: Path, offset: int, limit: int, show: Callable[[int], None]) -> str:
+    """One connection. Returns why it broke off midway, or nothing. Raises _MirrorError if it never began."""
+    reason = ""
+    with _open(url, offset) as response:
+        # Only a 206 goes on where we stopped: a server without ranges, or a file, begins at the beginning.
+        resumed = getattr(response, "status", None) == 206
+        with part.open("ab" if resumed else "wb") as output:
+            while output.tell() <= limit:
+                try:
+                    chunk = response.read(CHUNK_BYTES)
+                except (OSError, http.client.HTTPException) as error:
+                    reason = _reason(error)
+                    break
+                if not chunk:
+                    break
+                output.write(chunk)
+                show(output.tell())
+    return reason
+
+
+def _open(url: str, offset: int) -> Any:
+    if not url.startswith(("http://", "https://", "file://")):
+        raise _MirrorError("not a http, https or file URL")
+    headers = {"User-Agent": "fasttrain"}
+    if offset:
+        headers["Range"] = f"bytes={offset}-"
+    try:
+        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=SILENCE_SECONDS)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 416 and offset:  # its file is shorter than our part: one of them is wrong
+            return _open(url, 0)
+        raise _MirrorError(f"HTTP {error.code} {error.reason}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise _MirrorError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    return str(cause) or type(cause).__name__
+
+
+@contextmanager
+def _progress(release: Release) -> Iterator[Callable[[int], None]]:
+    """Yield a function that shows how many bytes are there; it shows nothing unless stderr is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn(release.name), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("download", total=release.archive_bytes)
+        yield lambda size: progress.update(task, completed=size)
+
+
+def _unpack(archive: Path, target: Path, release: Release) -> None:
+    """Copy the release's files out of the archive, by name; nothing else in it is looked at.
+
+    Never extractall: a downloaded tar's names, links and modes are not to be trusted with the file system.
+    """
+    with new_folder(target) as folder, tarfile.open(archive, "r:gz") as tar:
+        missing = {*release.files, release.classes_file}
+        for member in tar:
+            path = PurePosixPath(member.name)
+            name = path.name
+            if path != PurePosixPath(release.folder, name) or name not in missing:
+                continue
+            size = member.size
+            is_names = name == release.classes_file
+            right_size = size <= CLASSES_BYTES_MAX if is_names else size == release.file_bytes(name)
+            content = tar.extractfile(member) if member.isreg() and right_size else None
+            if content is None:
+                raise DownloadError(
+                    f"{archive}: {member.name} has {size} bytes or is no plain file; remove the archive"
+                )
+            with (folder / name).open("wb") as output:
+                shutil.copyfileobj(content, output)
+            missing.remove(name)
+        if missing:
+            raise DownloadError(f"{archive}: it lacks {', '.join(sorted(missing))}; remove the archive")

@@ -1,0 +1,103 @@
+"""The published sets: where each comes from, and what its files hold."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+Channels = tuple[float, float, float]
+"""Red, green and blue."""
+
+IMAGE_SHAPE = (3, 32, 32)
+
+
+@dataclass(frozen=True)
+class Release:
+    """One published set: where it comes from, and what its files hold.
+
+    sha256: of every file with records; the last is the test file, the others have equally many images each.
+    label_bytes: before a record's pixels; the last of them is the label.
+    classes: their names, should `classes_file` be lacking; empty where that file is needed.
+    mean, std: over the pixels of the training images, as the field quotes them; None where nobody agrees.
+    """
+
+    name: str
+    folder: str
+    sha256: Mapping[str, str]
+    label_bytes: int
+    classes_file: str
+    classes: tuple[str, ...]
+    url: str
+    archive_bytes: int
+    archive_md5: str
+    train_images: int = 50_000
+    test_images: int = 10_000
+    mean: Channels | None = None
+    std: Channels | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(self.sha256)
+
+    @property
+    def train_files(self) -> tuple[str, ...]:
+        return self.files[:-1]
+
+    @property
+    def test_file(self) -> str:
+        return self.files[-1]
+
+    @property
+    def record_bytes(self) -> int:
+        return self.label_bytes + math.prod(IMAGE_SHAPE)
+
+    @property
+    def archive(self) -> str:
+        return self.url.rsplit("/", 1)[1]
+
+    def file_bytes(self, name: str) -> int:
+        is_test = name == self.test_file
+        count = self.test_images if is_test else self.train_images // len(self.train_files)
+        return count * self.record_bytes
+
+
+# The releases' page gives the archives' md5, and no checksum of the files inside. Those are the ones that the
+# Ruby package torchvision checks on every read; two unrelated projects found the same one for CIFAR-10's test
+# file.
+CIFAR10 = Release(
+    name="CIFAR-10",
+    folder="cifar-10-batches-bin",
+    sha256={
+        "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
+        "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
+        "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
+        "data_batch_4.bin": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
+        "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
+        "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
+    },
+    label_bytes=1,
+    classes_file="batches.meta.txt",
+    classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    archive_bytes=170_052_171,
+    archive_md5="c32a1d4ab5d03f1284b67883e8d87530",
+    mean=(0.4914, 0.4822, 0.4465),  # as cifar10-airbench among others
+    std=(0.2470, 0.2435, 0.2616),
+)
+
+CIFAR100 = Release(
+    name="CIFAR-100",
+    folder="cifar-100-binary",
+    sha256={
+        "train.bin": "f31298fc616915fa142368359df1c4ca2ae984d6915ca468b998a5ec6aeebf29",
+        "test.bin": "d8b1e6b7b3bee4020055f0699b111f60b1af1e262aeb93a0b659061746f8224a",
+    },
+    label_bytes=2,  # one of 20 coarse classes, then one of 100 fine ones
+    classes_file="fine_label_names.txt",
+    classes=(),
+    url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+    archive_bytes=168_513_733,
+    archive_md5="03b5dce01913d631647c71ecec9e9cb8",
+)
+
+RELEASES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+"""By the names that `--data` knows."""

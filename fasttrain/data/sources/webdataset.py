@@ -1,0 +1,241 @@
+"""Shards of a user's own images, tar files in WebDataset's layout, as the data set that every loader takes.
+
+A sample is the members of one key, `<key>.<extension>`: an image (jpg, jpeg, png, bmp, webp) and `<key>.cls`,
+its class, as a name or as a number. Members of other extensions are left alone.
+
+Shards with the word test or val in their name, as in `pets-{train,val}-{000..009}.tar`, hold the test images;
+without any data/decoded.py splits. Nothing is unpacked: of each shard only the members' places are noted.
+"""
+
+import dataclasses
+import hashlib
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import BinaryIO
+
+from fasttrain.data.dataset import Dataset
+from fasttrain.data.sources.pixel_cache import CLASSES_MAX, Sample, Source, read_decoded
+from fasttrain.errors import UserError
+
+IMAGES, LABEL = ("jpg", "jpeg", "png", "bmp", "webp"), "cls"
+
+
+CLASSES_FILE = "classes.txt"
+
+
+TEST = {"test", "val"}
+
+
+SHARDS_MAX = 100_000
+
+
+LABEL_BYTES_MAX = 1024
+
+
+Members = dict[str, dict[str, tarfile.TarInfo]]
+
+
+def read(
+    pattern: Path,
+    cache_dir: Path,
+    *,
+    resolution: int,
+    skip_bad: bool = False,
+    announce: Callable[[str], object] = print,
+) -> Dataset:
+    """Decode the shards that a pattern names, or take their pixels from the cache, as data/decoded.py does.
+
+    pattern: a path with `{000..009}` and `{train,val}`. The split depends on `<shard>/<key>`.
+    Classes are the lines of a `classes.txt` in the folder of the shards, where a number counts from 0;
+    without it the names that the training samples have, sorted, or the numbers from 0 to the largest.
+    cache_dir: where the pixels are kept, a file per pattern and resolution.
+    Raises UserError for bad shards and samples, and for a class without images.
+    """
+    place = f"--data webdataset:{pattern}"
+    shards = [Path(os.path.abspath(name)) for name in expand(str(pattern), place)]
+    root = Path(os.path.commonpath([shard.parent for shard in shards]))
+    source = _list(shards, root, place)
+    cache = (
+        cache_dir
+        / f"{hashlib.sha256(os.fsencode(os.path.abspath(pattern))).hexdigest()[:16]}-{resolution}.pixels"
+    )
+    return read_decoded(source, cache, resolution=resolution, skip_bad=skip_bad, announce=announce)
+
+
+def expand(pattern: str, place: str) -> list[str]:
+    """Every path that a pattern names: {08..10} are numbers of equal width, {a,b} words.
+
+    Raises UserError for braces that are neither, or for too many shards.
+    """
+    choices: list[Sequence[str]] = []
+    count = 1
+    for text, braced in re.findall(r"([^{}]+)|\{([^{}]*)\}", pattern):
+        numbers = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", braced)
+        if text:
+            choices.append([text])
+        elif numbers and int(numbers[1]) <= int(numbers[2]):
+            first, last = int(numbers[1]), int(numbers[2])
+            count *= last - first + 1
+            if count <= SHARDS_MAX:
+                choices.append([str(number).zfill(len(numbers[1])) for number in range(first, last + 1)])
+        elif "," in braced:
+            choices.append(braced.split(","))
+            count *= len(choices[-1])
+        else:
+            raise UserError(f"{place}: {{{braced}}} is no choice; expected {{000..009}} or {{train,val}}")
+    if count > SHARDS_MAX:
+        raise UserError(f"{place}: names {count:,} shards; expected at most {SHARDS_MAX:,}")
+    paths = ["".join(parts) for parts in product(*choices)]
+    if pattern.count("{") != pattern.count("}") or len(set(paths)) != len(paths):
+        raise UserError(f"{place}: its braces do not match, or name a shard twice")
+    return paths
+
+
+def _list(shards: Sequence[Path], root: Path, place: str) -> Source:
+    """All samples of all shards."""
+    found: list[tuple[Sample, str]] = []
+    bad: list[tuple[str, str]] = []
+    for shard in shards:
+        name = str(shard.relative_to(root))
+        in_test = not TEST.isdisjoint(re.findall("[a-z]+", name.lower()))
+        try:
+            found += _samples(shard, name, in_test, bad)
+        except FileNotFoundError as error:
+            raise UserError(f"{shard}: no such shard; expected those that {place} names") from error
+        except OSError as error:
+            bad.append((name, error.strerror or str(error)))
+    own_test = any(sample.in_test for sample, _ in found)
+    trained = [text for sample, text in found if not sample.in_test]
+    if own_test and not trained:
+        raise UserError(f"{place}: no training samples; expected shards without test or val in their names")
+    classes, label_of = _classes(trained, root / CLASSES_FILE)
+    if len(classes) < 2 or len(classes) > CLASSES_MAX:
+        first = f"; {bad[0][0]}: {bad[0][1]}" if bad else ""
+        raise UserError(
+            f"{place}: {len(classes):,} classes in {len(trained):,} training samples{first}; "
+            f"expected images with a .cls beside each, and 2 to {CLASSES_MAX:,} classes"
+        )
+    samples = []
+    for sample, text in found:
+        if text in label_of:
+            samples.append(dataclasses.replace(sample, label=label_of[text]))
+        else:
+            bad.append((sample.name, f"unknown class {text}"))
+    return Source(
+        name=f"webdataset:{root.name}",
+        place=place,
+        root=root,
+        classes=classes,
+        samples=samples,
+        bad=bad,
+        own_test=own_test,
+    )
+
+
+def _classes(trained: Iterable[str], file: Path) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The classes' names, and the label of every text that stands for one; trained: the training samples'."""
+    texts = set(trained)
+    numbers = all(text.isdigit() for text in texts)
+    if file.is_file():
+        lines = file.read_text("utf-8", "replace").splitlines()
+        classes = tuple(line.strip() for line in lines if line.strip())
+        label_of = {str(label): label for label in range(len(classes))}
+        return classes, label_of | {name: label for label, name in enumerate(classes)}
+    if texts and numbers:
+        classes = tuple(str(label) for label in range(max(map(int, texts)) + 1))
+    else:
+        classes = tuple(sorted(texts))
+    return classes, {name: label for label, name in enumerate(classes)}
+
+
+def _samples(shard: Path, name: str, in_test: bool, bad: list[tuple[str, str]]) -> list[tuple[Sample, str]]:
+    """A shard's samples, still without a label, each with the class that it gives; what is wrong goes to bad.
+
+    Raises OSError if the file cannot be read.
+    """
+    if not shard.is_file() and shard.exists():
+        bad.append((name, "no plain file"))  # a pipe would wait for ever
+        return []
+    found = []
+    with shard.open("rb") as file:
+        status = os.fstat(file.fileno())
+        for key, members in _members(file, name, bad).items():
+            images = [member for extension, member in members.items() if extension in IMAGES]
+            if not images:
+                if LABEL in members:
+                    bad.append((f"{name}: {key}", f"no image; expected one of {', '.join(IMAGES)}"))
+                continue
+            image = images[0]
+            where = f"{name}: {image.name}"
+            if len(images) > 1:
+                bad.append((where, f"{len(images)} images of one key"))
+            elif image.size == 0:
+                bad.append((where, "empty"))
+            elif LABEL not in members:
+                bad.append((where, f"no label; expected {key}.{LABEL} beside it"))
+            elif (text := _text(file, members[LABEL])) is None:
+                bad.append(
+                    (f"{name}: {members[LABEL].name}", "no label; expected the name or number of a class")
+                )
+            else:
+                sample = Sample(
+                    name=where,
+                    key=f"{shard.name}/{key}",
+                    label=0,
+                    in_test=in_test,
+                    path=str(shard),
+                    offset=image.offset_data,
+                    size=image.size,
+                    mtime_ns=status.st_mtime_ns,
+                )
+                found.append((sample, text))
+    return found
+
+
+def _members(file: BinaryIO, name: str, bad: list[tuple[str, str]]) -> Members:
+    """The whole members of a shard that belong to samples, by key and extension."""
+    members: Members = {}
+    size = os.fstat(file.fileno()).st_size
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:  # not compressed: images are read where they lie
+            for member in tar:
+                folder, _, last = member.name.rpartition("/")
+                stem, _, extension = last.partition(".")
+                extension = extension.lower()
+                if not stem or member.isdir() or extension not in (*IMAGES, LABEL):
+                    continue
+                mine = members.setdefault(f"{folder}/{stem}" if folder else stem, {})
+                where = f"{name}: {member.name}"
+                if member.offset_data + member.size > size:
+                    bad.append((where, "truncated"))
+                elif not member.isreg() or member.issparse():
+                    bad.append((where, "no plain file"))
+                elif extension in mine:
+                    bad.append((where, "its key is there twice"))
+                else:
+                    mine[extension] = member
+            end = tar.offset
+    except tarfile.TarError as error:
+        bad.append((name, f"no whole tar file, or a compressed one: {error}"))
+        return members
+    file.seek(end)
+    if (
+        file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE
+    ):  # tarfile takes any rubbish for the end
+        bad.append((name, f"truncated or damaged after {end:,} bytes"))
+    return members
+
+
+def _text(file: BinaryIO, label: tarfile.TarInfo) -> str | None:
+    """What a label says: one printable line; a number without leading zeros."""
+    if label.size > LABEL_BYTES_MAX:
+        return None
+    file.seek(label.offset_data)
+    text = file.read(label.size).decode("utf-8", "replace").strip()
+    if text.isascii() and text.isdigit():
+        return str(int(text))
+    return text if text and text.isprintable() and "\ufffd" not in text else None

@@ -1,0 +1,98 @@
+"""One page about several finished runs: a table, and their curves on top of each other."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fasttrain.errors import UserError
+from fasttrain.report import plots
+from fasttrain.report.pages import write_page
+from fasttrain.report.plots import Curve, Picture
+from fasttrain.report.run import Run, load_run
+
+
+def compare(folders: Sequence[Path], out: Path) -> None:
+    """Write the page `out` about the runs in these folders.
+
+    Runs whose settings, images, precision and machine agree in all but the seed form a group, shown as its
+    mean and its range. Raises UserError without runs, for an unfinished one, or if `out` cannot be written.
+    """
+    if not folders:
+        raise UserError("no run named; expected the folders of finished runs, as runs/...")
+    # A folder named twice is still one run.
+    groups = group_runs([load_run(folder) for folder in {path.resolve(): path for path in folders}.values()])
+    write_page(
+        out,
+        "compare.html.j2",
+        groups=[_describe(group, differing, out) for group, differing in groups],
+        loss=_picture(groups, "test_loss", "Test loss of every epoch"),
+        accuracy=_picture(groups, "test_accuracy", "Test accuracy of every epoch", percent=True),
+    )
+
+
+Group = tuple[list[Run], dict[str, Any]]
+"""Runs of one group, and the settings in which it differs from the other groups."""
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """The groups, in the order of their first runs."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(repr(_settings(run)), []).append(run)
+    settings = [_settings(members[0]) for members in groups.values()]
+    differing = [key for key in settings[0] if len({repr(values[key]) for values in settings}) > 1]
+    return [
+        (members, {key: values[key] for key in differing})
+        for members, values in zip(groups.values(), settings, strict=True)
+    ]
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """All that decides a run's figures but for the seed."""
+    settings = run.recipe.to_dict()
+    del settings["seed"]
+    return settings | {
+        "images": run.result["dataset"],
+        "machine": run.hardware,
+        "precision in use": run.result["precision"],
+        "loader in use": run.result["loader"],
+        "compile in use": run.result["compile"],
+    }
+
+
+def _describe(runs: list[Run], differing: dict[str, Any], out: Path) -> dict[str, Any]:
+    """A row of the table. Figures are (mean, smallest, largest)."""
+    figures = ("test_accuracy", "best_test_accuracy", "train_seconds", "images_per_sec")
+    values = {key: [run.result[key] for run in runs] for key in figures}
+    return {
+        "name": runs[0].recipe.name,
+        "dataset": runs[0].result["dataset"],
+        "differing": {key: value for key, value in differing.items() if key not in ("name", "images")},
+        "epochs": runs[0].recipe.epochs,
+        "figures": {key: (np.mean(column), min(column), max(column)) for key, column in values.items()},
+        "runs": [
+            {
+                "name": run.folder.resolve().name,
+                "seed": run.recipe.seed,
+                "accuracy": run.result["test_accuracy"],
+                "folder": Path(os.path.relpath(run.folder.resolve(), out.parent.resolve())).as_posix(),
+                "has_report": (run.folder / "report.html").exists(),
+            }
+            for run in runs
+        ],
+    }
+
+
+def _picture(groups: Sequence[Group], key: str, alt: str, percent: bool = False) -> Picture:
+    curves = []
+    for index, (runs, _) in enumerate(groups):
+        # Damage aside, runs of one recipe have the same epochs; zip ends with the shortest.
+        rows = np.array(list(zip(*(run.column(key) for run in runs), strict=False)))
+        epochs = runs[0].column("epoch")[: len(rows)]
+        band = (rows.min(1).tolist(), rows.max(1).tolist()) if len(runs) > 1 else None
+        curves.append(Curve(epochs, rows.mean(1).tolist(), index, band=band))
+    name = "test accuracy" if percent else "test loss"
+    return plots.picture(plots.chart(curves, x_name="epoch", y_name=name, percent=percent), alt)

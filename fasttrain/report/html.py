@@ -1,0 +1,163 @@
+"""One page about one finished run: report.html in its folder, with every picture inside it.
+
+The page asks nothing of the network and runs no script. What it cannot show, for instance because the images
+are not on this disk, it replaces with a sentence that says why.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fasttrain.data.build import build_loader, pick_loader
+from fasttrain.data.dataset import Dataset, Split
+from fasttrain.errors import UserError
+from fasttrain.evaluate import Evaluation
+from fasttrain.model import build_model
+from fasttrain.optim import one_cycle
+from fasttrain.recipe import Recipe
+from fasttrain.report import plots
+from fasttrain.report.pages import Missing, write_page
+from fasttrain.report.plots import Picture
+from fasttrain.report.run import Run
+from fasttrain.report.summary import summary
+from fasttrain.system.rng import fork_rng
+
+SAMPLES = 24
+"""Augmented training images on the page."""
+
+
+MISTAKES = 24
+"""Most confident mistakes on the page."""
+
+
+FILES = {
+    "last.pt": "checkpoint after the final epoch",
+    "previous.pt": "the checkpoint before it",
+    "best.pt": "checkpoint of the best epoch",
+    "result.json": "the figures",
+    "metrics.jsonl": "a line per epoch",
+    "recipe.json": "every setting",
+    "machine.json": "hardware, versions and commit",
+    "lr_find.json": "the LR finder's curves",
+    "trace.json": "the profiler's trace, for ui.perfetto.dev",
+}
+
+
+T = TypeVar("T")
+
+
+R = TypeVar("R")
+
+
+def given(value: T | Missing, make: Callable[[T], R | Missing]) -> R | Missing:
+    """What `make` makes of a value; the reason, where the value is missing or a UserError says so."""
+    if isinstance(value, Missing):
+        return value
+    try:
+        return make(value)
+    except UserError as error:
+        return Missing(str(error))
+
+
+def write_report(
+    run: Run, dataset: Dataset | Missing, evaluation: Evaluation | Missing, *, device: torch.device
+) -> Path:
+    """Write the page from what is at hand; returns the file. An older one stays until this is whole."""
+    path = run.folder / "report.html"
+    write_page(
+        path,
+        "report.html.j2",
+        run=run,
+        **run.pictures(),
+        schedule=_schedule_picture(run),
+        lr_find=given(run, _lr_find_picture),
+        samples=given(dataset, lambda images: _samples(images, run.recipe, device)),
+        tests=given(dataset, lambda images: given(evaluation, lambda found: _tests(images, found))),
+        summary=given(dataset, lambda images: _summary(run.recipe, len(images.classes))),
+        files={name: text for name, text in FILES.items() if (run.folder / name).exists()},
+    )
+    return path
+
+
+def _schedule_picture(run: Run) -> Picture:
+    total_steps = run.recipe.epochs * run.steps_per_epoch
+    lrs, betas = [], []
+    for step in range(total_steps):
+        lr, beta1 = one_cycle(step, total_steps, run.result["max_lr"], run.recipe)
+        lrs.append(lr)
+        if beta1 is not None:
+            betas.append(beta1)
+    return plots.picture(plots.schedule(lrs, betas or None), f"Learning rate over {total_steps} steps")
+
+
+def _lr_find_picture(run: Run) -> Picture:
+    max_lr = run.result["max_lr"]
+    if run.lr_find is None:
+        raise UserError(f"The recipe names its peak rate, {max_lr:g}: the LR finder was not asked.")
+    try:
+        curves = [(curve["lrs"], curve["losses"]) for curve in run.lr_find["curves"]]
+    except (KeyError, TypeError) as error:
+        raise UserError("lr_find.json does not hold the LR finder's curves.") from error
+    alt = f"Loss over rising learning rates, with {max_lr:.3g} marked"
+    return plots.picture(plots.lr_find(curves, max_lr), alt)
+
+
+def first_images(dataset: Dataset, recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor, str]:
+    """The first training images as the recipe's loader augments them.
+
+    Returns images_NCHW (uint8), labels_N (int64) and the loader's name.
+    """
+    count = min(SAMPLES, len(dataset.train.labels))
+    few = Split(dataset.train.images[:count], dataset.train.labels[:count])
+    loader = build_loader(
+        dataclasses.replace(dataset, train=few),
+        dataclasses.replace(recipe, batch_size=count),
+        train=True,
+        kind=pick_loader(recipe.loader, device, lambda _: None),
+        device=device,
+    )
+    images_NCHW, labels_N = next(iter(loader))
+    return images_NCHW, labels_N, loader.name
+
+
+def _samples(dataset: Dataset, recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """What the page says about them."""
+    images_NCHW, labels_N, loader_name = first_images(dataset, recipe, device)
+    images_NHWC = images_NCHW.permute(0, 2, 3, 1).cpu().numpy()
+    return {
+        "loader": loader_name,
+        "images": [
+            {"uri": plots.image_uri(image_HWC), "label": dataset.classes[label]}
+            for image_HWC, label in zip(images_NHWC, labels_N.tolist(), strict=True)
+        ],
+    }
+
+
+def _tests(dataset: Dataset, evaluation: Evaluation) -> dict[str, Any]:
+    """What the page says about the test images: counts, figures of every class, mistakes."""
+    classes = dataset.classes
+    return {
+        "images": len(evaluation.labels_N),
+        "accuracy": evaluation.accuracy,
+        "classes": classes,
+        "confusion": evaluation.confusion_KK(len(classes)).tolist(),
+        "per_class": evaluation.per_class(len(classes)),
+        "mistakes": [
+            {
+                "uri": plots.image_uri(dataset.test.images[index].transpose(1, 2, 0)),
+                "truth": classes[evaluation.labels_N[index]],
+                "prediction": classes[evaluation.predictions_N[index]],
+                "confidence": evaluation.confidences_N[index].item(),
+            }
+            for index in evaluation.misclassified()[:MISTAKES].tolist()
+        ],
+    }
+
+
+def _summary(recipe: Recipe, num_classes: int) -> str:
+    with fork_rng(torch.device("cpu")):  # a new network draws its weights from the global generator
+        return summary(build_model(recipe, num_classes))

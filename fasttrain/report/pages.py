@@ -1,0 +1,45 @@
+"""The pages' frame: templates filled in with everything escaped, and written whole."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fasttrain.report import plots
+from fasttrain.system.files import write_atomically
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Stands where a section's content would, and says in a sentence why there is none."""
+
+    reason: str
+
+
+def render(template: str, **content: Any) -> str:
+    """Fill in one of the templates; whatever `content` holds is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    pages = Environment(
+        loader=PackageLoader("fasttrain.report"),
+        autoescape=True,  # class and recipe names are whatever someone wrote into a file
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters["as"] = lambda value, form: "unknown" if value is None else format(value, form)
+    pages.filters["plain"] = _plain
+    pages.tests["missing"] = lambda value: isinstance(value, Missing)
+    return pages.get_template(template).render(light=plots.LIGHT, dark=plots.DARK, **content)
+
+
+def _plain(value: object) -> str:
+    """A setting as one would write it: 0.208333 and not 0.20833333333333334."""
+    if value is None:
+        return "unknown"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def write_page(path: Path, template: str, **content: Any) -> None:
+    """Fill in a template and write it atomically. Raises UserError on a full disk."""
+    text = render(template, **content)
+    write_atomically(path, lambda file: file.write(text.encode()))

@@ -1,0 +1,156 @@
+"""A finished run as its folder tells it: for the report, the comparison, and a notebook."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fasttrain.errors import UserError
+from fasttrain.recipe import Recipe
+from fasttrain.report import plots
+from fasttrain.report.pages import render
+from fasttrain.report.plots import Curve, Draw, Picture
+from fasttrain.system.machine import hardware_name
+from fasttrain.system.run_folder import parse_object, read_object, read_text
+
+EPOCH_FIGURES = ("epoch", "train_accuracy", "test_accuracy", "seconds", "images_per_sec", "data_wait_share")
+
+
+EPOCH_LOSSES = ("train_loss", "test_loss")  # null where they were no number
+
+
+RESULT_FIGURES = (
+    *("test_accuracy", "best_test_accuracy", "best_epoch", "max_lr", "images_per_sec", "data_wait_share"),
+    *("train_seconds", "test_seconds", "compile_seconds", "wall_seconds"),
+)
+
+
+RESULT_UNKNOWNS = ("mfu", "matmul_tflops_measured", "peak_memory_gib", "peak_resident_gib")
+
+
+RESULT_OPTIONS = ("test_accuracy_flip",)  # where the recipe asked for it
+
+
+RESULT_NAMES = ("dataset", "device", "loader", "precision", "compile")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run's folder says, checked.
+
+    epochs: the rows of metrics.jsonl. lr_find: None where the LR finder was not asked. A notebook shows a run
+    as its headline figures and its curves.
+    """
+
+    folder: Path
+    recipe: Recipe
+    machine: dict[str, Any] = field(repr=False)
+    result: dict[str, Any] = field(repr=False)
+    epochs: list[dict[str, Any]] = field(repr=False)
+    lr_find: dict[str, Any] | None = field(repr=False)
+
+    @property
+    def hardware(self) -> str:
+        return hardware_name(self.machine)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """From the first epoch's rate, which was computed from it."""
+        first = self.epochs[0]
+        return round(first["images_per_sec"] * first["seconds"] / self.recipe.batch_size)
+
+    def column(self, key: str) -> list[float]:
+        """One figure of every epoch, NaN where it was no number."""
+        return [math.nan if row[key] is None else row[key] for row in self.epochs]
+
+    def plot(self) -> Any:
+        """Loss, accuracy and seconds of every epoch, side by side, as a matplotlib Figure.
+
+        A notebook shows it; `run.plot().savefig("run.png")` writes it. It is no figure of pyplot's.
+        """
+        return plots.figure([self._loss(), self._accuracy(), self._seconds()])
+
+    def pictures(self) -> dict[str, Picture]:
+        """The same three plots for a page: loss, accuracy, seconds."""
+        return {
+            "loss": plots.picture(self._loss(), "Training and test loss of every epoch"),
+            "accuracy": plots.picture(self._accuracy(), "Training and test accuracy of every epoch"),
+            "seconds": plots.picture(self._seconds(), "Training seconds of every epoch"),
+        }
+
+    def _repr_html_(self) -> str:
+        return render("run.html.j2", run=self, pictures=self.pictures())
+
+    def _loss(self) -> Draw:
+        return plots.chart(self._train_and_test("loss"), x_name="epoch", y_name="loss per image")
+
+    def _accuracy(self) -> Draw:
+        curves = self._train_and_test("accuracy")
+        return plots.chart(curves, x_name="epoch", y_name="accuracy", percent=True)
+
+    def _seconds(self) -> Draw:
+        return plots.epoch_seconds(self.column("seconds"), self.column("data_wait_share"))
+
+    def _train_and_test(self, figure: str) -> list[Curve]:
+        epochs = self.column("epoch")
+        return [
+            Curve(epochs, self.column(f"{split}_{figure}"), series, split)
+            for series, split in enumerate(("train", "test"))
+        ]
+
+
+def load_run(folder: Path | str) -> Run:
+    """Read a run's folder. Raises UserError if it is none, is unfinished, or if a file in it is damaged."""
+    folder = Path(folder)
+    if not (folder / "recipe.json").is_file():
+        raise UserError(f"{folder}: no run's folder; expected one that fasttrain train made, as runs/...")
+    if not (folder / "result.json").is_file():
+        raise UserError(
+            f"{folder}: holds no result.json: its run has not finished, and only finished ones count"
+        )
+    result = read_object(folder / "result.json")
+    figures = [*RESULT_FIGURES, *(key for key in RESULT_OPTIONS if key in result)]
+    _require(folder / "result.json", result, figures, nullable=RESULT_UNKNOWNS, names=RESULT_NAMES)
+    try:
+        recipe = Recipe.from_dict(read_object(folder / "recipe.json"))
+    except UserError as error:
+        raise UserError(f"{folder / 'recipe.json'}: {error}") from error
+    return Run(
+        folder=folder,
+        recipe=recipe,
+        machine=read_object(folder / "machine.json"),
+        result=result,
+        epochs=_read_epochs(folder / "metrics.jsonl"),
+        lr_find=read_object(folder / "lr_find.json") if (folder / "lr_find.json").exists() else None,
+    )
+
+
+def _read_epochs(path: Path) -> list[dict[str, Any]]:
+    lines = read_text(path).splitlines()
+    if not lines:
+        raise UserError(f"{path}: empty; expected a line per epoch")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        place = f"{path} line {number}"
+        rows.append(parse_object(line, place))
+        _require(place, rows[-1], EPOCH_FIGURES, nullable=EPOCH_LOSSES)
+    return rows
+
+
+def _require(
+    place: object,
+    values: dict[str, Any],
+    figures: Sequence[str],
+    *,
+    nullable: Sequence[str] = (),
+    names: Sequence[str] = (),
+) -> None:
+    """Raise UserError unless all these keys hold what the page formats: numbers, or null, or text."""
+    kinds: dict[str, Any] = dict.fromkeys(figures, (int, float))
+    kinds |= dict.fromkeys(nullable, (int, float, type(None)))
+    kinds |= dict.fromkeys(names, str)
+    for key, kind in kinds.items():
+        if key not in values or not isinstance(values[key], kind):
+            found = repr(values[key]) if key in values else "missing"
+            raise UserError(f"{place}: {key} is {found}; expected it as fasttrain train wrote it")

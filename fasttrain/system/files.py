@@ -1,0 +1,142 @@
+"""Writing files so that a reader never sees half of one, and a folder that one process holds at a time."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fasttrain.errors import UserError
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call `write` on a new file, and make it visible as `path` only once it is whole and on the disk.
+
+    Whatever goes wrong, an older file of that name stays as it was. Raises UserError if the folder cannot be
+    written or the disk is full.
+    """
+    with _write_errors(path):
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp's files are private
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        _sync_folder(path.parent)
+
+
+def link_atomically(source: Path, target: Path) -> None:
+    """Make `target` a second name of source's file, or a copy of it where the disk knows no hard links.
+
+    An older `target` stays until then. Raises UserError like write_atomically.
+    """
+    temporary = target.with_name(f".{target.name}-link")
+    with _write_errors(target):
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            with source.open("rb") as original:
+                write_atomically(target, lambda file: shutil.copyfileobj(original, file))
+            return
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+
+
+def quarantine(path: Path) -> Path:
+    """Rename a file that cannot be used, so that nothing takes it for a good one; returns its new name."""
+    aside = path.with_name(f"{path.name}.unusable")
+    with _write_errors(path):
+        os.replace(path, aside)
+    return aside
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a killed process left of the files that it was writing."""
+    for path in folder.glob(".*.*-*"):
+        with _write_errors(path):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Keep other processes from holding this folder; the hold ends with the process, however it dies.
+
+    Raises UserError if another process holds it. Does nothing where folders know no locks (Windows).
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: another process is training it; wait for its end") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write `values` as indented JSON, atomically."""
+    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+@contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}); make room or take another folder") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut, where folders can be opened for it (not on Windows)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill, which becomes `target` when the block ends, or vanishes if it fails.
+
+    Raises UserError if the disk refuses: full, read-only, or a `target` that has files already.
+    """
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent) as temporary:
+            folder = Path(temporary, target.name)
+            folder.mkdir()
+            yield folder
+            # Without this a power cut after the rename could leave the finished name with empty files.
+            for path in folder.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            folder.rename(target)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        place = error.filename or path
+        raise UserError(f"{place}: {reason}; check its permissions and the free space") from error

@@ -1,0 +1,140 @@
+"""What this machine is and what it can do: device, precision, compiler, versions, measured peak rates.
+
+`fasttrain doctor` prints it as a table, with the remedy beside whatever is missing. A run's `machine.json` is
+`describe(device)`: a speed means nothing without the machine it was measured on.
+"""
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasttrain import __version__
+from fasttrain.errors import UserError
+
+GIB = 2**30
+
+
+def pick_device(requested: str = "auto") -> torch.device:
+    """The device to train on: auto takes the first NVIDIA GPU, and the CPU where there is none.
+
+    Apple's mps is taken on request only. Raises UserError if the requested device is not there.
+    """
+    cuda_count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if requested == "auto":
+        requested = "cuda" if cuda_count else "cpu"
+    try:
+        device = torch.device(requested)
+    except RuntimeError:
+        device = torch.device("meta")  # No device of ours either: refused below.
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type == "cuda" and (device.index or 0) < cuda_count:
+        return torch.device("cuda", device.index or 0)
+    if device.type == "mps" and torch.backends.mps.is_available():
+        return torch.device("mps")
+    known = ["auto", "cpu", *(f"cuda:{index}" for index in range(cuda_count))]
+    if torch.backends.mps.is_available():
+        known.append("mps")
+    raise UserError(f"--device {requested}: not on this machine; expected one of {', '.join(known)}")
+
+
+def describe(device: torch.device) -> dict[str, object]:
+    """The machine and its software, ready for JSON. Holds no host name, user name or path.
+
+    What cannot be found out is None. The gpu_ keys are there on an NVIDIA GPU only.
+    """
+    commit, is_dirty = _source_revision()
+    machine: dict[str, object] = {
+        "fasttrain": __version__,
+        "git_commit": commit,
+        "git_dirty": is_dirty,
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "dali": version_of("nvidia-dali-cuda120"),
+        "numpy": version_of("numpy"),
+        "device": str(device),
+        "cpu_model": _cpu_model(),
+        "cpu_cores": cpu_cores(),
+        "torch_threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
+    }
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        # By its UUID: nvidia-smi counts all GPUs, torch only those that CUDA_VISIBLE_DEVICES shows it.
+        query = ("nvidia-smi", f"--id=GPU-{gpu.uuid}", "--format=csv,noheader,nounits")
+        driver, _, watts = (_output(*query, "--query-gpu=driver_version,power.limit") or "").partition(", ")
+        machine |= {
+            "gpu_name": gpu.name,
+            "gpu_memory_gib": round(gpu.total_memory / GIB, 1),
+            "gpu_driver": driver or None,
+            "gpu_power_limit_watts": float(watts) if watts.replace(".", "").isdigit() else None,
+        }
+    return machine
+
+
+def hardware_name(machine: dict[str, Any]) -> str:
+    """What `describe` gave, in a few words: the GPU, or the CPU with the cores used; and the ranks."""
+    ranks = f", {machine['ranks']} ranks" if machine.get("ranks", 1) > 1 else ""
+    if machine.get("gpu_name"):
+        return f"{machine['gpu_name']}{ranks}"
+    return f"{machine.get('cpu_cores')} cores of {machine.get('cpu_model')}{ranks}"
+
+
+def cpu_cores() -> int:
+    """Logical cores that this process may use: taskset and containers allow fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_model() -> str | None:
+    if platform.system() == "Linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):  # Arm's cpuinfo has no such line.
+                return line.partition(":")[2].strip()
+    return torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or None
+
+
+def version_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _source_revision() -> tuple[str | None, bool | None]:
+    """Commit of the checkout that this package lies in, and whether its sources were changed since.
+
+    Of a copy without its .git, FASTTRAIN_COMMIT tells the commit: output of git describe --always --abbrev=40
+    --dirty where it was copied.
+    """
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists():  # A copy; or installed, perhaps within someone else's repository.
+        told = os.environ.get("FASTTRAIN_COMMIT")
+        return (told.removesuffix("-dirty"), told.endswith("-dirty")) if told else (None, None)
+    git = ("git", "-C", str(checkout))
+    commit = _output(*git, "rev-parse", "HEAD")
+    if commit is None:
+        return None, None
+    # What benchmarks write is no source: the first of several would make all the others look changed.
+    paths = ("--", ".", ":!benchmarks/results")
+    changes = _output(*git, "status", "--porcelain", "--untracked-files=no", *paths)
+    return commit, None if changes is None else bool(changes)
+
+
+def _output(*command: str) -> str | None:
+    """What the command prints, or None if it is not there, fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

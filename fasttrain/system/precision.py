@@ -1,0 +1,153 @@
+"""The precision of the matrix products: what the hardware has, what is picked, and how torch is set to it."""
+
+import ctypes
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fasttrain.errors import UserError
+from fasttrain.system.rates import measure_matmul_tflops
+
+BF16_PAYS_FROM = 0.8
+"""Bf16's rate in float32's from which a CPU's step takes bf16: all else in it moves half of the bytes."""
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 itself; emulated bf16 is slower than float32."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # oneDNN does the fast bf16 products. Its own check also says yes to AVX-512 without bf16, which it
+        # emulates, so ask for the instructions: x86's two extensions, then Arm's.
+        instructions = torch.cpu.get_capabilities()
+        return torch.backends.mkldnn.is_available() and any(
+            instructions.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16")
+        )
+    return False
+
+
+@functools.cache
+def bf16_speedup_on_cpu() -> float:
+    """How many times as fast the CPU multiplies matrices in bf16 as in float32; a tenth of a second, once.
+
+    On one thread: several wait for each other, which hides the difference where other work shares the cores.
+    """
+    device, threads = torch.device("cpu"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rates = {
+            dtype: measure_matmul_tflops(device, dtype, seconds=0.05, side=512)
+            for dtype in (torch.float32, torch.bfloat16)
+        }
+    finally:
+        torch.set_num_threads(threads)
+    return rates[torch.bfloat16] / rates[torch.float32]
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+"""Of the matrix products, by precision; `set_fp32_precision(True)` makes tf32 of float32."""
+
+
+def pick_precision(requested: str, device: torch.device) -> str:
+    """The precision of the matrix products: bf16, fp16, fp32 or tf32.
+
+    auto takes the fastest that the hardware has. On a CPU a short measurement tells it: of processors with
+    bf16 products some have them at twice float32's rate and more, others at half (benchmarks/LOG.md).
+    Raises UserError for a precision that this device lacks, emulated ones included.
+    """
+    if requested == "auto":
+        if device.type == "cuda":
+            return "bf16" if has_native_bf16(device) else "fp16"
+        pays = has_native_bf16(device) and bf16_speedup_on_cpu() > BF16_PAYS_FROM
+        return "bf16" if pays else "fp32"
+    if requested == "bf16" and not has_native_bf16(device):
+        raise UserError(f"--compute-dtype bf16: {device} has no bf16 arithmetic; use auto or fp32")
+    if requested == "fp16" and device.type == "cpu":
+        # It runs, but a convolution's training step took 10 times as long as in float32 (torch 2.13, Zen 4).
+        raise UserError("--compute-dtype fp16: slower than fp32 on a CPU; use auto or fp32")
+    if requested == "tf32" and device.type != "cuda":
+        raise UserError(f"--compute-dtype tf32: only on an NVIDIA GPU, not on {device}; use auto or fp32")
+    return requested
+
+
+def pick_compute_dtype(requested: str, device: torch.device) -> torch.dtype:
+    """The dtype of what pick_precision picks."""
+    return DTYPES[pick_precision(requested, device)]
+
+
+def evaluation_precision(trained: str | None, device: torch.device) -> str:
+    """The precision to evaluate a network in: the training's where this device has it, else auto's."""
+    try:
+        return pick_precision(trained or "auto", device)
+    except UserError:
+        return pick_precision("auto", device)
+
+
+def set_fp32_precision(allow_tf32: bool) -> None:
+    """Let float32 matmuls and convolutions round their inputs to TF32, or forbid it to both.
+
+    torch's own defaults disagree with each other: convolutions may, matmuls may not.
+    """
+    # Clear the newer settings, which may contradict the older two switches below. Those are set on purpose:
+    # torch's own inductor (2.13) still reads them, and torch refuses that where a newer setting disagrees.
+    torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]  # torch's stubs lack it
+    torch.backends.cudnn.fp32_precision = "none"
+    torch.set_float32_matmul_precision("high" if allow_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = allow_tf32
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Within the block float32 products are rounded to float32, and no kernel is chosen by timing it.
+
+    On a CPU torch's own kernels compute: oneDNN's obey ONEDNN_DEFAULT_FPMATH_MODE, which may ask for bf16.
+    """
+    benchmark, onednn = torch.backends.cudnn.benchmark, torch.backends.mkldnn.enabled
+    try:
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # the newer settings disagree with these: float32 stays exact after the block
+        before = None
+    set_fp32_precision(allow_tf32=False)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # torch's stubs take it for a ContextProp
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark, torch.backends.mkldnn.enabled = benchmark, onednn
+        if before is not None:
+            torch.set_float32_matmul_precision(before[0])
+            torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def prepare(device: torch.device, compute_dtype: str) -> None:
+    """Set what holds for the whole process before it computes on this device.
+
+    compute_dtype: as in a recipe, or a precision.
+    """
+    set_fp32_precision(allow_tf32=compute_dtype == "tf32")
+    torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN time its kernels once
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep the memory that this process frees; returns whether it does, False on other systems.
+
+    By itself it takes every large tensor from the kernel, which zeroes it page by page, and gives it back at
+    once: a quarter of a training step of 512 images (benchmarks/LOG.md).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library, or Windows
+        return False
+    m_trim_threshold, m_mmap_max = -1, -4  # their numbers in glibc's malloc.h
+    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, -1))
+
+
+def autocast(device: torch.device, compute_dtype: torch.dtype) -> torch.autocast:
+    """Autocast to the compute dtype; does nothing at float32."""
+    enabled = compute_dtype != torch.float32
+    return torch.autocast(device.type, dtype=compute_dtype if enabled else None, enabled=enabled)

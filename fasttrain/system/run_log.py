@@ -1,0 +1,160 @@
+"""A run's folder, and what a person sees meanwhile: a progress bar on a terminal, plain lines when piped."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from fasttrain.errors import UserError
+from fasttrain.system.files import write_atomically, write_json
+
+T = TypeVar("T")
+
+
+EPOCH_COLUMNS = (
+    ("epoch", "epoch", "{:>5}"),
+    ("train_loss", "train loss", "{:>10.4f}"),
+    ("train_accuracy", "train acc", "{:>9.2%}"),
+    ("test_loss", "test loss", "{:>9.4f}"),
+    ("test_accuracy", "test acc", "{:>8.2%}"),
+    ("test_accuracy_flip", "with flip", "{:>9.2%}"),
+    ("lr", "lr", "{:>9.2e}"),
+    ("seconds", "seconds", "{:>8.2f}"),
+    ("images_per_sec", "images/s", "{:>9,.0f}"),
+    ("data_wait_share", "data wait", "{:>9.2%}"),
+)
+
+
+LIVE_COLUMNS = (
+    ("train_loss", "loss {:.3f}"),
+    ("train_accuracy", "acc {:.1%}"),
+    ("images_per_sec", "{:,.0f} images/s"),
+    ("data_wait_share", "wait {:.1%}"),
+)
+
+
+REFRESH_SECONDS = 0.5
+"""How often the progress bar asks for its figures: seldom, so that the training does not notice."""
+
+
+class RunLog:
+    """The folder of one run, and its console.
+
+    recipe.json and machine.json are written by the caller's first words, metrics.jsonl grows by a line per
+    epoch, result.json comes at the end: a folder without it is a run that did not finish. lr_find.json is
+    there where the LR finder chose the peak rate, TensorBoard's event files where they were asked for.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.folder = folder
+        self._header_shown = False
+        self._board: Any = None
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False)
+
+    def open_tensorboard(self, images_NCHW: Tensor) -> None:
+        """From here on write every epoch's metrics for TensorBoard too, into the run's folder.
+
+        images_NCHW: uint8, shown as one grid. Raises ImportError where require_tensorboard would complain.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(self.folder))
+        self._board.add_images("augmented training images", images_NCHW)
+        self._board.flush()
+
+    def write(self, name: str, values: dict[str, Any]) -> None:
+        """Write one of the folder's JSON files, atomically."""
+        write_json(self.folder / name, values)
+
+    def steps(
+        self, batches: Iterable[T], total: int, title: str, figures: Callable[[], dict[str, float]]
+    ) -> Iterator[T]:
+        """Iterate; where there is a terminal, with a progress bar that shows `figures`, keys of LIVE_COLUMNS.
+
+        They are asked for every REFRESH_SECONDS and must not wait for the device. A key may be missing.
+        """
+        if not self.console.is_terminal:
+            yield from batches
+            return
+        columns = (
+            *(TextColumn(title), BarColumn(bar_width=None), TextColumn("{task.fields[live]}")),
+            *(TextColumn("ETA"), TimeRemainingColumn(compact=True)),
+        )
+        # Drawn from here alone: a thread that draws by itself would take its time from the training.
+        with Progress(*columns, console=self.console, transient=True, auto_refresh=False, expand=True) as bar:
+            task = bar.add_task(title, total=total, live="")
+            drawn = time.perf_counter()
+            for done, batch in enumerate(batches):
+                if time.perf_counter() - drawn >= REFRESH_SECONDS:
+                    shown = figures()
+                    live = "  ".join(form.format(shown[key]) for key, form in LIVE_COLUMNS if key in shown)
+                    bar.update(task, completed=done, live=live, refresh=True)
+                    drawn = time.perf_counter()
+                yield batch
+
+    def rewind(self, epochs: list[dict[str, float]]) -> None:
+        """Let metrics.jsonl hold these epochs and no others: lines of lost work, whole or torn, go."""
+        lines = "".join(map(_line, epochs))
+        write_atomically(self.folder / "metrics.jsonl", lambda file: file.write(lines.encode()))
+
+    def epoch(self, metrics: dict[str, float]) -> None:
+        """Append an epoch's metrics to metrics.jsonl and print them as a line of the table.
+
+        A loss that is no number is written as null: JSON has no NaN.
+        """
+        path = self.folder / "metrics.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(_line(metrics))
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); make room, start again"
+            ) from error
+        if self._board is not None:
+            for key in metrics.keys() - {"epoch"}:
+                self._board.add_scalar(key, metrics[key], metrics["epoch"])
+            self._board.flush()
+        cells = [(name, form.format(metrics[key])) for key, name, form in EPOCH_COLUMNS if key in metrics]
+        if not self._header_shown:
+            self.say("  ".join(name.rjust(len(cell)) for name, cell in cells))
+            self._header_shown = True
+        self.say("  ".join(cell for _, cell in cells))
+
+
+class SilentLog(RunLog):
+    """What every rank but the first has: it knows the folder, says nothing, and writes nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.console = Console(quiet=True, force_terminal=False)
+
+    def write(self, name: str, values: dict[str, Any]) -> None:
+        pass
+
+    def rewind(self, epochs: list[dict[str, float]]) -> None:
+        pass
+
+    def epoch(self, metrics: dict[str, float]) -> None:
+        pass
+
+
+def require_tensorboard() -> None:
+    """Raise UserError, with the remedy, where TensorBoard is not installed."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--tensorboard: {error}; pip install 'fasttrain[tensorboard]'") from error
+
+
+def _line(metrics: dict[str, float]) -> str:
+    row = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+    return json.dumps(row) + "\n"

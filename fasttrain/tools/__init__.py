@@ -1,0 +1,1 @@
+"""What the command line offers beside training: each module is one command."""

@@ -1,0 +1,146 @@
+"""`fasttrain doctor`: what this machine can do, with the remedy beside whatever is missing."""
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasttrain.compile import compiler_available
+from fasttrain.errors import UserError
+from fasttrain.system.machine import GIB, describe, pick_device, version_of
+from fasttrain.system.precision import DTYPES, pick_precision
+from fasttrain.system.rates import measure_copy_gbps, measure_matmul_tflops
+
+DATA_GIB = 0.5
+"""Room that the download (0.16 GiB) and the unpacked images (0.17 GiB) need, rounded up."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the doctor's table. `fix` is empty where all is well."""
+
+    component: str
+    state: str
+    fix: str = ""
+    stops_training: bool = False
+
+
+def doctor(device: str = "auto") -> int:
+    """Print what this machine can do, with the remedy for whatever is missing.
+
+    Returns the exit status: 0 if training can run, 1 if not.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    findings = examine(device)
+    table = Table("component", "state", "fix")
+    for finding in findings:
+        colour = "red" if finding.stops_training else "yellow" if finding.fix else "green"
+        # Text, since an error message may hold brackets that rich would read as markup.
+        table.add_row(finding.component, Text(finding.state, style=colour), Text(finding.fix))
+    can_train = not any(finding.stops_training for finding in findings)
+    console = Console()
+    console.print(table)
+    console.print("Training can run here." if can_train else "Training cannot run here yet.")
+    return 0 if can_train else 1
+
+
+def examine(requested_device: str = "auto") -> list[Finding]:
+    """The doctor's findings, in reading order. Takes about two seconds, most of them for the peak rates."""
+    findings = [
+        Finding("Python", platform.python_version()),
+        Finding("torch", torch.__version__),
+    ]
+    try:
+        device = pick_device(requested_device)
+        findings.append(_examine_device(device))
+    except UserError as error:
+        device = torch.device("cpu")
+        findings.append(Finding("device", f"{requested_device}: not there", str(error), stops_training=True))
+    precision = pick_precision("auto", device)
+    compiler_fix = compiler_available(device)
+    findings += [
+        Finding("precision", precision),
+        Finding("torch.compile", "missing" if compiler_fix else "works", compiler_fix or ""),
+        Finding("matmul rate", f"{measure_matmul_tflops(device, DTYPES[precision]):.3g} TFLOP/s"),
+        Finding("memory copy", f"{measure_copy_gbps(device):.3g} GB/s"),
+        _examine_memory(device),
+        _examine_disk(),
+        _examine_dali(device),
+        _examine_import("torch-lr-finder", "torch_lr_finder"),
+        _examine_import("torchinfo", "torchinfo"),
+    ]
+    return findings
+
+
+def _examine_device(device: torch.device) -> Finding:
+    machine = describe(device)
+    if device.type == "cuda":
+        return Finding("device", f"{device}: {machine['gpu_name']}, driver {machine['gpu_driver']}")
+    state = f"{device}: {machine['cpu_model']}, {machine['cpu_cores']} cores"
+    if torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
+        return Finding("device", state)
+    if torch.version.cuda is None:
+        fix = f"a GPU is here, but torch {torch.__version__} is a CPU build: install torch's CUDA build"
+    else:
+        fix = f"a GPU is here, but torch cannot use it: update its driver for CUDA {torch.version.cuda}"
+    return Finding("device", state, fix)
+
+
+def _examine_memory(device: torch.device) -> Finding:
+    machine = describe(device)
+    gpu = f", GPU {machine['gpu_memory_gib']} GiB" if device.type == "cuda" else ""
+    return Finding("memory", f"{machine['memory_gib']} GiB{gpu}")
+
+
+def _examine_disk() -> Finding:
+    """Room for the images: in FASTTRAIN_DATA, else in data/, or in the nearest folder above that exists."""
+    folder = Path(os.environ.get("FASTTRAIN_DATA") or "data")
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free_gib = shutil.disk_usage(existing).free / GIB
+    fix = f"set FASTTRAIN_DATA to a folder with {DATA_GIB} GiB free" if free_gib < DATA_GIB else ""
+    return Finding("disk", f"{free_gib:.1f} GiB free at {folder}", fix)
+
+
+def _examine_dali(device: torch.device) -> Finding:
+    """Run a DALI pipeline of one operator. Without DALI the pure-torch loader does its work."""
+    try:
+        from nvidia.dali import fn, pipeline_def
+    except (ImportError, OSError) as error:
+        if platform.system() != "Linux":
+            return Finding("DALI", "not made for this system: the tensor loader stands in")
+        fix = "pip install nvidia-dali-cuda120"
+        return Finding("DALI", f"missing ({error}): the tensor loader stands in", fix)
+
+    on_gpu = device.type == "cuda"
+
+    backend = "GPU" if on_gpu else "CPU"
+
+    @pipeline_def
+    def one_operator() -> Any:
+        return fn.random.coin_flip(device=backend.lower())
+
+    try:
+        one_operator(batch_size=1, num_threads=1, device_id=device.index if on_gpu else None).run()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        fix = "use --loader tensor" + (", or update the driver to 525 or newer" if on_gpu else "")
+        return Finding("DALI", f"its {backend} backend fails: {reason}", fix, stops_training=True)
+    return Finding("DALI", f"{version_of('nvidia-dali-cuda120')}, its {backend} backend works")
+
+
+def _examine_import(distribution: str, module: str) -> Finding:
+    """A package that one command needs and training does not."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return Finding(distribution, f"missing ({error})", f"pip install {distribution}")
+    return Finding(distribution, version_of(distribution) or "works")

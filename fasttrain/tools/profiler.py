@@ -1,0 +1,295 @@
+"""Where the time of a training goes: torch.profiler over a window of real steps, loader and all.
+
+Leaves a trace for ui.perfetto.dev, a table of operators and the figures, and says in three sentences what
+bounds the training, by how much, and what to try.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+
+from fasttrain.compile import cache_of, captures_graph, compile_step, pick_compile_mode
+from fasttrain.data.build import build_loader, pick_loader
+from fasttrain.data.dataset import Dataset
+from fasttrain.errors import UserError
+from fasttrain.model import build_model, training_flop_per_image
+from fasttrain.recipe import Recipe
+from fasttrain.step import TrainStep
+from fasttrain.system.files import write_atomically, write_json
+from fasttrain.system.machine import cpu_cores, describe, hardware_name
+from fasttrain.system.precision import DTYPES, pick_precision, prepare
+from fasttrain.system.rates import measure_matmul_tflops
+
+MATRIX = "convolutions and matrix products"
+
+
+REST = "everything else"
+
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "fused by the compiler": ("compiledfxgraph", "triton"),
+    "optimizer": ("adam", "multi_tensor"),
+    "normalisation": ("batch_norm", "bn_fw", "bn_bw"),
+    "pooling": ("pool",),
+    "copies and fills": ("copy", "memcpy", "memset", "fill", "zero_"),
+    MATRIX: ("conv", "mm", "gemm", "xmma", "cutlass", "nvjet", "wgrad", "dgrad", "fprop"),
+    "element by element": ("clamp", "relu", "gelu", "threshold", "add", "mul", "sub", "elementwise"),
+}
+"""Parts of the names of operators and kernels, by what they do; the first group that fits counts."""
+
+
+WAIT, STEP = "wait for data", "train step"
+"""The ranges that stand in the trace, and in nsys where it watches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What a window of steps showed. Shares run from 0 to 1.
+
+    wait_share: of the window, spent waiting for the loader. idle_share: of the window, in which the GPU did
+    nothing; without a GPU, of the cores' time. group_shares: of all operators' time, by group.
+    matrix_ms: what the step's matrix products would need at the measured matmul rate.
+    """
+
+    device: str
+    precision: str
+    loader: str
+    compile: str
+    batch_size: int
+    steps: int
+    step_ms: float
+    wait_share: float
+    idle_share: float
+    group_shares: dict[str, float]
+    matmul_tflops_measured: float
+    matrix_ms: float
+
+    @property
+    def mfu(self) -> float:
+        return self.matrix_ms / self.step_ms
+
+
+def profile_training(
+    recipe: Recipe,
+    dataset: Dataset,
+    *,
+    device: torch.device,
+    out: Path,
+    wait: int = 1,
+    warmup: int = 2,
+    active: int | None = None,
+    operators: int = 20,
+) -> tuple[Profile, str]:
+    """Train a few steps under the profiler; returns the figures and the table of operators.
+
+    wait, warmup, active: steps that run unwatched, that warm the profiler up, and that count; by default 20
+    count on a GPU and 3 without one. All train on whole images. Leaves trace.json, operators.txt and
+    profile.json in the folder `out`.
+    Raises UserError if a batch is larger than the training set, or if `out` cannot be written.
+    """
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    on_gpu = device.type == "cuda"
+    recipe = dataclasses.replace(recipe, early_resolution=0)
+    active = active or (20 if on_gpu else 3)
+    precision = pick_precision(recipe.compute_dtype, device)
+    dtype = DTYPES[precision]
+    prepare(device, precision)
+    kind = pick_loader(recipe.loader, device, print)
+    mode = pick_compile_mode(recipe.compile, device, print)
+    loader = build_loader(dataset, recipe, train=True, kind=kind, device=device)
+    matmul_tflops = measure_matmul_tflops(device, dtype)
+    torch.manual_seed(recipe.seed)
+    step = TrainStep(
+        build_model(recipe, len(dataset.classes), mean=dataset.mean, std=dataset.std),
+        recipe,
+        max_lr=0.01 if recipe.max_lr == "auto" else recipe.max_lr,
+        total_steps=max(wait + warmup + active, 2),
+        device=device,
+        compute_dtype=dtype,
+        cuda_graph=captures_graph(recipe, device, mode),
+    )
+    batches = chain.from_iterable(repeat(loader))
+    cache = cache_of(step, hardware_name(describe(device)), mode, recipe.batch_size)
+    compile_step(step, mode, cache, *next(batches))
+
+    clock = _Clock(first_step=wait + warmup)
+    with profile(
+        activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu,
+        schedule=schedule(wait=wait, warmup=warmup, active=active, repeat=1),
+        profile_memory=True,
+    ) as profiler:
+        for number in range(wait + warmup + active):
+            if number == clock.first_step:
+                step.take_metrics()  # waits for the device: the window begins with nothing under way
+                clock.start()
+            with _range(WAIT, device), clock.waiting():
+                batch = next(batches)
+            with _range(STEP, device):
+                step(*batch)
+            if number == wait + warmup + active - 1:
+                step.take_metrics()
+                clock.stop()
+            profiler.step()
+
+    matmul_tflops = max(matmul_tflops, measure_matmul_tflops(device, dtype))
+    flop = training_flop_per_image(step.model) * recipe.batch_size
+    busy = _device_busy_seconds(profiler.events()) if on_gpu else clock.cpu_seconds / cpu_cores()
+    found = Profile(
+        device=device.type,
+        precision=precision,
+        loader=loader.name,
+        compile=mode or "off",
+        batch_size=recipe.batch_size,
+        steps=active,
+        step_ms=1000 * clock.seconds / active,
+        wait_share=clock.wait_seconds / clock.seconds,
+        idle_share=max(0.0, 1 - busy / clock.seconds),
+        group_shares=_group_shares(profiler.key_averages(), on_gpu),
+        matmul_tflops_measured=matmul_tflops,
+        matrix_ms=flop / matmul_tflops / 1e9,
+    )
+    table = profiler.key_averages().table(
+        sort_by="self_device_time_total" if on_gpu else "self_cpu_time_total",
+        row_limit=operators,
+        max_name_column_width=60,
+    )
+    _write(out, profiler, found, table, describe(device))
+    return found, table
+
+
+def sentences(found: Profile) -> list[str]:
+    """What bounds this training, by how much, and what to try."""
+    matrix_share = found.group_shares.get(MATRIX, 0.0)
+    others = {name: share for name, share in found.group_shares.items() if name not in (MATRIX, REST)}
+    largest = max(others, key=lambda name: others[name], default=REST)
+    if found.wait_share > 0.1:
+        return [
+            f"The loader bounds this training: it waits for data {found.wait_share:.0%} of the time.",
+            _without(found, found.wait_share),
+            "Try more --loader-threads; python -m benchmarks.loader shows what the loader reaches alone.",
+        ]
+    if found.idle_share > 0.2 and found.device == "cuda":
+        return [
+            f"The host bounds this training: the GPU is idle {found.idle_share:.0%} of the time.",
+            _without(found, found.idle_share),
+            "The trace shows what it waits for: a step is one launch unless --no-cuda-graph. Or try a larger "
+            "--batch-size.",
+        ]
+    if found.idle_share > 0.2:
+        return [
+            f"The cores work for this training only {1 - found.idle_share:.0%} of the time: other processes "
+            "have them, or its own work runs in one thread.",
+            _without(found, found.idle_share),
+            "Try it on an idle machine, then a larger --batch-size; the trace shows what leaves cores idle.",
+        ]
+    if matrix_share >= 0.5:
+        first = f"Arithmetic bounds this training: {MATRIX} take {matrix_share:.0%} of all operators' time."
+    else:
+        first = f"Memory traffic bounds this training: {MATRIX} take only {matrix_share:.0%} of all time."
+    second = (
+        f"At the measured matmul rate they need {found.matrix_ms:,.1f} ms of a step's {found.step_ms:,.1f}: "
+        f"the step as a whole runs at {found.mfu:.0%} of that rate."
+    )
+    if found.precision in ("fp32", "tf32"):
+        third = "Try --compute-dtype auto: half precision multiplies faster where the hardware has it."
+    elif found.mfu > 0.8:
+        third = "Little is left in the step: a shorter schedule (fewer --epochs) saves more than any tuning."
+    elif found.compile == "off" and found.device == "cuda":
+        third = f"Try --compile default, which fuses the rest, as {largest} ({others[largest]:.0%})."
+    else:
+        third = f"After the products {largest} costs most ({others.get(largest, 0.0):.0%}): look there first."
+    return [first, second, third]
+
+
+def _without(found: Profile, lost_share: float) -> str:
+    return (
+        f"Without that its {found.step_ms:,.1f} ms a step would be {found.step_ms * (1 - lost_share):,.1f}."
+    )
+
+
+class _Clock:
+    """Wall, waiting and processor seconds of the steps that count."""
+
+    def __init__(self, first_step: int) -> None:
+        self.first_step = first_step
+        self.seconds = self.wait_seconds = self.cpu_seconds = 0.0
+
+    def start(self) -> None:
+        self.wait_seconds = 0.0
+        self.seconds, self.cpu_seconds = -time.perf_counter(), -time.process_time()
+
+    def stop(self) -> None:
+        self.seconds += time.perf_counter()
+        self.cpu_seconds += time.process_time()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.wait_seconds += time.perf_counter() - start
+
+
+@contextmanager
+def _range(name: str, device: torch.device) -> Iterator[None]:
+    """A named range in the trace, and for nsys where there is a GPU."""
+    with torch.profiler.record_function(name):
+        if device.type != "cuda":
+            yield
+            return
+        with torch.cuda.nvtx.range(name):
+            yield
+
+
+def _is_range(name: str) -> bool:
+    """Whether it names a stretch of the trace, ours or the profiler's, and no operator."""
+    return name in (WAIT, STEP) or name.startswith("ProfilerStep")
+
+
+def _group_shares(averages: Any, on_gpu: bool) -> dict[str, float]:
+    """Share of all operators' own time by group, the largest first."""
+    seconds: dict[str, float] = {}
+    for average in averages:
+        if _is_range(average.key) or (on_gpu and average.device_type != DeviceType.CUDA):
+            continue  # an operator has the time of its kernels, which have rows of their own
+        name = average.key.lower()
+        group = next((group for group, parts in GROUPS.items() if any(p in name for p in parts)), REST)
+        own = average.self_device_time_total if on_gpu else average.self_cpu_time_total
+        seconds[group] = seconds.get(group, 0.0) + own
+    total = sum(seconds.values()) or 1.0
+    return {group: seconds[group] / total for group in sorted(seconds, key=lambda g: -seconds[g])}
+
+
+def _device_busy_seconds(events: Any) -> float:
+    """Seconds in which at least one kernel or copy was running on the GPU."""
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type == DeviceType.CUDA and not _is_range(event.name)
+    )
+    busy, reached = 0.0, float("-inf")
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return busy / 1e6
+
+
+def _write(out: Path, profiler: Any, found: Profile, table: str, machine: dict[str, object]) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        part = out / ".trace.json"
+        profiler.export_chrome_trace(str(part))
+        part.replace(out / "trace.json")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from error
+    write_atomically(out / "operators.txt", lambda file: file.write(table.encode()))
+    values = {"machine": machine, **dataclasses.asdict(found), "mfu": found.mfu}
+    write_json(out / "profile.json", values | {"sentences": sentences(found)})

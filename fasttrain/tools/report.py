@@ -1,0 +1,41 @@
+"""`fasttrain report`: a finished run's page, written anew from its folder."""
+
+from pathlib import Path
+
+from fasttrain.checkpoint.network import load_model
+from fasttrain.data.load import find_dataset, names_own_images
+from fasttrain.errors import UserError
+from fasttrain.report.html import given, write_report
+from fasttrain.report.run import load_run
+from fasttrain.system.machine import pick_device
+from fasttrain.tools.evaluate_checkpoint import evaluate_model
+
+
+def report(
+    folder: Path,
+    *,
+    data: str = "auto",
+    data_dir: Path | None = None,
+    skip_bad: bool = False,
+    device: str = "auto",
+) -> Path:
+    """Write a finished run's report.html anew; returns the file.
+
+    The figures of the test images come from evaluating last.pt again. Nothing is downloaded or generated:
+    without the run's images, or without last.pt, their sections are left out.
+    data: folder:PATH or webdataset:PATTERN for a run on those, with skip_bad where bad files are in it; else
+    auto.
+    Raises UserError if there is no finished run, or if it cannot be written.
+    """
+    if data != "auto" and not names_own_images(data):
+        raise UserError(f"--data {data}: expected auto, folder:PATH or webdataset:PATTERN")
+    run = load_run(folder)
+    run_device = pick_device(device)
+    dataset = given(
+        run.result["dataset"],
+        lambda name: find_dataset(name, data, data_dir, resolution=run.recipe.resolution, skip_bad=skip_bad),
+    )
+    evaluation = given(
+        dataset, lambda images: evaluate_model(load_model(folder / "last.pt", run_device), images, run_device)
+    )
+    return write_report(run, dataset, evaluation, device=run_device)

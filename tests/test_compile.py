@@ -1,0 +1,140 @@
+import pytest
+import torch
+
+from fasttrain import compile
+from fasttrain.compile import (
+    CompileCache,
+    CompileEstimate,
+    cache_of,
+    captures_graph,
+    compile_step,
+    payoff,
+    pick_compile_mode,
+)
+from fasttrain.model import CustomResNet, build_model
+from fasttrain.recipe import Recipe
+from fasttrain.step import TrainStep
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def test_compile_policy_is_eager_on_a_cpu_and_falls_back_in_one_line(monkeypatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(compile, "compiler_available", lambda device: None)
+    assert pick_compile_mode("auto", CPU, said.append) is None
+    assert pick_compile_mode("off", GPU, said.append) is None
+    assert pick_compile_mode("auto", GPU, said.append) == "default"
+    assert pick_compile_mode("max-autotune", CPU, said.append) == "max-autotune"
+    assert not said
+    monkeypatch.setattr(compile, "compiler_available", lambda device: "no C++ compiler: install g++")
+    assert pick_compile_mode("default", CPU, said.append) is None
+    assert len(said) == 1 and "install g++" in said[0] and "eager" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("device", "mode", "fields", "expected"),
+    [
+        (GPU, None, {}, True),
+        (GPU, "default", {}, True),
+        (GPU, "reduce-overhead", {}, False),  # records graphs of its own
+        (GPU, "default", {"cuda_graph": False}, False),
+        (CPU, None, {}, False),
+    ],
+)
+def test_a_step_is_recorded_once_at_most_and_only_on_an_nvidia_gpu(device, mode, fields, expected) -> None:
+    assert captures_graph(Recipe(**fields), device, mode) is expected
+
+
+def test_compiling_has_to_be_able_to_pay_within_the_run() -> None:
+    def judged(steps: int, compile_seconds: float) -> CompileEstimate:
+        return CompileEstimate(
+            steps=steps, step_seconds=0.004, floor_seconds=0.0015, compile_seconds=compile_seconds
+        )
+
+    assert judged(20_000, 40) and judged(2_328, 5)
+    assert not judged(2_328, 6)  # 5.8 seconds to gain at most
+    assert "eager" in str(judged(2_328, 40)) and "5.8 s to gain" in str(judged(2_328, 40))
+    assert "compiling" in str(judged(20_000, 40))
+    faster = CompileEstimate(steps=100, step_seconds=0.001, floor_seconds=0.002, compile_seconds=1)
+    assert faster.most_seconds == 0 and not faster
+
+
+@pytest.fixture
+def artifacts(monkeypatch, tmp_path) -> dict[str, bytes]:
+    """torch's side of the cache: what a compiler has made, and what it was given."""
+    torch_has: dict[str, bytes] = {"made": b"kernels", "given": b""}
+    monkeypatch.setenv("FASTTRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (torch_has["made"], None))
+    monkeypatch.setattr(
+        torch.compiler, "load_cache_artifacts", lambda content: torch_has.update(given=content)
+    )
+    return torch_has
+
+
+def test_what_was_compiled_serves_the_next_process_and_tells_how_long_that_takes(
+    artifacts, monkeypatch, tmp_path
+) -> None:
+    cache = CompileCache("a GPU", "bf16", 512)
+    cache.load()
+    assert artifacts["given"] == b"" and cache.expected_seconds == compile.COLD_SECONDS
+    cache.save(31.0)
+    assert CompileCache("a GPU", "bf16", 512).expected_seconds == compile.WARM_SECONDS
+    assert CompileCache("another GPU", "bf16", 512).expected_seconds == compile.COLD_SECONDS
+
+    monkeypatch.setattr(
+        torch.compiler, "load_cache_artifacts", lambda content: artifacts.update(given=content) or "found"
+    )
+    again = CompileCache("a GPU", "bf16", 512)
+    again.load()
+    assert artifacts["given"] == b"kernels"
+    again.save(3.5)
+    again.save(0.01)  # a second network of this process
+    assert CompileCache("a GPU", "bf16", 512).expected_seconds == 3.5
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".bin", ".json"}
+
+
+def test_a_cache_that_cannot_be_used_stops_nothing(artifacts, monkeypatch, tmp_path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    cache = CompileCache("a GPU")
+    cache.load()
+    cache.save(31.0)
+    assert cache.expected_seconds == compile.COLD_SECONDS
+    (tmp_path / "cache").unlink()
+    cache.save(31.0)
+    [file] = (tmp_path / "cache").iterdir()
+    file.with_suffix(".json").write_text("{torn")
+    assert cache.expected_seconds == compile.WARM_SECONDS
+
+    def refuse(content: bytes) -> None:
+        raise RuntimeError("another version's")
+
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", refuse)
+    cache.load()
+
+
+def test_a_step_is_compiled_with_what_the_cache_holds(artifacts, monkeypatch) -> None:
+    order: list[str] = []
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compile_(model, backend="aot_eager"))
+    monkeypatch.setattr(CompileCache, "load", lambda self: order.append("load"))
+    monkeypatch.setattr(CompileCache, "save", lambda self, seconds: order.append("save"))
+    settings = {"max_lr": 0.01, "total_steps": 100, "device": CPU, "compute_dtype": torch.float32}
+    step = TrainStep(CustomResNet(width=8), Recipe(), **settings)
+    images, labels = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), torch.arange(4)
+    found = payoff(step, CompileCache("a CPU"), 1.0, images, labels)
+    assert found.steps == 100 and found.step_seconds > found.floor_seconds > 0
+    assert step.step == 0 and not step.model.prep[1].running_mean.any()
+    assert compile_step(step, None, CompileCache("a CPU"), images, labels) == 0 and not order
+    assert compile_step(step, "default", CompileCache("a CPU"), images, labels) > 0
+    assert order == ["load", "save"]
+
+
+def test_steps_of_another_shape_or_activation_have_a_cache_of_their_own() -> None:
+    def files(batch_size: int = 8, **fields) -> str:
+        recipe = Recipe(**{"width": 8, **fields})
+        settings = {"max_lr": 0.01, "total_steps": 4, "device": CPU, "compute_dtype": torch.float32}
+        step = TrainStep(build_model(recipe, 10), recipe, **settings)
+        return str(cache_of(step, "a GPU", "default", batch_size)._artifacts)
+
+    others = (files(16), files(width=4), files(activation="gelu"), files(resolution=48))
+    assert len({files(), *others}) == 5 and files() == files(seed=1)
