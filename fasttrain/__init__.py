@@ -1,4 +1,4 @@
-"""The fastest honest way to train an image classifier on one GPU.
+"""Train an image classifier fast, and know how fast that is.
 
     import fasttrain
     run = fasttrain.train(fasttrain.load_recipe("default"))
@@ -17,6 +17,8 @@ _HOMES = {
     "Recipe": "fasttrain.recipe",
     "Run": "fasttrain.report.run",
     "UserError": "fasttrain.errors",
+    "build_loader": "fasttrain.data.build",
+    "load_dataset": "fasttrain.data.load",
     "load_recipe": "fasttrain.recipe",
     "load_run": "fasttrain.report.run",
     "train": "fasttrain.trainer",

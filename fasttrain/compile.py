@@ -1,12 +1,9 @@
-"""When torch.compile pays, what it leaves for the next process, and when a step is recorded."""
+"""Whether torch.compile pays within a run, and what it leaves for the next process."""
 
 import hashlib
 import json
 import os
-import platform
-import shutil
 import sys
-import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,30 +23,6 @@ COLD_SECONDS, WARM_SECONDS = 40.0, 6.0
 
 NOTHING_NEW = 1.0
 """Seconds; a second network of one process compiles in less, since torch has its code already."""
-
-
-OWN_GRAPHS = ("reduce-overhead", "max-autotune")
-"""Modes in which torch.compile records CUDA graphs of its own."""
-
-
-def pick_compile_mode(requested: str, device: torch.device, announce: Callable[[str], object]) -> str | None:
-    """torch.compile's mode, or None for eager.
-
-    auto compiles on a GPU and stays eager on a CPU, where no gain was measured that would pay for compiling
-    (benchmarks/LOG.md). Where no compiler is there, falls back to eager and says so in one line.
-    """
-    if requested == "off" or (requested == "auto" and device.type == "cpu"):
-        return None
-    reason = compiler_available(device)
-    if reason is not None:
-        announce(f"torch.compile: {reason}; running eager")
-        return None
-    return "default" if requested == "auto" else requested
-
-
-def captures_graph(recipe: Recipe, device: torch.device, compile_mode: str | None) -> bool:
-    """Whether the whole step is recorded as a CUDA graph of ours."""
-    return recipe.cuda_graph and device.type == "cuda" and compile_mode not in OWN_GRAPHS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +118,9 @@ def compile_step(
     images_NCHW: Tensor,
     labels_N: Tensor,
 ) -> float:
-    """Compile a step with whatever the cache holds for it, and record it where that is wanted.
+    """Compile a step with whatever the cache holds for it, and capture it where that is wanted.
 
-    mode: None records alone. Returns the seconds that it took.
+    mode: None captures only. Returns the seconds that it took.
     """
     if mode is None:
         return step.warm_up(images_NCHW, labels_N)
@@ -159,7 +132,33 @@ def compile_step(
     return seconds
 
 
-def payoff(
+def pick_final_mode(
+    step: TrainStep,
+    recipe: Recipe,
+    mode: str | None,
+    cache: CompileCache,
+    matmul_tflops: float,
+    example: tuple[Tensor, Tensor],
+    *,
+    kept: str | None,
+    log: Callable[[str], object],
+) -> str | None:
+    """The mode to compile a run's steps in, None for eager.
+
+    mode: what this machine can do. kept: what the run began with, or off; None for a new run. With auto a
+    new run compiles only if that can pay within its steps, which is logged in a line.
+    """
+    if kept is not None:
+        return None if kept == "off" else mode and kept
+    if mode is None or recipe.compile != "auto":
+        return mode
+    own = estimate_compile(step, cache, matmul_tflops, *example)
+    estimate = step.world.broadcast(lambda: own)
+    log(str(estimate))
+    return mode if estimate else None
+
+
+def estimate_compile(
     step: TrainStep, cache: CompileCache, matmul_tflops: float, images_NCHW: Tensor, labels_N: Tensor
 ) -> CompileEstimate:
     """What compiling this step can gain and should cost. Takes a few dozen steps, which leave no trace."""
@@ -172,37 +171,21 @@ def payoff(
     )
 
 
+def example_batch(batch_size: int, resolution: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A batch of the loaders' shape, dtype and strides, to compile and time on without taking one from them.
+
+    Noise, not zeros: on zeros a GPU draws less power and computes faster.
+    """
+    noise = torch.Generator(device).manual_seed(0)
+    shape = (batch_size, resolution, resolution, 3)
+    images_NHWC = torch.randint(256, shape, generator=noise, dtype=torch.uint8, device=device)
+    labels_N = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    return images_NHWC.permute(0, 3, 1, 2), labels_N
+
+
 def cache_folder() -> Path:
     """FASTTRAIN_CACHE, or fasttrain in the user's folder for caches."""
     named = os.environ.get("FASTTRAIN_CACHE")
     if named:
         return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fasttrain"
-
-
-def compiler_available(device: torch.device) -> str | None:
-    """None if torch.compile can work on this device, else the reason and the remedy in one line."""
-    # Imported here: they take a second, and only a few commands ask.
-    from torch._dynamo import is_dynamo_supported
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-    from torch.utils._triton import has_triton
-
-    if not is_dynamo_supported():
-        return f"torch {torch.__version__} cannot compile on Python {platform.python_version()}"
-    if device.type == "cuda":
-        if not has_triton():
-            return "no Triton for this GPU: pip install triton (needs compute capability 7.0)"
-        # Triton compiles a small C launcher for every kernel.
-        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-            return "no C compiler: install gcc, or set CC"
-    elif device.type == "cpu":
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler:
-            return "no C++ compiler: install g++, or set CXX"
-    else:
-        return f"fasttrain does not compile for {device.type}"
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return "no Python.h: install Python's development files (python3-dev)"
-    return None

@@ -1,4 +1,4 @@
-"""A training step recorded once as a CUDA graph, so that one launch replays all of its kernels.
+"""A training step captured once as a CUDA graph, so that one launch replays all of its kernels.
 
 Launched one by one, the few hundred kernels of a step cost the host more time than they take on a fast GPU.
 """
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 WARM_UP_CALLS = 3
-"""Calls before the recording: libraries pick their kernels, compilers compile, and optimizers allocate."""
+"""Calls before the capture: libraries pick their kernels, compilers compile, and optimizers allocate."""
 
 
-def record(
+def capture(
     work: Callable[[Tensor, Tensor], object], images_NCHW: Tensor, labels_N: Tensor
 ) -> Callable[[Tensor, Tensor], None]:
-    """Record `work` on a batch like those to come; returns a function that replays it on any such batch.
+    """Capture `work` on a batch like those to come; returns a function that replays it on any such batch.
 
-    The kernels are replayed with the addresses that they were recorded with. So `work` must leave its results
+    The kernels are replayed with the addresses that they were captured with. So `work` must leave its results
     in tensors that stay, and take whatever changes from step to step from tensors, never from Python numbers;
-    batches are copied to where the recorded kernels look for them. `work` is called WARM_UP_CALLS times and
-    then recorded, which computes nothing. It must not wait for the GPU.
+    batches are copied to where the captured kernels look for them. `work` is called WARM_UP_CALLS times and
+    then captured, which computes nothing. It must not wait for the GPU.
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html, "Whole-network capture".
     """
     images, labels = torch.empty_like(images_NCHW), torch.empty_like(labels_N)  # keeps channels_last
@@ -49,10 +49,10 @@ def record(
     return replay
 
 
-def require_like(batch: Tensor, recorded: Tensor) -> None:
-    """Raise ValueError unless a batch is of the recorded shape and type: copying would stretch or cast it."""
-    if (batch.shape, batch.dtype) != (recorded.shape, recorded.dtype):
+def require_like(batch: Tensor, captured: Tensor) -> None:
+    """Raise ValueError unless a batch is of the captured shape and type: copying would stretch or cast it."""
+    if (batch.shape, batch.dtype) != (captured.shape, captured.dtype):
         raise ValueError(
-            f"a batch of {tuple(batch.shape)} {batch.dtype} for a step that was recorded with "
-            f"{tuple(recorded.shape)} {recorded.dtype}"
+            f"a batch of {tuple(batch.shape)} {batch.dtype} for a step that was captured with "
+            f"{tuple(captured.shape)} {captured.dtype}"
         )

@@ -13,7 +13,6 @@ watchdog ends the process. That also covers a rank that hangs, and a machine tha
 
 import atexit
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,6 +56,35 @@ class World:
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
+    @classmethod
+    def join(cls, device: torch.device) -> "World":
+        """The world that torchrun's environment describes; without torchrun a world of one.
+
+        device: cpu or cuda; each rank takes the GPU of its local rank. One training after the other may join.
+        Raises UserError if the environment is incomplete, or if the ranks cannot have this device.
+        """
+        size = _environment("WORLD_SIZE", 1)
+        if size == 1:
+            return cls(device=device)
+        rank, local_rank = _environment("RANK"), _environment("LOCAL_RANK")
+        if device.type not in BACKENDS:
+            raise UserError(f"--device {device.type}: trains on one rank only; start it without torchrun")
+        if device.type == "cuda":
+            if device.index:
+                raise UserError(f"--device {device}: expected auto, cuda or cpu: each rank takes its own GPU")
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"--nproc-per-node: rank {rank} is number {local_rank} on its machine, which has "
+                    f"{torch.cuda.device_count()} GPUs; start as many ranks as there are GPUs"
+                )
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        if dist.is_initialized():
+            _set_timeout(START_SECONDS)
+        else:
+            dist.init_process_group(BACKENDS[device.type], timeout=timedelta(seconds=START_SECONDS))
+        return cls(rank, size, local_rank, device)
+
     @property
     def is_main(self) -> bool:
         """Whether this rank speaks and writes for all."""
@@ -98,9 +126,9 @@ class World:
         """What `work` returns, called on every machine's first rank before its others: it may write files."""
         if self.local_rank == 0:
             value = work()
-            self.maximum(0)
+            self.barrier()
             return value
-        self.maximum(0)
+        self.barrier()
         return work()
 
     def gather(self, value: T) -> list[T]:
@@ -112,7 +140,11 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
-    def maximum(self, *values: int) -> list[int]:
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.all_reduce_max(0)
+
+    def all_reduce_max(self, *values: int) -> list[int]:
         """The largest of all ranks' values, place by place. Waits for the ranks, but not for the device."""
         if self.size == 1:
             return list(values)
@@ -135,7 +167,7 @@ class World:
 
     # ------------------------------------------------------------------------------------------ arithmetic
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """The sum of every rank's values, as a new tensor."""
         if self.size == 1:
             return values
@@ -144,7 +176,7 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def smallest(self, values: Tensor) -> Tensor:
+    def all_reduce_min(self, values: Tensor) -> Tensor:
         """The smallest of all ranks' values, as a new tensor."""
         if self.size == 1:
             return values
@@ -197,16 +229,16 @@ class World:
         """Wait until every rank is ready to train; from here on they answer each other promptly, or end."""
         if self.size == 1:
             return
-        self.maximum(0)
+        self.barrier()
         _set_timeout(ANSWER_SECONDS)
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Part from the other ranks, when all are here.
 
         The group itself goes when the process ends: while a network holds it, torch 2.13 can hang over it.
         """
         if self.size > 1:
-            self.maximum(0)
+            self.barrier()
             atexit.unregister(dist.destroy_process_group)
             atexit.register(dist.destroy_process_group)
 
@@ -217,7 +249,7 @@ class World:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, DivergedError | Interrupted):  # every rank is here
-            self.leave()
+            self.close()
         elif error is not None:
             self._raise_if_lost(error)
 
@@ -239,35 +271,6 @@ class World:
                 f"lost another rank ({reason}): what ended that one stands above, or in "
                 "torchrun's summary; what was saved remains, see --resume"
             ) from error
-
-
-def join(device: torch.device) -> World:
-    """The world that torchrun's environment describes; of one, without a process group, where there is none.
-
-    device: cpu or cuda; each rank takes the GPU of its local rank. One training after the other may join.
-    Raises UserError if the environment is incomplete, or if the ranks cannot have this device.
-    """
-    size = _environment("WORLD_SIZE", 1)
-    if size == 1:
-        return World(device=device)
-    rank, local_rank = _environment("RANK"), _environment("LOCAL_RANK")
-    if device.type not in BACKENDS:
-        raise UserError(f"--device {device.type}: trains on one rank only; start it without torchrun")
-    if device.type == "cuda":
-        if device.index:
-            raise UserError(f"--device {device}: expected auto, cuda or cpu, for each rank takes its own GPU")
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"--nproc-per-node: rank {rank} is number {local_rank} on its machine, which has "
-                f"{torch.cuda.device_count()} GPUs; start as many ranks as there are GPUs"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    if dist.is_initialized():
-        _set_timeout(START_SECONDS)
-    else:
-        dist.init_process_group(BACKENDS[device.type], timeout=timedelta(seconds=START_SECONDS))
-    return World(rank, size, local_rank, device)
 
 
 def _set_timeout(seconds: float) -> None:
@@ -292,27 +295,6 @@ def command(local: list[str]) -> list[str]:
         return ["fasttrain", *local]
     nodes = ["--nnodes", str(size // int(local_size))] if size > int(local_size) else []
     return ["torchrun", *nodes, "--nproc-per-node", local_size, "-m", "fasttrain", *local]
-
-
-class Pace:
-    """When to ask the other ranks something: about once a second, after the same step on all of them.
-
-    A world of one may ask after every step. `asked` takes the steps that every rank has answered.
-    """
-
-    def __init__(self, world: World, step: int) -> None:
-        self._world, self._step, self._next = world, step, step + 1
-        self._time = time.perf_counter()
-
-    def due(self, step: int) -> bool:
-        return step >= self._next
-
-    def ask(self, step: int, wish: bool) -> bool:
-        """Whether any rank wishes it."""
-        steps_per_sec = (step - self._step) / max(time.perf_counter() - self._time, 1e-9)
-        wishes, steps = self._world.maximum(wish, int(steps_per_sec) if self._world.size > 1 else 1)
-        self._step, self._next, self._time = step, step + max(1, steps), time.perf_counter()
-        return bool(wishes)
 
 
 class _MeanOverRanks(torch.autograd.Function):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.data.loader import Loader
+from fasttrain.runtime import Runtime
 from fasttrain.system.precision import autocast
 
 
@@ -64,14 +65,14 @@ class Evaluation:
         figures = []
         confusion_KK = self.confusion_KK(num_classes)
         for label, row_K in enumerate(confusion_KK):
-            hits, images, claims = int(row_K[label]), int(row_K.sum()), int(confusion_KK[:, label].sum())
+            correct, images, claims = int(row_K[label]), int(row_K.sum()), int(confusion_KK[:, label].sum())
             others_K = row_K.clone()
             others_K[label] = 0
             figures.append(
                 ClassFigures(
                     images=images,
-                    recall=hits / images if images else None,
-                    precision=hits / claims if claims else None,
+                    recall=correct / images if images else None,
+                    precision=correct / claims if claims else None,
                     taken_for=int(others_K.argmax()) if others_K.any() else None,
                 )
             )
@@ -83,7 +84,7 @@ class Evaluation:
         return wrong[self.confidences_N[wrong].argsort(descending=True, stable=True)]
 
 
-def joined(parts: Sequence[Evaluation]) -> Evaluation:
+def concat(parts: Sequence[Evaluation]) -> Evaluation:
     """One evaluation of what several ranks looked at, in stored order."""
     if len(parts) == 1:
         return parts[0]
@@ -101,8 +102,7 @@ def joined(parts: Sequence[Evaluation]) -> Evaluation:
 def evaluate(
     model: nn.Module,
     loader: Loader,
-    device: torch.device,
-    compute_dtype: torch.dtype,
+    runtime: Runtime,
     *,
     flip: bool = False,
 ) -> Evaluation:
@@ -111,12 +111,13 @@ def evaluate(
     flip: look at every image's mirror image too, for the second accuracy; nothing else depends on it.
     Waits for the device once, at the end.
     """
+    device, dtype = runtime.device, runtime.dtype
     was_training = model.training
     model.eval()
     losses, labels, predictions, confidences, flip_predictions = [], [], [], [], []
     with torch.inference_mode():
         for images_NCHW, labels_N in loader:
-            with autocast(device, compute_dtype):
+            with autocast(device, dtype):
                 logits_NK = model(images_NCHW)
             log_probabilities_NK = logits_NK.float().log_softmax(1)
             best = log_probabilities_NK.max(1)
@@ -125,7 +126,7 @@ def evaluate(
             predictions.append(best.indices)
             confidences.append(best.values.exp())
             if flip:
-                with autocast(device, compute_dtype):
+                with autocast(device, dtype):
                     mirrored_NK = model(images_NCHW.flip(3))
                 flip_predictions.append((logits_NK.float() + mirrored_NK.float()).argmax(1))
     model.train(was_training)

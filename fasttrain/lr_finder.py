@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fasttrain.data.build import LoaderName, build_loader
+from fasttrain.data.build import build_loader
 from fasttrain.data.dataset import Dataset
 from fasttrain.errors import UserError
 from fasttrain.model import build_model
 from fasttrain.optim import build_optimizer, set_schedule
 from fasttrain.recipe import Recipe
+from fasttrain.runtime import Runtime
 from fasttrain.system.rng import fork_rng
 
 SKIP_START, SKIP_END = 10, 5
@@ -83,22 +84,20 @@ class LrSearch:
 def find_max_lr(
     dataset: Dataset,
     recipe: Recipe,
+    runtime: Runtime,
     *,
-    kind: LoaderName,
-    device: torch.device,
-    dtype: torch.dtype,
     start_lr: float = 1e-2,
     end_lr: float = 10.0,
     num_iter: int = 200,
     repeats: int = 3,
-    announce: Callable[[str], object],
+    log: Callable[[str], object],
 ) -> LrSearch:
     """Raise the learning rate exponentially over `num_iter` steps, `repeats` times, and suggest a peak.
 
     Each repeat has a network, an optimizer and a loader of its own, seeded apart, so that nothing of the
     training to come is touched; the global random generators are put back as they were. One suggestion
     scatters by a factor of up to ten between seeds, hence the median. A repeat ends early where it diverges;
-    each is announced in a line.
+    each is logged in a line.
     Raises UserError for an impossible range or count, and if no repeat gives a curve long enough.
     Source: Smith 2017, arXiv:1506.01186; range and length as in the assignment.
     """
@@ -111,11 +110,11 @@ def find_max_lr(
     if repeats < 1:
         raise UserError(f"--repeats {repeats}: expected at least 1")
     curves = []
-    with fork_rng(device):
+    with fork_rng(runtime.device):
         for repeat in range(repeats):
             seeded = dataclasses.replace(recipe, seed=recipe.seed + repeat)
-            curves.append(_curve(dataset, seeded, kind, device, dtype, start_lr, end_lr, num_iter))
-            announce(f"try {repeat + 1} of {repeats}: {curves[-1]}")
+            curves.append(_curve(dataset, seeded, runtime, start_lr, end_lr, num_iter))
+            log(f"try {repeat + 1} of {repeats}: {curves[-1]}")
     suggestions = [curve.suggestion for curve in curves if curve.suggestion is not None]
     if not suggestions:
         raise UserError(
@@ -128,9 +127,7 @@ def find_max_lr(
 def _curve(
     dataset: Dataset,
     recipe: Recipe,
-    kind: LoaderName,
-    device: torch.device,
-    dtype: torch.dtype,
+    runtime: Runtime,
     start_lr: float,
     end_lr: float,
     num_iter: int,
@@ -143,9 +140,10 @@ def _curve(
         def inputs_labels_from_batch(self, batch: Any) -> Any:
             return batch
 
+    device, dtype = runtime.device, runtime.dtype
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, len(dataset.classes), mean=dataset.mean, std=dataset.std).to(device)
-    loader = build_loader(dataset, recipe, train=True, kind=kind, device=device)
+    loader = build_loader(dataset, recipe, train=True, device=device, loader=runtime.loader)
     optimizer = build_optimizer(model, recipe, lr=start_lr)
     # The library gives all groups one rate; some learn at a multiple of it.
     optimizer.register_step_pre_hook(

@@ -11,21 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasttrain.cuda_graph import record
+from fasttrain.cuda_graph import capture
 from fasttrain.distributed import World
 from fasttrain.ema import WeightAverage
 from fasttrain.model import CustomResNet
 from fasttrain.optim import build_optimizer, one_cycle, set_schedule
 from fasttrain.recipe import Recipe
+from fasttrain.runtime import Runtime
 from fasttrain.system.precision import autocast
 from fasttrain.system.rng import fork_rng
 
 
 class TrainStep:
-    """Call it with a batch; it updates the model and keeps sums of loss and hits on the device.
+    """Call it with a batch: it updates the model, and sums loss and correct predictions on the device.
 
-    compute_dtype: dtype of the matrix products; float32 means no autocast. fp16 gets a gradient scaler.
-    cuda_graph: record the step once and replay it from then on; on NVIDIA GPUs only, and on one rank.
+    runtime: where and in which precision; fp16 gets a gradient scaler. With its cuda_graph the step is
+    captured once and replayed from then on.
     world: the ranks that train together. Each calls it with its own part of the batch; gradients, metrics and
     the search for a NaN are those of all.
     average: of the weights, where the recipe asks for it.
@@ -35,38 +36,37 @@ class TrainStep:
         self,
         model: CustomResNet,
         recipe: Recipe,
+        runtime: Runtime,
         *,
         max_lr: float,
         total_steps: int,
-        device: torch.device,
-        compute_dtype: torch.dtype,
-        cuda_graph: bool = False,
         world: World | None = None,
     ) -> None:
+        device, self.compute_dtype = runtime.device, runtime.dtype
         self.model = model.to(device)
         self.world = world or World(device=device)
         self.recipe, self.max_lr, self.total_steps = recipe, max_lr, total_steps
-        self.device, self.compute_dtype = device, compute_dtype
+        self.device = device
         self.step = 0
         self.optimizer = build_optimizer(model, recipe, lr=max_lr)
         horizon = recipe.ema_epochs * total_steps / recipe.epochs
         self.average = WeightAverage(self.model, horizon) if horizon else None
-        self.scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.compute_dtype == torch.float16)
         self.loss_fn = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-        self._records = cuda_graph
-        self._recording: Callable[[Tensor, Tensor], None] | None = None
-        self._recorded_side = 0
-        # A recorded update reads its rate from a tensor. Fused Adam takes beta1 as a number alone, and a
-        # scaler counts on the host: where either changes from step to step, the update follows the recording.
-        self._updates_in_work = not cuda_graph or not (self.scaler.is_enabled() or recipe.cycle_momentum)
-        if cuda_graph and self._updates_in_work:
+        self._captures = runtime.cuda_graph
+        self._replay: Callable[[Tensor, Tensor], None] | None = None
+        self._captured_resolution = 0
+        # A captured update reads its rate from a tensor. Fused Adam takes beta1 only as a number, and a
+        # scaler counts on the host: where either changes from step to step, the update follows the replay.
+        self._updates_in_work = not self._captures or not (self.scaler.is_enabled() or recipe.cycle_momentum)
+        if self._captures and self._updates_in_work:
             for group in self.optimizer.param_groups:
                 group["lr"], group["capturable"] = torch.tensor(group["lr"], device=device), True
         self._lr = max_lr
         self._compiled = False
         self._network = self.world.parallel(self.model)
         self._forward: Callable[[Tensor], Tensor] = self._network
-        self._sums = torch.zeros(3, device=device)  # loss, hits, steps until the loss stopped being finite
+        self._sums = torch.zeros(3, device=device)  # loss, correct, steps until the loss stopped being finite
         self._images = 0
         self._since = 0
         self._peek = _Peek(device)
@@ -78,26 +78,26 @@ class TrainStep:
 
     @property
     def resolution(self) -> int:
-        """Pixels of a side that the next step trains on; it shrinks larger images."""
+        """The resolution that the next step trains on; it shrinks larger images."""
         return self.recipe.training_resolution(self.step, self.total_steps)
 
     @property
     def eval_model(self) -> CustomResNet:
-        """The network to evaluate and to ship: the averaged one, if there is one, else the trained one."""
+        """The network to evaluate and to save: the averaged one, if there is one, else the trained one."""
         return self.average.model if self.average else self.model  # type: ignore[return-value]  # a copy
 
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> None:
         """One optimizer step on one batch. Raises ValueError past the schedule's end."""
         if self.step >= self.total_steps:
             raise ValueError(f"step {self.step} is past the schedule's {self.total_steps} steps")
-        side = self.resolution
-        if self._records and (self._recording is None or self._recorded_side != side):
+        resolution = self.resolution
+        if self._captures and (self._replay is None or self._captured_resolution != resolution):
             self.warm_up(images_NCHW, labels_N)
         self._lr, beta1 = one_cycle(self.step, self.total_steps, self.max_lr, self.recipe)
         set_schedule(self.optimizer, self._lr, beta1)
         if self.average:
             self.average.set_step(self.step)
-        work = self._recording or functools.partial(self._work, side=side)
+        work = self._replay or functools.partial(self._work, resolution=resolution)
         work(images_NCHW, labels_N)
         if not self._updates_in_work:
             self._update()
@@ -106,7 +106,7 @@ class TrainStep:
 
     def take_metrics(self) -> tuple[float, float]:
         """Mean loss and accuracy (0 to 1) since the last call. Waits for the device."""
-        means = _means(self.world.total(self._sums[:2]), self._images * self.world.size)
+        means = _means(self.world.all_reduce_sum(self._sums[:2]), self._images * self.world.size)
         self._sums.zero_()
         self._images, self._since = 0, self.step
         self._peek.forget()
@@ -121,7 +121,7 @@ class TrainStep:
 
         The last step, where only the weights that it left are not finite. Waits for the device.
         """
-        finite_steps = int(self.world.smallest(self._sums[2]).item())
+        finite_steps = int(self.world.all_reduce_min(self._sums[2]).item())
         if finite_steps < self.step - self._since:
             return self._since + finite_steps + 1
         finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()])
@@ -130,13 +130,13 @@ class TrainStep:
     def compile(self, mode: str) -> None:
         """Take the network through torch.compile in this mode; warm_up or the first step pays for it."""
         self._forward = torch.compile(self._network, mode=mode, dynamic=False)
-        self._compiled, self._recording = True, None
+        self._compiled, self._replay = True, None
 
     def measure_seconds(self, images_NCHW: Tensor, labels_N: Tensor) -> float:
         """Seconds of a step on whole images, the mean of twenty. Changes nothing; waits for the device."""
-        repeats, side = 20, self.recipe.resolution
-        self.warm_up(images_NCHW, labels_N, side)
-        work = self._recording or functools.partial(self._work, side=side)
+        repeats, resolution = 20, self.recipe.resolution
+        self.warm_up(images_NCHW, labels_N, resolution)
+        work = self._replay or functools.partial(self._work, resolution=resolution)
         with self._preserve_state():
             work(images_NCHW, labels_N)
             self._sums.tolist()  # waits for the device
@@ -146,36 +146,37 @@ class TrainStep:
             self._sums.tolist()
             return (time.perf_counter() - start) / repeats
 
-    def warm_up(self, images_NCHW: Tensor, labels_N: Tensor, side: int | None = None) -> float:
-        """Compile and record on one batch like those to come; returns the seconds it took, 0 for neither.
+    def warm_up(self, images_NCHW: Tensor, labels_N: Tensor, resolution: int | None = None) -> float:
+        """Compile and capture on one batch like those to come; returns the seconds it took, 0 for neither.
 
-        side: the resolution to record; that of the next step, if not given. All later ones are compiled too,
-        but recorded when their time comes: a recording takes a few steps, and holds a step's memory.
-        With several ranks a step is taken in any case: DistributedDataParallel orders its sums by the first
-        backward pass, and a resumed run has to add up in the same order as one that nobody stopped.
+        resolution: the one to capture; by default the next step's. Later ones are compiled now too, but
+        captured when their time comes: a capture takes a few steps and holds a step's memory.
+        Several ranks take a step in any case: DistributedDataParallel orders its sums by the first backward
+        pass, and a resumed run has to add up in the same order as one that was never interrupted.
         Leaves weights, statistics, the optimizer's state and random generators as they were.
         """
-        if not self._compiled and not self._records and self.world.size == 1:
+        if not self._compiled and not self._captures and self.world.size == 1:
             return 0.0
         start = time.perf_counter()
-        side = side or self.resolution
+        resolution = resolution or self.resolution
         with self._preserve_state(), warnings.catch_warnings():
-            # The calls before the recording are what an optimizer made to be recorded warns of.
+            # An optimizer made to be captured warns of the calls before the capture.
             warnings.filterwarnings("ignore", message=".*capturable=True")
-            if self._compiled and side != self.recipe.resolution:
+            if self._compiled and resolution != self.recipe.resolution:
                 self._work(images_NCHW, labels_N, self.recipe.resolution)
-            if self._records:
-                self._recording = None  # its memory is free for the next
-                self._recording = record(functools.partial(self._work, side=side), images_NCHW, labels_N)
-                self._recorded_side = side
+            if self._captures:
+                self._replay = None  # its memory is free for the next
+                work = functools.partial(self._work, resolution=resolution)
+                self._replay = capture(work, images_NCHW, labels_N)
+                self._captured_resolution = resolution
             else:
-                self._work(images_NCHW, labels_N, side)
+                self._work(images_NCHW, labels_N, resolution)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter() - start if self._compiled or self._records else 0.0
+        return time.perf_counter() - start if self._compiled or self._captures else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step and the next metrics depend on, but for the shipped model."""
+        """All that the next step and the next metrics depend on, except the model to evaluate."""
         return {
             **({"trained_model": self.model.state_dict()} if self.average else {}),
             # Before the first step a warm-up has left zeros there, or nothing: the same to the optimizer.
@@ -205,17 +206,17 @@ class TrainStep:
         self._sums.copy_(state["metrics"]["sums"])
         self._images, self._since = state["metrics"]["images"], state["metrics"]["since"]
         self._peek.forget()
-        self._recording = None  # it goes on with the optimizer's former tensors: record anew
+        self._replay = None  # it holds the optimizer's former tensors: capture anew
 
-    def _work(self, images_NCHW: Tensor, labels_N: Tensor, side: int) -> None:
-        """What the device does in a step, but for an update that cannot be recorded."""
-        logits_NK, loss = self._forward_backward(shrink(images_NCHW, side), labels_N)
+    def _work(self, images_NCHW: Tensor, labels_N: Tensor, resolution: int) -> None:
+        """What the device does in a step, except for an update that cannot be captured."""
+        logits_NK, loss = self._forward_backward(shrink(images_NCHW, resolution), labels_N)
         if self._updates_in_work:
             self._update()
-        hits = (logits_NK.argmax(1) == labels_N).sum()
+        correct = (logits_NK.argmax(1) == labels_N).sum()
         loss_sum = loss * len(labels_N)
         # Once the sum is NaN or infinite it never comes back: the finite steps count up to the first bad one.
-        self._sums += torch.stack([loss_sum, hits, (self._sums[0] + loss_sum).isfinite()])
+        self._sums += torch.stack([loss_sum, correct, (self._sums[0] + loss_sum).isfinite()])
 
     def _update(self) -> None:
         with autocast(self.device, self.compute_dtype):  # of an optimizer's matrix products
@@ -227,7 +228,7 @@ class TrainStep:
     def _forward_backward(self, images_NCHW: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and mean loss, both detached, with the gradients left on the parameters."""
         self.model.train()
-        # Here, not behind the update: a recording's gradients stay where it wrote them.
+        # Here, not after the update: a replay's gradients stay where the capture wrote them.
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.compute_dtype):
             logits_NK = self._forward(images_NCHW)
@@ -250,7 +251,7 @@ class TrainStep:
             for tensor in self._optimizer_tensors() if begins else []:
                 tensor.zero_()  # as a first step would have made it
         self.scaler.load_state_dict(scaler)
-        if self._recording is None:
+        if self._replay is None:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _optimizer_tensors(self) -> list[Tensor]:
@@ -292,17 +293,17 @@ class _Peek:
         return self._newest
 
 
-def shrink(images_NCHW: Tensor, side: int) -> Tensor:
-    """The images with so many pixels a side, each the mean of what it covers; as they are, if they have it.
+def shrink(images_NCHW: Tensor, resolution: int) -> Tensor:
+    """The images at this resolution, each pixel the mean of what it covers; unchanged if they have it.
 
     Returns float32 of the same range (0 to 255).
     """
-    if images_NCHW.shape[3] == side:
+    if images_NCHW.shape[3] == resolution:
         return images_NCHW
-    return F.interpolate(images_NCHW.float(), size=(side, side), mode="bilinear", antialias=True)
+    return F.interpolate(images_NCHW.float(), size=(resolution, resolution), mode="bilinear", antialias=True)
 
 
 def _means(sums: Tensor, images: int) -> tuple[float, float]:
     """Mean loss and accuracy (0 to 1); waits for the device that the sums are on."""
-    loss_sum, hits = sums.tolist()
-    return loss_sum / max(images, 1), hits / max(images, 1)
+    loss_sum, correct = sums.tolist()
+    return loss_sum / max(images, 1), correct / max(images, 1)

@@ -16,10 +16,11 @@ from fasttrain import trainer
 from fasttrain.data import dataset
 from fasttrain.data.build import build_loader
 from fasttrain.data.sources import cifar
-from fasttrain.distributed import World, join
+from fasttrain.distributed import World
 from fasttrain.errors import Interrupted
 from fasttrain.model import build_model
 from fasttrain.recipe import Recipe
+from fasttrain.runtime import Runtime
 from fasttrain.step import TrainStep
 
 CPU = torch.device("cpu")
@@ -40,13 +41,12 @@ def steps(dataset: dataset.Dataset, world: World, *, sync_batchnorm: bool) -> di
     step = TrainStep(
         model,
         STEP_RECIPE,
+        Runtime(device=CPU),
         max_lr=1e-3,
         total_steps=STEPS,
-        device=CPU,
-        compute_dtype=torch.float32,
         world=world,
     )
-    loader = build_loader(dataset, STEP_RECIPE, train=True, kind="tensor", device=CPU, shard=world.shard)
+    loader = build_loader(dataset, STEP_RECIPE, train=True, loader="tensor", device=CPU, shard=world.shard)
     while step.step < STEPS:
         for batch in loader:
             if step.step < STEPS:
@@ -77,7 +77,7 @@ def find_max_lr(*_: object) -> float:
 
 
 def main(data: Path, out: Path) -> None:
-    world, dataset = join(CPU), cifar.read(data)
+    world, dataset = World.join(CPU), cifar.read(data)
     for name, sync in (("synced", True), ("local", False)):
         torch.save(steps(dataset, world, sync_batchnorm=sync), out / f"{name}-{world.rank}.pt")
 
@@ -86,7 +86,7 @@ def main(data: Path, out: Path) -> None:
 
     with (
         mock.patch.object(trainer, "measure_matmul_tflops", lambda *_, **__: 1.0),
-        mock.patch.object(trainer, "_find_max_lr", find_max_lr),
+        mock.patch.object(trainer.Trainer, "_find_max_lr", find_max_lr),
     ):
         train("whole")
         with after_step(6, 1, lambda _: os.kill(os.getpid(), signal.SIGTERM)):

@@ -13,17 +13,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
     {"fasttrain", "fasttrain.errors"},
-    {
-        "fasttrain.recipe",
-        "fasttrain.system",
-        "fasttrain.ema",
-        "fasttrain.cuda_graph",
-        "fasttrain.data.sampler",
-    },
-    {"fasttrain.model", "fasttrain.optim", "fasttrain.distributed", "fasttrain.data"},
+    {"fasttrain.recipe", "fasttrain.system", "fasttrain.ema", "fasttrain.cuda_graph"},
+    {"fasttrain.options", "fasttrain.model", "fasttrain.optim", "fasttrain.data"},
+    {"fasttrain.distributed", "fasttrain.runtime"},
     {"fasttrain.evaluate", "fasttrain.step"},
     {"fasttrain.compile", "fasttrain.lr_finder", "fasttrain.checkpoint", "fasttrain.report"},
     {"fasttrain.tools", "fasttrain.trainer"},
+    {"fasttrain.cli"},
     {"fasttrain.__main__"},
 ]
 """From the ground up. A package stands for all of its modules, which may import each other."""
@@ -36,7 +32,7 @@ LIGHT_MODULES = [
     "fasttrain.recipe",
     "fasttrain.system.files",
     "fasttrain.system.run_folder",
-    "fasttrain.__main__",
+    "fasttrain.cli",
 ]
 
 
@@ -49,6 +45,7 @@ def module_paths() -> dict[str, Path]:
 
 
 MODULES = module_paths()
+SOURCES = [path for folder in ("fasttrain", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -110,6 +107,26 @@ def test_imports_go_downward(module: str) -> None:
 
 def test_no_module_imports_itself_in_a_circle() -> None:
     TopologicalSorter({module: {*imports(path)} & {*MODULES} for module, path in MODULES.items()}).prepare()
+
+
+def test_rich_draws_only_where_a_person_looks() -> None:
+    """Commands print tables; libraries return what is in them. The rest are progress bars and the run's log."""
+    drawing = {
+        name for name, path in MODULES.items() if any(i.split(".")[0] == "rich" for i in imports(path))
+    }
+    assert {name for name in drawing if place(name)[1] != "fasttrain.tools"} == {
+        "fasttrain.system.progress",
+        "fasttrain.system.run_log",
+    }
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_modules_and_functions_are_short_enough_to_read(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
+    assert {name: lines for name, lines in lengths.items() if lines > 70} == {}
 
 
 @pytest.mark.parametrize("module", LIGHT_MODULES)

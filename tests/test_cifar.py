@@ -55,13 +55,13 @@ def test_read_keeps_order_planes_and_labels(tmp_path: Path) -> None:
     folder = write_set(tmp_path)
     data = cifar.read(tmp_path)
     raw = b"".join((folder / name).read_bytes() for name in cifar.CIFAR10.train_files)
-    assert data.train.images.shape == (len(raw) // 3073, 3, 32, 32) and data.train.images.dtype == np.uint8
+    assert data.train.images.shape == (len(raw) // 3073, 32, 32, 3) and data.train.images.dtype == np.uint8
     for index in (0, RECORDS, len(data.train.labels) - 1):
         record = raw[index * 3073 : (index + 1) * 3073]
         assert data.train.labels[index] == record[0]
         # channel 1 (green), row 2, column 3
-        assert data.train.images[index, 1, 2, 3] == record[1 + 1024 + 2 * 32 + 3]
-        assert data.train.images[index].tobytes() == record[1:]
+        assert data.train.images[index, 2, 3, 1] == record[1 + 1024 + 2 * 32 + 3]
+        assert data.train.images[index].transpose(2, 0, 1).tobytes() == record[1:]
     assert len(data.test.labels) == RECORDS + 5
     assert data.classes == cifar.CIFAR10.classes
 
@@ -147,11 +147,11 @@ def test_a_stand_in_names_itself_but_not_cifar_10(tmp_path: Path) -> None:
 
 def test_statistics_match_float64() -> None:
     # More than one chunk, a different spread per channel.
-    images = np.random.default_rng(0).integers(0, [[[[90]], [[180]], [[256]]]], (1700, 3, 8, 8), np.uint8)
+    images = np.random.default_rng(0).integers(0, [90, 180, 256], (1700, 8, 8, 3), np.uint8)
     mean, std = dataset.channel_statistics(images)
     reference = images.astype(np.float64) / 255
-    assert mean == pytest.approx(reference.mean((0, 2, 3)), rel=1e-12)
-    assert std == pytest.approx(reference.std((0, 2, 3)), rel=1e-12)
+    assert mean == pytest.approx(reference.mean((0, 1, 2)), rel=1e-12)
+    assert std == pytest.approx(reference.std((0, 1, 2)), rel=1e-12)
 
 
 def test_statistics_are_of_the_training_images(tmp_path: Path) -> None:
@@ -534,13 +534,13 @@ def test_cifar_100_is_fetched_and_its_fine_labels_read(
     monkeypatch.setitem(cifar.RELEASES, "cifar100", release)
     mirror = serve(archive, cuts=(9000,))
     monkeypatch.setenv("FASTTRAIN_MIRRORS", mirror.url)
-    data = load_dataset("cifar100", tmp_path, pytest.fail)
+    data = load_dataset("cifar100", tmp_path, log=pytest.fail)
     assert mirror.asked == [None, "bytes=9000-"]
     folder = tmp_path / "cifar-100-binary"
     assert not (folder / "coarse_label_names.txt").exists()
     raw = np.frombuffer(files["cifar-100-binary/train.bin"], np.uint8).reshape(10, 3074)
     assert np.array_equal(data.train.labels, raw[:, 1]) and len(data.test.labels) == 4
-    assert np.array_equal(data.train.images.reshape(10, -1), raw[:, 2:])
+    assert np.array_equal(data.train.images.transpose(0, 3, 1, 2).reshape(10, -1), raw[:, 2:])
     assert data.name == "CIFAR-100 (unverified)" and data.classes[99] == "fine 99"
     show_dataset(data)
     assert "test.bin" in capsys.readouterr().out
@@ -564,9 +564,9 @@ def test_cifar_100_never_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     nowhere = dataclasses.replace(releases.CIFAR100, url="file:///no/such/file")
     monkeypatch.setitem(cifar.RELEASES, "cifar100", nowhere)
     with pytest.raises(download.DownloadError, match=r"CIFAR-100 could not be .*file:///no/such/file: "):
-        load_dataset("cifar100", tmp_path, pytest.fail)
+        load_dataset("cifar100", tmp_path, log=pytest.fail)
     (tmp_path / "cifar-100-binary").mkdir()
     for name in releases.CIFAR100.files:
         (tmp_path / "cifar-100-binary" / name).write_bytes(bytes(3073))
     with pytest.raises(UserError, match=r"train\.bin: 3073 bytes, .*3074 \(153700000 in the release"):
-        load_dataset("cifar100", tmp_path, pytest.fail)
+        load_dataset("cifar100", tmp_path, log=pytest.fail)

@@ -6,27 +6,28 @@ from fasttrain.compile import (
     CompileCache,
     CompileEstimate,
     cache_of,
-    captures_graph,
     compile_step,
-    payoff,
-    pick_compile_mode,
+    estimate_compile,
 )
 from fasttrain.model import CustomResNet, build_model
 from fasttrain.recipe import Recipe
+from fasttrain.runtime import Runtime, can_capture
 from fasttrain.step import TrainStep
+from fasttrain.system import compiler
+from fasttrain.system.compiler import pick_compile_mode
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def test_compile_policy_is_eager_on_a_cpu_and_falls_back_in_one_line(monkeypatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(compile, "compiler_available", lambda device: None)
+    monkeypatch.setattr(compiler, "compiler_available", lambda device: None)
     assert pick_compile_mode("auto", CPU, said.append) is None
     assert pick_compile_mode("off", GPU, said.append) is None
     assert pick_compile_mode("auto", GPU, said.append) == "default"
     assert pick_compile_mode("max-autotune", CPU, said.append) == "max-autotune"
     assert not said
-    monkeypatch.setattr(compile, "compiler_available", lambda device: "no C++ compiler: install g++")
+    monkeypatch.setattr(compiler, "compiler_available", lambda device: "no C++ compiler: install g++")
     assert pick_compile_mode("default", CPU, said.append) is None
     assert len(said) == 1 and "install g++" in said[0] and "eager" in said[0]
 
@@ -42,7 +43,7 @@ def test_compile_policy_is_eager_on_a_cpu_and_falls_back_in_one_line(monkeypatch
     ],
 )
 def test_a_step_is_recorded_once_at_most_and_only_on_an_nvidia_gpu(device, mode, fields, expected) -> None:
-    assert captures_graph(Recipe(**fields), device, mode) is expected
+    assert can_capture(Recipe(**fields), device, mode) is expected
 
 
 def test_compiling_has_to_be_able_to_pay_within_the_run() -> None:
@@ -118,10 +119,9 @@ def test_a_step_is_compiled_with_what_the_cache_holds(artifacts, monkeypatch) ->
     monkeypatch.setattr(torch, "compile", lambda model, **_: compile_(model, backend="aot_eager"))
     monkeypatch.setattr(CompileCache, "load", lambda self: order.append("load"))
     monkeypatch.setattr(CompileCache, "save", lambda self, seconds: order.append("save"))
-    settings = {"max_lr": 0.01, "total_steps": 100, "device": CPU, "compute_dtype": torch.float32}
-    step = TrainStep(CustomResNet(width=8), Recipe(), **settings)
+    step = TrainStep(CustomResNet(width=8), Recipe(), Runtime(device=CPU), max_lr=0.01, total_steps=100)
     images, labels = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), torch.arange(4)
-    found = payoff(step, CompileCache("a CPU"), 1.0, images, labels)
+    found = estimate_compile(step, CompileCache("a CPU"), 1.0, images, labels)
     assert found.steps == 100 and found.step_seconds > found.floor_seconds > 0
     assert step.step == 0 and not step.model.prep[1].running_mean.any()
     assert compile_step(step, None, CompileCache("a CPU"), images, labels) == 0 and not order
@@ -132,8 +132,7 @@ def test_a_step_is_compiled_with_what_the_cache_holds(artifacts, monkeypatch) ->
 def test_steps_of_another_shape_or_activation_have_a_cache_of_their_own() -> None:
     def files(batch_size: int = 8, **fields) -> str:
         recipe = Recipe(**{"width": 8, **fields})
-        settings = {"max_lr": 0.01, "total_steps": 4, "device": CPU, "compute_dtype": torch.float32}
-        step = TrainStep(build_model(recipe, 10), recipe, **settings)
+        step = TrainStep(build_model(recipe, 10), recipe, Runtime(device=CPU), max_lr=0.01, total_steps=4)
         return str(cache_of(step, "a GPU", "default", batch_size)._artifacts)
 
     others = (files(16), files(width=4), files(activation="gelu"), files(resolution=48))

@@ -15,18 +15,22 @@ import torch
 from benchmarks.soak import outcome, same
 from fasttrain import trainer
 from fasttrain.checkpoint.file import load_checkpoint
+from fasttrain.checkpoint.manager import Pace
 from fasttrain.data import dataset
 from fasttrain.data.build import build_loader
 from fasttrain.data.sampler import Shard
 from fasttrain.data.sources import cifar, synthetic
-from fasttrain.distributed import Pace, World, join
+from fasttrain.distributed import World
 from fasttrain.errors import UserError
 from fasttrain.evaluate import evaluate
 from fasttrain.model import build_model
+from fasttrain.runtime import Runtime
 from tests.distributed_job import CPU, FOUND_LR, RUN_RECIPE, STEP_RECIPE, steps
 
 ROOT = Path(__file__).resolve().parents[1]
 TEST_IMAGES = 41  # no two ranks can have equally many
+
+RUNTIME = Runtime(device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +78,7 @@ def test_the_ranks_parts_are_the_whole_batch_to_the_last_bit(
     dataset = cifar.read(data)
 
     def epochs(shard: Shard) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        loader = build_loader(dataset, recipe, train=True, kind=kind, device=CPU, shard=shard)
+        loader = build_loader(dataset, recipe, train=True, loader=kind, device=CPU, shard=shard)
         return [(images.clone(), labels.clone()) for _ in range(2) for images, labels in loader]
 
     whole, parts = epochs(Shard()), [epochs(Shard(rank, size)) for rank in range(size)]
@@ -88,7 +92,7 @@ def test_every_test_image_is_on_one_rank(size: int, data: Path) -> None:
     dataset = cifar.read(data)
 
     def epoch(shard: Shard) -> torch.Tensor:
-        loader = build_loader(dataset, STEP_RECIPE, train=False, kind="tensor", device=CPU, shard=shard)
+        loader = build_loader(dataset, STEP_RECIPE, train=False, loader="tensor", device=CPU, shard=shard)
         return torch.cat([images for images, _ in loader])
 
     assert torch.equal(torch.cat([epoch(Shard(rank, size)) for rank in range(size)]), epoch(Shard()))
@@ -105,21 +109,21 @@ def test_a_batch_that_cannot_be_dealt_out_is_refused() -> None:
 
 
 def test_an_incomplete_environment_is_refused(monkeypatch) -> None:
-    assert join(CPU).size == 1
+    assert World.join(CPU).size == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UserError, match="RANK=None: start the ranks with torchrun"):
-        join(CPU)
+        World.join(CPU)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match="--device mps: trains on one rank only"):
-        join(torch.device("mps"))
+        World.join(torch.device("mps"))
 
 
 class Silent(World):
     """A world whose other rank never wishes anything."""
 
-    def maximum(self, *values: int) -> list[int]:
+    def all_reduce_max(self, *values: int) -> list[int]:
         return list(values)
 
 
@@ -191,8 +195,8 @@ def test_the_evaluation_is_that_of_one_process(job, data: Path) -> None:
     state = load_checkpoint(folder / "last.pt")
     model = build_model(RUN_RECIPE, len(state["classes"]))
     model.load_state_dict(state["model"])
-    loader = build_loader(cifar.read(data), STEP_RECIPE, train=False, kind="tensor", device=CPU)
-    test = evaluate(model, loader, CPU, torch.float32, flip=True)
+    loader = build_loader(cifar.read(data), STEP_RECIPE, train=False, loader="tensor", device=CPU)
+    test = evaluate(model, loader, RUNTIME, flip=True)
     [*_, row] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(test.labels_N) == TEST_IMAGES
     assert (row["test_accuracy"], row["test_accuracy_flip"]) == (test.accuracy, test.accuracy_flip)
@@ -204,7 +208,7 @@ def test_a_signal_to_one_rank_stops_both_and_the_run_ends_with_the_same_bits(job
     out, _ = job
     said = [torch.load(out / f"stop-{rank}.pt") for rank in (0, 1)]
     assert said[0] == said[1] and "SIGTERM: saved at step 6 of 8" in said[0]
-    assert "go on with: torchrun --nproc-per-node 2 -m fasttrain train --resume" in said[0]
+    assert "resume with: torchrun --nproc-per-node 2 -m fasttrain train --resume" in said[0]
     assert same(outcome(only(out / "stopped")), outcome(only(out / "whole")))
 
 
@@ -236,7 +240,7 @@ def test_sigterm_waits_for_what_a_lost_rank_says(data: Path, tmp_path, monkeypat
         raise RuntimeError("[pair.cc:547] Connection closed by peer: gloo")
 
     monkeypatch.setattr(trainer, "CheckpointWriter", Writer)
-    monkeypatch.setattr(trainer, "_train_epoch", lose_a_rank)
+    monkeypatch.setattr(trainer.Trainer, "train_epoch", lose_a_rank)
     recipe = dataclasses.replace(RUN_RECIPE, max_lr=0.01)
     before = signal.getsignal(signal.SIGTERM)
     try:

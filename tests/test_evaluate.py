@@ -8,12 +8,15 @@ from fasttrain.checkpoint.file import save_checkpoint
 from fasttrain.evaluate import ClassFigures, Evaluation, evaluate
 from fasttrain.model import build_model
 from fasttrain.recipe import Recipe
+from fasttrain.runtime import Runtime
 from fasttrain.tools.evaluate_checkpoint import evaluate_checkpoint
 from tests.helpers import checkpoint_of
 
 CPU = torch.device("cpu")
 LABELS = torch.tensor([0, 1, 2, 1, 0])
 LOGITS = torch.tensor([[9.0, 0, 0], [0, 3, 0], [0, 5, 0], [0, 0, 1], [4, 0, 0]])
+
+RUNTIME = Runtime(device=torch.device("cpu"))
 
 
 class Parrot(nn.Module):
@@ -27,7 +30,7 @@ class Parrot(nn.Module):
 def result() -> Evaluation:
     model = Parrot().train()
     loader = [(LOGITS[:3], LABELS[:3]), (LOGITS[3:], LABELS[3:])]  # batches of different size
-    evaluation = evaluate(model, loader, CPU, torch.float32)  # type: ignore[arg-type]
+    evaluation = evaluate(model, loader, RUNTIME)  # type: ignore[arg-type]
     assert model.training
     return evaluation
 
@@ -79,8 +82,8 @@ def test_flip_is_a_second_figure_from_the_mean_logits_of_both_ways_round() -> No
     )  # first two: as is; last two: mirrored
     images, labels = rows[:, None, None, :], torch.tensor([0, 1, 0, 0])
     loader = [(images[:3], labels[:3]), (images[3:], labels[3:])]
-    plain = evaluate(Lopsided(), loader, CPU, torch.float32)  # type: ignore[arg-type]
-    both = evaluate(Lopsided(), loader, CPU, torch.float32, flip=True)  # type: ignore[arg-type]
+    plain = evaluate(Lopsided(), loader, RUNTIME)  # type: ignore[arg-type]
+    both = evaluate(Lopsided(), loader, RUNTIME, flip=True)  # type: ignore[arg-type]
     assert plain.accuracy_flip is None and both.accuracy == plain.accuracy
     sums = rows[:, :2] + rows[:, [2, 1]]
     assert both.flip_predictions_N.tolist() == sums.argmax(1).tolist() == [0, 0, 0, 0]

@@ -61,7 +61,7 @@ def test_an_export_loads_and_computes_what_the_checkpoint_does(
 
     content = out.read_bytes()
     model = load_model(checkpoint, CPU).model
-    pixels_NCHW = torch.from_numpy(dataset.test.images[:7])
+    pixels_NCHW = torch.from_numpy(dataset.test.images[:7]).permute(0, 3, 1, 2)
     facts = json.loads(card.read_text())
     images_NCHW = pixels_NCHW
     if input == "normalized":  # as the description beside the file tells it
@@ -75,7 +75,8 @@ def test_an_export_loads_and_computes_what_the_checkpoint_does(
     assert facts["sha256"] == hashlib.sha256(content).hexdigest()
     assert facts["classes"] == list(dataset.classes)
     with torch.inference_mode():
-        predictions_N = model(torch.from_numpy(dataset.test.images.copy())).argmax(1).numpy()
+        pixels_NCHW = torch.from_numpy(dataset.test.images).permute(0, 3, 1, 2)
+        predictions_N = model(pixels_NCHW).argmax(1).numpy()
     accuracy = (predictions_N == dataset.test.labels).mean()
     assert (facts["test_accuracy"], facts["arithmetic"]) == (accuracy, "float32")
     assert (facts["training_test_accuracy"], facts["training_precision"]) == (0.5, "bf16")

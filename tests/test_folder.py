@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fasttrain.__main__ import main
+from fasttrain.cli import main
 from fasttrain.data.dataset import Dataset, channel_statistics
 from fasttrain.data.load import load_dataset
 from fasttrain.data.sources import folder, pixel_cache
@@ -39,7 +39,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def read(root: Path, **settings) -> Dataset:
-    defaults = {"resolution": 32, "announce": pytest.fail}
+    defaults = {"resolution": 32, "log": pytest.fail}
     return folder.read(root, root.parent / "cache", **defaults | settings)
 
 
@@ -52,24 +52,24 @@ def refused(root: Path, text: str) -> str:
 
 
 def pixels(image: Image.Image) -> np.ndarray:
-    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    return np.asarray(image.convert("RGB"))
 
 
-def holds(images: np.ndarray, image_CHW: np.ndarray) -> bool:
-    return bool((images == image_CHW).all((1, 2, 3)).any())
+def holds(images: np.ndarray, image_HWC: np.ndarray) -> bool:
+    return bool((images == image_HWC).all((1, 2, 3)).any())
 
 
 def test_a_flat_folder_is_split_by_class_and_every_image_counts_once(root: Path) -> None:
     data = read(root)
     assert (data.name, data.classes, data.root) == ("folder:pets", ("cat", "dog"), root)
-    assert data.train.images.shape == (16, 3, 32, 32) and data.train.images.dtype == np.uint8
+    assert data.train.images.shape == (16, 32, 32, 3) and data.train.images.dtype == np.uint8
     assert np.bincount(data.train.labels).tolist() == [8, 8]
     assert np.bincount(data.test.labels).tolist() == [2, 2]
     for label, first in ((0, 100), (1, 0)):
         for seed in range(first, first + 10):
-            image_CHW = pixels(noise(seed))
+            image_HWC = pixels(noise(seed))
             in_train, in_test = (
-                holds(split.images[split.labels == label], image_CHW) for split in (data.train, data.test)
+                holds(split.images[split.labels == label], image_HWC) for split in (data.train, data.test)
             )
             assert in_train != in_test
     assert (data.mean, data.std) == channel_statistics(data.train.images)
@@ -94,7 +94,7 @@ def test_the_split_depends_on_names_alone(root: Path, tmp_path: Path) -> None:
     assert np.array_equal(data.train.images, again.train.images)
     (root / "cat" / "new.png").write_bytes((root / "cat" / "000.png").read_bytes())
     kept = read(root).test.images
-    assert sum(holds(kept, image_CHW) for image_CHW in data.test.images) >= 3  # at most a border moves
+    assert sum(holds(kept, image_HWC) for image_HWC in data.test.images) >= 3  # at most a border moves
 
 
 @pytest.mark.parametrize("tests", ["val", "test"])
@@ -149,7 +149,7 @@ def test_images_are_cropped_to_the_centre_and_shrunk_without_aliasing(tmp_path: 
         images = np.concatenate([data.train.images, data.test.images]).astype(int)
         grey = [image for image in images if image.std() < 20]
         assert len(grey) == 2 and abs(np.mean(grey) - 127.5) < 3
-        assert abs(grey[0][:, :, 2:-2] - 127.5).max() < 6  # no red, no black: the centre alone
+        assert abs(grey[0][:, 2:-2] - 127.5).max() < 6  # no red, no black: the centre alone
 
 
 def test_a_large_jpeg_keeps_its_detail_though_it_is_decoded_smaller(root: Path) -> None:
@@ -175,7 +175,7 @@ def test_training_and_predicting_see_the_same_pixels(root: Path) -> None:
     data = read(root)
     images = np.concatenate([data.train.images, data.test.images])
     for path in sorted((root / "cat").iterdir()):
-        assert holds(images, read_image(path, 32).transpose(2, 0, 1))
+        assert holds(images, read_image(path, 32))
 
 
 def damage(root: Path) -> dict[str, str]:
@@ -238,7 +238,7 @@ def test_bad_files_are_left_out_on_request_and_never_cached(root: Path) -> None:
     damage(root)
     said: list[str] = []
     for _ in range(2):
-        data = read(root, skip_bad=True, announce=said.append)
+        data = read(root, skip_bad=True, log=said.append)
         assert np.array_equal(data.train.images, whole.train.images)
         assert np.array_equal(data.test.labels, whole.test.labels)
     assert len(said) == 2 and all("left out 12 of 32 files: cat/" in line for line in said)
@@ -368,7 +368,7 @@ def test_a_choice_that_is_none_is_refused_in_one_line(tmp_path: Path, capsys) ->
             error = capsys.readouterr().err
             assert f"--data {choice}: expected auto, cifar10, cifar100, synthetic, folder:PATH, or" in error
     with pytest.raises(UserError, match="--skip-bad: only"):
-        load_dataset("synthetic", tmp_path, pytest.fail, skip_bad=True)
+        load_dataset("synthetic", tmp_path, log=pytest.fail, skip_bad=True)
 
 
 def test_the_commands_take_a_folder_from_data_to_report(root: Path, tmp_path: Path, capsys) -> None:

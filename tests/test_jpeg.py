@@ -187,9 +187,9 @@ def test_bad_files_among_plain_ones_are_named_as_pillow_names_them(
     message = refusal("with")
     assert "2 of 103 files" in message and "cat/cut.jpg (image file is truncated" in message
     assert "dog/broken.jpg (broken data stream" in message
-    kept = pixels(root, "with", skip_bad=True, announce=said.append)
+    kept = pixels(root, "with", skip_bad=True, log=said.append)
     assert 0 < sum(dali_decoded) < 2 * 100  # one batch of each read fell to Pillow
     without_dali(monkeypatch)
     assert refusal("without") == message
-    assert np.array_equal(pixels(root, "without", skip_bad=True, announce=said.append), kept)
+    assert np.array_equal(pixels(root, "without", skip_bad=True, log=said.append), kept)
     assert len(said) == 2 and said[0] == said[1]

@@ -29,10 +29,14 @@ except ImportError:
 needs_dali = pytest.mark.skipif("dali" not in KINDS, reason="DALI has no wheel here")
 
 
+def chw(image_HWC: np.ndarray) -> np.ndarray:
+    return image_HWC.transpose(2, 0, 1)
+
+
 def random_dataset(train: int = 600, test: int = 130) -> Dataset:
     rng = np.random.default_rng(0)
     splits = [
-        Split(rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8), rng.integers(0, 10, n).astype(np.uint8))
+        Split(rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, n).astype(np.uint8))
         for n in (train, test)
     ]
     return Dataset("random", Path("nowhere"), tuple("abcdefghij"), splits[0], splits[1], MEAN, STD)
@@ -40,9 +44,9 @@ def random_dataset(train: int = 600, test: int = 130) -> Dataset:
 
 def ramp_dataset(count: int) -> Dataset:
     """Every pixel tells its place: red = row, green = column, blue = 255; so an offset can be read off."""
-    image = np.empty((3, 32, 32), np.uint8)
-    image[0], image[1], image[2] = np.arange(32)[:, None] + 100, np.arange(32) + 100, 255
-    split = Split(np.broadcast_to(image, (count, 3, 32, 32)).copy(), np.zeros(count, np.uint8))
+    image = np.empty((32, 32, 3), np.uint8)
+    image[..., 0], image[..., 1], image[..., 2] = np.arange(32)[:, None] + 100, np.arange(32) + 100, 255
+    split = Split(np.broadcast_to(image, (count, 32, 32, 3)).copy(), np.zeros(count, np.uint8))
     return Dataset("ramp", Path("nowhere"), ("a",), split, split, (0.0, 0.0, 0.0), (1 / 255,) * 3)
 
 
@@ -55,7 +59,7 @@ def loader_of(
     **fields,
 ):
     recipe = Recipe(**{"batch_size": 128, **fields})
-    return build_loader(dataset, recipe, train=train, kind=kind, device=device)
+    return build_loader(dataset, recipe, train=train, loader=kind, device=device)
 
 
 def epoch(batches) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -96,7 +100,7 @@ def test_images_of_another_resolution_than_the_recipes_are_refused(kind: str) ->
     with pytest.raises(UserError, match="--resolution 64: the images of random have 32 pixels a side"):
         loader_of(kind, random_dataset(), resolution=64)
     with pytest.raises(UserError, match="--resolution 64: the images of --data cifar10 have 32 pixels"):
-        load.load_dataset("cifar10", Path("nowhere"), pytest.fail, resolution=64)
+        load.load_dataset("cifar10", Path("nowhere"), log=pytest.fail, resolution=64)
 
 
 @needs_dali
@@ -123,7 +127,7 @@ def test_both_give_identical_batches_in_training(fields: dict[str, Any]) -> None
 def test_values_are_the_pixels(kind: str) -> None:
     dataset = random_dataset(test=20)
     [(images, labels)] = epoch(loader_of(kind, dataset, train=False))
-    assert np.array_equal(images.numpy(), dataset.test.images)
+    assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), dataset.test.images)
     assert labels.tolist() == dataset.test.labels.tolist()
 
 
@@ -151,7 +155,7 @@ def test_training_drops_the_last_batch_and_evaluation_counts_every_image_once(ki
 def test_every_epoch_is_a_full_reshuffle_without_repeats(kind: str) -> None:
     dataset = random_dataset(train=512)
     batches = loader_of(kind, dataset, **PLAIN)
-    place = {image.tobytes(): index for index, image in enumerate(dataset.train.images)}
+    place = {chw(image).tobytes(): index for index, image in enumerate(dataset.train.images)}
     orders = []
     for _ in range(3):
         images = torch.cat([images for images, _ in epoch(batches)])
@@ -267,7 +271,7 @@ def test_a_cutout_leaves_the_mean_of_each_channel(kind: str) -> None:
 
 
 @needs_dali
-def test_records_on_the_device_and_on_the_host_give_the_same_windows() -> None:
+def test_images_on_the_device_and_on_the_host_give_the_same_crops() -> None:
     from fasttrain.data.dali import DeviceStore, HostStore
 
     rng = np.random.default_rng(0)
@@ -366,25 +370,25 @@ def no_network(monkeypatch) -> None:
 
 def test_auto_falls_back_loudly_and_cifar10_never_does(no_network, tmp_path) -> None:
     said: list[str] = []
-    assert load_dataset("auto", tmp_path, said.append).name == "synthetic"
+    assert load_dataset("auto", tmp_path, log=said.append).name == "synthetic"
     assert len(said) == 1 and "NOT CIFAR-10" in said[0] and "no mirror answered" in said[0]
     with pytest.raises(UserError, match="no mirror answered"):
-        load_dataset("cifar10", tmp_path, said.append)
+        load_dataset("cifar10", tmp_path, log=said.append)
 
 
 def test_files_on_disk_are_taken_without_a_download(no_network, tmp_path) -> None:
     synthetic.generate(tmp_path)
-    assert load_dataset("auto", tmp_path, pytest.fail).name == "synthetic"
+    assert load_dataset("auto", tmp_path, log=pytest.fail).name == "synthetic"
     with pytest.raises(UserError, match="--data cifar10"):
-        load_dataset("cifar10", tmp_path, pytest.fail)
+        load_dataset("cifar10", tmp_path, log=pytest.fail)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_alternating_flip_shows_every_image_both_ways_in_two_epochs(kind: str) -> None:
     dataset = random_dataset(train=512)
     batches = loader_of(kind, dataset, **PLAIN | {"flip": True}, flip_order="alternating", batch_size=128)
-    as_it_is = {image.tobytes(): index for index, image in enumerate(dataset.train.images)}
-    mirrored = {image[:, :, ::-1].tobytes(): index for index, image in enumerate(dataset.train.images)}
+    as_it_is = {chw(image).tobytes(): index for index, image in enumerate(dataset.train.images)}
+    mirrored = {chw(image[:, ::-1]).tobytes(): index for index, image in enumerate(dataset.train.images)}
     epochs = []
     for _ in range(4):
         seen = [image.contiguous().numpy().tobytes() for images, _ in epoch(batches) for image in images]
@@ -406,5 +410,7 @@ def test_the_order_of_flips_changes_no_other_draw() -> None:
     one, other = (loader_of("tensor", dataset, flip_order=order) for order in ("random", "alternating"))
     for step in (0, 5):
         draws = [batches.augmentation.draw(step, 1, batches.sampler(step)) for batches in (one, other)]
-        assert all(np.array_equal(getattr(draws[0], f), getattr(draws[1], f)) for f in ("rows", "holes"))
+        assert all(
+            np.array_equal(getattr(draws[0], f), getattr(draws[1], f)) for f in ("rows", "cutout_corners")
+        )
         assert not np.array_equal(draws[0].mirrored, draws[1].mirrored)

@@ -8,12 +8,12 @@ import torch
 from matplotlib.image import imread
 
 from fasttrain import lr_finder, trainer
-from fasttrain.__main__ import main
-from fasttrain.data.build import pick_loader
+from fasttrain.cli import main
 from fasttrain.errors import UserError
 from fasttrain.lr_finder import LrCurve, LrSearch, find_max_lr
 from fasttrain.optim import build_optimizer
 from fasttrain.recipe import Recipe
+from fasttrain.runtime import Runtime
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,7 @@ def curve(steepest_at: float, points: int = 100) -> LrCurve:
 
 def search(dataset, recipe: Recipe, **options) -> LrSearch:
     """A search of 20 steps, twice, in batches of 16."""
-    settings = {"kind": "tensor", "device": CPU, "dtype": torch.bfloat16, "announce": lambda _: None}
+    settings = {"runtime": Runtime(device=CPU, precision="bf16"), "log": lambda _: None}
     return find_max_lr(
         dataset,
         recipe,
@@ -86,7 +86,7 @@ def test_real_search_leaves_the_generators_alone(dataset) -> None:
     expected = torch.rand(3)
     torch.manual_seed(3)
     said: list[str] = []
-    found = search(dataset, Recipe(batch_size=16), kind=pick_loader("auto", CPU, print), announce=said.append)
+    found = search(dataset, Recipe(batch_size=16), runtime=Runtime.resolve(Recipe(), CPU), log=said.append)
     assert torch.equal(torch.rand(3), expected)
     assert len(found.curves) == 2 and found.curves[0].losses != found.curves[1].losses
     assert all(1e-5 <= lr <= 1e-1 for lr in found.suggestions)

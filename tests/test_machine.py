@@ -10,9 +10,8 @@ import pytest
 import torch
 import torch._inductor.config
 
-from fasttrain import compile
 from fasttrain.errors import UserError
-from fasttrain.system import machine, precision, rates, rng
+from fasttrain.system import compiler, machine, precision, rates, rng
 from fasttrain.tools import doctor
 
 CPU = torch.device("cpu")
@@ -131,7 +130,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def test_a_missing_compiler_is_named_with_its_remedy() -> None:
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
-        assert "install g++" in (compile.compiler_available(CPU) or "")
+        assert "install g++" in (compiler.compiler_available(CPU) or "")
 
 
 def test_fork_rng_puts_the_generators_back() -> None:

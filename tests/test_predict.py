@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fasttrain.__main__ import main
 from fasttrain.checkpoint.file import load_checkpoint, save_checkpoint
+from fasttrain.cli import main
 from fasttrain.data.sources import image as image_module
 from fasttrain.errors import UserError
 from fasttrain.model import CustomResNet

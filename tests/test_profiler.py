@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fasttrain.__main__ import main
+from fasttrain.cli import main
 from fasttrain.tools.profiler import MATRIX, REST, STEP, WAIT, Profile, sentences
 
 FOUND = Profile(

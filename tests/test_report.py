@@ -21,7 +21,7 @@ import torch
 from matplotlib.image import imread
 
 from fasttrain import trainer as train_module
-from fasttrain.__main__ import main
+from fasttrain.cli import main
 from fasttrain.data.sources import cifar
 from fasttrain.evaluate import Evaluation
 from fasttrain.lr_finder import LrCurve, LrSearch
@@ -64,10 +64,10 @@ def copied(run: Path, folder: Path, **result: Any) -> Path:
     return folder
 
 
-def pixels_CHW(uri: str) -> np.ndarray:
+def pixels_HWC(uri: str) -> np.ndarray:
     """The pixels of an embedded PNG, uint8, without its alpha channel."""
     picture_HWC = imread(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,"))))
-    return (255 * picture_HWC[..., :3]).round().astype(np.uint8).transpose(2, 0, 1)
+    return (255 * picture_HWC[..., :3]).round().astype(np.uint8)
 
 
 class Page(HTMLParser):
@@ -123,8 +123,8 @@ def test_every_picture_is_inside_and_decodes(run: Path) -> None:
     assert len(page.loaded) == 5 * 2 + 24 + 24  # figures for light and dark, samples, mistakes
     for uri in page.loaded:
         assert uri.startswith("data:image/png;base64,")
-        assert pixels_CHW(uri).std() > 0  # it shows something
-    assert all(pixels_CHW(uri).shape == (3, 32, 32) for uri in page.loaded[10:])
+        assert pixels_HWC(uri).std() > 0  # it shows something
+    assert all(pixels_HWC(uri).shape == (32, 32, 3) for uri in page.loaded[10:])
 
 
 def test_the_page_reaches_nowhere(run: Path) -> None:
@@ -143,7 +143,7 @@ def test_samples_are_the_loaders_own_batch_with_normalisation_undone(dataset) ->
         for image, label in zip(dataset.train.images, dataset.train.labels, strict=True)
     }
     for sample in samples["images"]:
-        assert stored[pixels_CHW(sample["uri"]).tobytes()] == sample["label"]
+        assert stored[pixels_HWC(sample["uri"]).tobytes()] == sample["label"]
 
 
 def test_a_mistake_shows_its_own_image_with_truth_and_prediction(dataset) -> None:
@@ -155,7 +155,7 @@ def test_a_mistake_shows_its_own_image_with_truth_and_prediction(dataset) -> Non
     tests = _tests(dataset, Evaluation(1.0, labels_N, predictions_N, confidences_N))
     assert [mistake["confidence"] for mistake in tests["mistakes"]] == [0.75, 0.5]
     for index, mistake in zip((7, 3), tests["mistakes"], strict=True):
-        assert np.array_equal(pixels_CHW(mistake["uri"]), dataset.test.images[index])
+        assert np.array_equal(pixels_HWC(mistake["uri"]), dataset.test.images[index])
         assert mistake["truth"] == dataset.classes[labels_N[index]]
         assert mistake["prediction"] == dataset.classes[predictions_N[index]]
 

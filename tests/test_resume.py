@@ -13,12 +13,12 @@ import torch
 
 from benchmarks.soak import outcome, same
 from fasttrain import trainer
-from fasttrain.__main__ import main
 from fasttrain.checkpoint import manager
 from fasttrain.checkpoint import resume as resume_module
 from fasttrain.checkpoint.file import load_checkpoint, save_checkpoint
 from fasttrain.checkpoint.state import Progress
 from fasttrain.checkpoint.writer import CheckpointWriter
+from fasttrain.cli import main
 from fasttrain.data.build import build_loader
 from fasttrain.data.sources import cifar
 from fasttrain.errors import DivergedError, Interrupted, UserError
@@ -26,6 +26,7 @@ from fasttrain.evaluate import evaluate
 from fasttrain.model import build_model
 from fasttrain.recipe import Recipe, flag
 from fasttrain.report.run import load_run
+from fasttrain.runtime import Runtime
 from fasttrain.step import TrainStep
 from fasttrain.system import precision
 from fasttrain.system.files import hold_folder
@@ -35,6 +36,8 @@ RECIPE = Recipe(
     name="tiny", epochs=3, batch_size=16, width=2, dropout=0.1, compute_dtype="fp32", loader="tensor"
 )
 STEPS_PER_EPOCH = 4
+
+RUNTIME = Runtime(device=torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -133,8 +136,8 @@ def test_an_averaged_run_ends_with_the_same_bits_and_ships_the_average(
     model = build_model(recipe, num_classes=10)
     model.load_state_dict(states[0]["model"])
     dataset = cifar.read(dataset_dir)
-    loader = build_loader(dataset, recipe, train=False, kind="tensor", device=torch.device("cpu"))
-    measured = evaluate(model, loader, torch.device("cpu"), torch.float32, flip=True)
+    loader = build_loader(dataset, recipe, train=False, loader="tensor", device=torch.device("cpu"))
+    measured = evaluate(model, loader, RUNTIME, flip=True)
     assert measured.loss == pytest.approx(row["test_loss"], rel=1e-6)
     assert (measured.accuracy, measured.accuracy_flip) == (row["test_accuracy"], row["test_accuracy_flip"])
 
@@ -268,13 +271,13 @@ def test_a_run_that_another_process_trained_in_the_meantime_is_not_begun_anew(
     dataset_dir, tmp_path, monkeypatch
 ) -> None:
     folder = stop_at(dataset_dir, tmp_path, 6, monkeypatch)
-    found, looks = trainer._checkpoints, []
+    found, looks = resume_module.find_checkpoints, []
 
     def look(*args):
         looks.append(args)
-        return [] if len(looks) == 1 else found(*args)  # none yet, when it looks first
+        return () if len(looks) == 1 else found(*args)  # none yet, when it looks first
 
-    monkeypatch.setattr(trainer, "_checkpoints", look)
+    monkeypatch.setattr(resume_module, "find_checkpoints", look)
     before = (folder / "last.pt").read_bytes()
     with pytest.raises(UserError, match="another process has trained it in the meantime"):
         train(dataset_dir, tmp_path, resume="auto")
@@ -356,7 +359,7 @@ def test_a_signal_ends_with_its_status_and_says_how_to_go_on(
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "saved at step 5 of 12" in error
     assert signal.getsignal(signum) is handler
-    command = error.split("go on with: fasttrain ")[1].split()
+    command = error.split("resume with: fasttrain ")[1].split()
     assert main(command) == 0
     assert (only(tmp_path / "runs") / "result.json").exists()
 
@@ -492,13 +495,13 @@ def test_short_epochs_share_a_checkpoint_and_the_best_one_is_kept(
 
 
 def test_a_signal_right_after_a_short_epoch_still_saves_it(dataset_dir, tmp_path, monkeypatch) -> None:
-    end_epoch = manager.Saver.end_epoch
+    end_of_epoch = manager.CheckpointManager.end_of_epoch
 
-    def signalled_late(self: manager.Saver) -> None:
-        end_epoch(self)  # the checkpoint is young: none is written
+    def signalled_late(self: manager.CheckpointManager) -> None:
+        end_of_epoch(self)  # the checkpoint is recent: none is written
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(manager.Saver, "end_epoch", signalled_late)
+    monkeypatch.setattr(manager.CheckpointManager, "end_of_epoch", signalled_late)
     with pytest.raises(Interrupted, match=f"saved at step {STEPS_PER_EPOCH} "):
         train(dataset_dir, tmp_path)
     state = load_checkpoint(only(tmp_path) / "last.pt")
@@ -530,9 +533,9 @@ def test_rollback_gives_up_after_three(dataset_dir, tmp_path) -> None:
 
 def test_a_found_rate_is_not_searched_again(dataset_dir, tmp_path, monkeypatch) -> None:
     recipe = dataclasses.replace(RECIPE, max_lr="auto")
-    monkeypatch.setattr(trainer, "_find_max_lr", lambda *_: 0.002)
+    monkeypatch.setattr(trainer.Trainer, "_find_max_lr", lambda _: 0.002)
     folder = stop_at(dataset_dir, tmp_path, 2, monkeypatch, recipe=recipe)
-    monkeypatch.setattr(trainer, "_find_max_lr", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr(trainer.Trainer, "_find_max_lr", lambda _: pytest.fail("searched again"))
     train(dataset_dir, tmp_path, recipe, resume=folder)
     assert json.loads((folder / "result.json").read_text())["max_lr"] == 0.002
 

@@ -77,7 +77,7 @@ class Trained:
 
     @property
     def pixels_NCHW(self) -> Tensor:
-        return torch.from_numpy(self.dataset.test.images.copy())
+        return torch.from_numpy(self.dataset.test.images.copy()).permute(0, 3, 1, 2)
 
     def logits(self, pixels_NCHW: Tensor) -> Tensor:
         """By the network in memory, in float32."""
@@ -92,10 +92,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     synthetic.generate(root / "release", train_count=64, test_count=40)
     dataset = cifar.read(root / "release")
     for split, part in (("train", dataset.train), ("test", dataset.test)):
-        for index, (image_CHW, label) in enumerate(zip(part.images, part.labels, strict=True)):
+        for index, (image_HWC, label) in enumerate(zip(part.images, part.labels, strict=True)):
             path = root / "images" / split / dataset.classes[label] / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.ascontiguousarray(image_CHW.transpose(1, 2, 0))).save(path)
+            Image.fromarray(image_HWC).save(path)
     return root / "images"
 
 
@@ -113,7 +113,7 @@ def trained(request, images: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         patch.setattr(trainer, "measure_matmul_tflops", lambda *_, **__: 1.0)
         out = tmp_path_factory.mktemp("runs")
         run = trainer.train(recipe, data=f"folder:{images}", data_dir=images.parent, out=out, device="cpu")
-    dataset = load_dataset(f"folder:{images}", images.parent, print, resolution=recipe.resolution)
+    dataset = load_dataset(f"folder:{images}", images.parent, log=print, resolution=recipe.resolution)
     yield Trained(run.folder, steps[-1].eval_model.eval(), dataset, images)
 
 

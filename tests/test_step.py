@@ -10,6 +10,7 @@ from fasttrain import step as step_module
 from fasttrain.model import CustomResNet
 from fasttrain.optim import one_cycle
 from fasttrain.recipe import Recipe
+from fasttrain.runtime import Runtime
 from fasttrain.step import TrainStep, shrink
 
 CPU = torch.device("cpu")
@@ -23,19 +24,15 @@ def batch(device: torch.device = CPU, count: int = 8):
     return images.to(memory_format=torch.channels_last), labels
 
 
-def build(
-    compute_dtype=torch.bfloat16, device=CPU, compile_mode=None, cuda_graph=False, width=64, **fields
-) -> TrainStep:
+def build(precision="bf16", device=CPU, compile_mode=None, cuda_graph=False, width=64, **fields) -> TrainStep:
     torch.manual_seed(0)
     recipe = Recipe(**fields)
     step = TrainStep(
         CustomResNet(dropout=recipe.dropout, width=width),
         recipe,
+        Runtime(device=device, precision=precision, cuda_graph=cuda_graph),
         max_lr=0.01,
         total_steps=20,
-        device=device,
-        compute_dtype=compute_dtype,
-        cuda_graph=cuda_graph,
     )
     if compile_mode:
         step.compile(compile_mode)
@@ -44,7 +41,7 @@ def build(
 
 def test_a_float32_step_is_the_textbook_step() -> None:
     """Against plain torch: forward, smoothed cross entropy, backward, AdamW with OneCycleLR's first rate."""
-    step = build(torch.float32, weight_decay=0.1, label_smoothing=0.2)
+    step = build("fp32", weight_decay=0.1, label_smoothing=0.2)
     model = copy.deepcopy(step.model)
     images, labels = batch()
     optimizer = torch.optim.AdamW(
@@ -191,7 +188,7 @@ def test_an_average_follows_the_training_and_does_not_change_it() -> None:
 
 
 def test_the_first_step_with_a_loss_that_is_no_number_is_named() -> None:
-    step = build(torch.float32)
+    step = build("fp32")
     images, labels = batch()
     step(images, labels)
     assert step.diverged() is None
@@ -242,7 +239,7 @@ def recordings(monkeypatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """A stand-in for CUDA graphs that calls the work where they replay it; lists what it recorded on."""
     made: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def record(work, images, labels):
+    def capture(work, images, labels):
         for _ in range(3):
             work(images, labels)
         kept = images.clone(), labels.clone()
@@ -255,7 +252,7 @@ def recordings(monkeypatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
         return replay
 
-    monkeypatch.setattr(step_module, "record", record)
+    monkeypatch.setattr(step_module, "capture", capture)
     return made
 
 
@@ -275,9 +272,9 @@ def addresses(step: TrainStep) -> list[int]:
         {"early_resolution": 16, "early_share": 0.15},  # 3 of 20 steps
     ],
 )
-@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_recorded_step_trains_as_an_eager_one(
-    recordings, compute_dtype, fields: dict, monkeypatch: pytest.MonkeyPatch
+    recordings, precision, fields: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def rounded(*args: Any) -> tuple[float, float | None]:
         """The schedule in the float32 of a recorded step's rate: a batch of eight magnifies its rounding."""
@@ -286,7 +283,7 @@ def test_a_recorded_step_trains_as_an_eager_one(
 
     monkeypatch.setattr(step_module, "one_cycle", rounded)
     fields = {"dropout": 0.1, "width": 8, "ema_epochs": 4.0} | fields
-    eager, recorded = (build(compute_dtype, cuda_graph=graph, **fields) for graph in (False, True))
+    eager, recorded = (build(precision, cuda_graph=graph, **fields) for graph in (False, True))
     images, labels = batch()
     losses = []
     for step in (eager, recorded):
@@ -388,11 +385,11 @@ def test_a_restored_step_is_recorded_anew_and_goes_on_bit_exactly(recordings) ->
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float16])
-def test_a_restored_step_goes_on_where_the_recorded_one_stood_on_a_gpu(compute_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_restored_step_goes_on_where_the_recorded_one_stood_on_a_gpu(precision: str) -> None:
     device = torch.device("cuda")
     images, labels = batch(device, count=64)
-    step, other = (build(compute_dtype, device, cuda_graph=True, ema_epochs=1.0) for _ in range(2))
+    step, other = (build(precision, device, cuda_graph=True, ema_epochs=1.0) for _ in range(2))
     for _ in range(3):
         step(images, labels)
     other(images, labels)  # has a recording of its own, which the restored state must not go on with
@@ -410,8 +407,8 @@ def test_a_restored_step_goes_on_where_the_recorded_one_stood_on_a_gpu(compute_d
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile_mode", [None, "default"])
-@pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float16])
-def test_a_replayed_step_has_the_losses_of_an_eager_one_over_fifty_steps(compute_dtype, compile_mode) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_replayed_step_has_the_losses_of_an_eager_one_over_fifty_steps(precision, compile_mode) -> None:
     device, losses = torch.device("cuda"), []
     torch.backends.cudnn.benchmark = False
     images, labels = batch(device, count=64)
@@ -420,11 +417,9 @@ def test_a_replayed_step_has_the_losses_of_an_eager_one_over_fifty_steps(compute
         step = TrainStep(
             CustomResNet(),
             Recipe(),
+            Runtime(device=device, precision=precision, cuda_graph=graph),
             max_lr=0.01,
             total_steps=50,
-            device=device,
-            compute_dtype=compute_dtype,
-            cuda_graph=graph,
         )
         if graph and compile_mode:
             step.compile(compile_mode)
@@ -441,11 +436,11 @@ def test_a_replayed_step_has_the_losses_of_an_eager_one_over_fifty_steps(compute
 @pytest.mark.parametrize("compile_mode", [None, "default"])
 def test_memory_stays_flat_and_nothing_is_compiled_or_recorded_again(compile_mode, monkeypatch) -> None:
     device = torch.device("cuda")
-    step = build(torch.bfloat16, device, compile_mode, cuda_graph=True)
+    step = build("bf16", device, compile_mode, cuda_graph=True)
     images, labels = batch(device, count=64)
     step.warm_up(images, labels)
     step(images, labels)
-    monkeypatch.setattr(step_module, "record", lambda *_: pytest.fail("recorded again"))
+    monkeypatch.setattr(step_module, "capture", lambda *_: pytest.fail("recorded again"))
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     step.take_metrics()
     before = torch.cuda.memory_allocated()
@@ -457,18 +452,18 @@ def test_memory_stays_flat_and_nothing_is_compiled_or_recorded_again(compile_mod
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("compile_mode", [None, "default"])
 @pytest.mark.parametrize("cuda_graph", [False, True])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_never_waits_for_the_gpu(
-    compute_dtype: torch.dtype, compile_mode: str | None, cuda_graph: bool, optimizer: str
+    precision: str, compile_mode: str | None, cuda_graph: bool, optimizer: str
 ) -> None:
-    if optimizer == "muon" and compute_dtype == torch.float16:
+    if optimizer == "muon" and precision == "fp16":
         pytest.skip("a gradient scaler asks the device before it lets an unfused optimizer step")
     device = torch.device("cuda")
     fields = {"ema_epochs": 1.0, "bn_bias_lr_scale": 4.0, "optimizer": optimizer}
-    step = build(compute_dtype, device, compile_mode, cuda_graph, **fields)
+    step = build(precision, device, compile_mode, cuda_graph, **fields)
     images, labels = batch(device, count=64)
     step.warm_up(images, labels)
     step(images, labels)
@@ -488,13 +483,13 @@ def test_a_step_never_waits_for_the_gpu(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile_mode", [None, "default"])
-@pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float16])
-def test_a_step_is_recorded_anew_where_the_images_grow(compute_dtype, compile_mode) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_step_is_recorded_anew_where_the_images_grow(precision, compile_mode) -> None:
     device, losses = torch.device("cuda"), []
     images, labels = batch(device, count=64)
     for graph in (False, True):
         fields = {"early_resolution": 16, "early_share": 0.15}  # 3 of 20 steps
-        step = build(compute_dtype, device, compile_mode if graph else None, graph, **fields)
+        step = build(precision, device, compile_mode if graph else None, graph, **fields)
         step.warm_up(images, labels)
         compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         losses.append([])
@@ -508,7 +503,7 @@ def test_a_step_is_recorded_anew_where_the_images_grow(compute_dtype, compile_mo
 @pytest.mark.gpu
 def test_an_overflow_in_fp16_skips_the_step_and_lowers_the_scale() -> None:
     device = torch.device("cuda")
-    step = build(torch.float16, device)
+    step = build("fp16", device)
     images, labels = batch(device)
     before = [p.clone() for p in step.model.parameters()]
     scale = step.scaler.get_scale()

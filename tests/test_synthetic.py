@@ -24,7 +24,7 @@ def test_it_is_read_like_the_release(data: dataset.Dataset) -> None:
     assert data.name == "synthetic"
     assert len(data.classes) == 10 and not set(data.classes) & set(cifar.CIFAR10.classes)
     for split, count in ((data.train, 4000), (data.test, 1000)):
-        assert split.images.shape == (count, 3, 32, 32)
+        assert split.images.shape == (count, 32, 32, 3)
         assert np.bincount(split.labels).tolist() == [count // 10] * 10
     images = np.concatenate([data.train.images, data.test.images])
     assert len({image.tobytes() for image in images}) == len(images)  # no image twice, none in both splits
@@ -92,7 +92,7 @@ def test_the_name_file_tells_how_it_was_made(tmp_path: Path) -> None:
 
 def features(images: np.ndarray, degree: int) -> np.ndarray:
     """Pixels in -0.5..0.5; or, for degree 2, the autocorrelation of the image at shifts of up to 8 pixels."""
-    pixels = images.astype(np.float32) / 255 - 0.5
+    pixels = images.transpose(0, 3, 1, 2).astype(np.float32) / 255 - 0.5
     if degree == 1:
         return pixels.reshape(len(pixels), -1)
     power = abs(np.fft.rfft2(pixels - pixels.mean((2, 3), keepdims=True))) ** 2
@@ -116,7 +116,7 @@ def test_pixels_say_little_and_texture_says_much(data: dataset.Dataset) -> None:
 
 def test_a_flip_keeps_the_class(data: dataset.Dataset) -> None:
     """Texture classified by weights from upright images must be as easy to classify on flipped ones."""
-    flipped = dataset.Split(data.test.images[..., ::-1], data.test.labels)
+    flipped = dataset.Split(data.test.images[:, :, ::-1], data.test.labels)
     mirrored = dataset.Dataset(data.name, data.root, data.classes, data.train, flipped, data.mean, data.std)
     upright = linear_accuracy(data, degree=2, penalty=0.1)
     assert linear_accuracy(mirrored, degree=2, penalty=0.1) == pytest.approx(upright, abs=0.03)

@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fasttrain import trainer
-from fasttrain.__main__ import main
+from fasttrain import compile, runtime
 from fasttrain.checkpoint.file import load_checkpoint
+from fasttrain.checkpoint.state import mean_flop_per_image
+from fasttrain.cli import main
 from fasttrain.compile import CompileEstimate
 from fasttrain.data.sources import cifar
 from fasttrain.model import CustomResNet, training_flop_per_image
 from fasttrain.recipe import Recipe
 from fasttrain.report import summary
+from fasttrain.runtime import Runtime
 from fasttrain.step import TrainStep
 from fasttrain.system.machine import cpu_cores
 from fasttrain.trainer import train
@@ -132,13 +134,12 @@ def test_the_share_of_the_matmul_rate_counts_shrunk_images_as_what_they_are() ->
     step = TrainStep(
         model,
         Recipe(early_resolution=16, early_share=0.5),
+        Runtime(device=torch.device("cpu")),
         max_lr=0.01,
         total_steps=4,
-        device=torch.device("cpu"),
-        compute_dtype=torch.float32,
     )
     expected = (training_flop_per_image(model, 16) + training_flop_per_image(model)) / 2
-    assert trainer._flop_per_image(step) == expected < 0.7 * training_flop_per_image(model)
+    assert mean_flop_per_image(step) == expected < 0.7 * training_flop_per_image(model)
 
 
 def test_evaluate_refuses_another_data_set(run: Path, dataset_dir: Path, tmp_path, capsys) -> None:
@@ -164,8 +165,8 @@ def test_auto_compiles_where_it_can_pay_and_a_resumed_run_keeps_what_was_decided
         steps=4, step_seconds=1.0, floor_seconds=0.5, compile_seconds=1.0 if pays else 60.0
     )
     compile_, calls = torch.compile, []
-    monkeypatch.setattr(trainer, "pick_compile_mode", lambda *_: "default")
-    monkeypatch.setattr(trainer, "payoff", lambda *_: calls.append("asked") or gain)
+    monkeypatch.setattr(runtime, "pick_compile_mode", lambda *_: "default")
+    monkeypatch.setattr(compile, "estimate_compile", lambda *_: calls.append("asked") or gain)
     monkeypatch.setattr(torch, "compile", lambda model, **_: compile_(model, backend="aot_eager"))
     monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: None)
     settings = {"data_dir": dataset_dir, "out": tmp_path, "device": "cpu", "report": False}

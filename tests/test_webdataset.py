@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fasttrain.__main__ import main
+from fasttrain.cli import main
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.sources import pixel_cache, webdataset
 from fasttrain.errors import UserError
@@ -59,12 +59,12 @@ def root(tmp_path: Path) -> Path:
 
 
 def read(root: Path, pattern: str = "{00..01}.tar", **settings) -> Dataset:
-    defaults = {"resolution": 32, "announce": pytest.fail}
+    defaults = {"resolution": 32, "log": pytest.fail}
     return webdataset.read(root / pattern, root.parent / "cache", **defaults | settings)
 
 
 def holds(images: np.ndarray, seed: int) -> bool:
-    return bool((images == noise(seed).transpose(2, 0, 1)).all((1, 2, 3)).any())
+    return bool((images == noise(seed)).all((1, 2, 3)).any())
 
 
 def test_every_sample_counts_once_with_its_own_label(root: Path) -> None:
@@ -197,7 +197,7 @@ def test_every_bad_shard_and_sample_is_named_with_what_is_wrong(root: Path, monk
 def test_bad_samples_are_left_out_on_request_and_counted(root: Path) -> None:
     pattern, reasons = damage(root)
     said: list[str] = []
-    data = read(root, pattern, skip_bad=True, announce=said.append)
+    data = read(root, pattern, skip_bad=True, log=said.append)
     # twice.png: the first of them is good, and counts; so do those of a shard that lost its end.
     assert len(data.train.labels) + len(data.test.labels) == 20 + 4 + 1 + 2
     images = np.concatenate([data.train.images, data.test.images])

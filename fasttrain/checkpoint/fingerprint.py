@@ -2,31 +2,22 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fasttrain.data.dataset import Dataset
 from fasttrain.recipe import Recipe, flag
+from fasttrain.runtime import Runtime
 
 
-def fingerprint(
-    recipe: Recipe,
-    dataset: Dataset,
-    *,
-    loader: str,
-    precision: str,
-    compile_mode: str | None,
-    device: torch.device,
-    world_size: int = 1,
-) -> dict[str, Any]:
+def fingerprint(recipe: Recipe, dataset: Dataset, runtime: Runtime, world_size: int) -> dict[str, Any]:
     """What decides a run's weights, under the names by which a difference is reported."""
     return recipe_flags(recipe) | {
         "dataset": dataset.name,
         "the images' SHA-256": dataset.content_hash,
-        "loader": loader,
-        "precision": precision,
-        "compile": compile_mode or "off",
-        "device": device.type,
+        "loader": runtime.loader,
+        "precision": runtime.precision,
+        "compile": runtime.compile_mode or "off",
+        "device": runtime.device.type,
         "world size": world_size,
     }
 

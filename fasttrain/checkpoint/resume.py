@@ -1,7 +1,8 @@
-"""Where a resumed run goes on from, and what it keeps of the run that began."""
+"""Where a run is resumed from, and what it keeps of its first process."""
 
 import contextlib
 import dataclasses
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,70 +10,80 @@ from typing import Any
 
 import torch
 
-from fasttrain.checkpoint.file import load_checkpoint
+from fasttrain.checkpoint.file import LAST, PREVIOUS, load_checkpoint
 from fasttrain.checkpoint.fingerprint import differences, recipe_flags
 from fasttrain.checkpoint.network import saved_precision, unproven
 from fasttrain.checkpoint.state import RunState
+from fasttrain.distributed import World, command
 from fasttrain.errors import UserError
+from fasttrain.options import TrainOptions
 from fasttrain.recipe import Recipe, flag, load_recipe
 from fasttrain.system.files import quarantine
 from fasttrain.system.precision import pick_precision
 from fasttrain.system.run_folder import RECIPE_FILE
 
 
-def resume_from(paths: Sequence[Path], run: RunState, say: Callable[[str], object]) -> None:
-    """Go on from the first of these checkpoints that is sound; those before it are named and set aside.
-
-    The first rank reads them, and gives the others what it found. Raises UserError if none is sound.
-    """
-    path, state = run.world.broadcast(lambda: _first_sound(paths, run, say))
-    changes = run.restore(state)
-    for change in changes:
-        say(f"goes on, but not bit for bit: {change}")
-    run.progress.changes += changes
-    run.progress.resumed += 1
-    say(f"resumed from {path} at step {run.step.step} of {run.step.total_steps}")
-
-
-def _first_sound(
-    paths: Sequence[Path], run: RunState, say: Callable[[str], object]
-) -> tuple[Path, dict[str, Any]]:
-    unusable: list[tuple[Path, UserError]] = []
-    for path in paths:
-        try:
-            state = run.read(path)
-        except UserError as error:
-            unusable.append((path, error))
-            continue
-        for bad, reason in unusable:
-            say(f"skipped {reason} (kept as {quarantine(bad)})")
-        if "proof" not in state:
-            say(unproven(path))
-        return path, state
-    raise UserError("; ".join(str(reason) for _, reason in unusable))
-
-
 @dataclass(frozen=True)
-class KeptSettings:
-    """What the first process of a run chose for its machine and later ones keep; None for a new run.
+class ResumePoint:
+    """Where a run is resumed from, and what its first process chose and later ones keep.
 
+    A new run has no folder yet, no checkpoints, and no settings to keep.
+    resume: as --resume was given. checkpoints: the preferred one first.
     precision: bf16, fp16, fp32 or tf32. compile_mode: torch.compile's mode, or off.
     """
 
+    folder: Path | None = None
+    resume: str | Path | None = None
+    checkpoints: tuple[Path, ...] = ()
     precision: str | None = None
     compile_mode: str | None = None
 
     @classmethod
-    def from_checkpoints(cls, paths: Sequence[Path]) -> "KeptSettings":
-        """Read from the first of these checkpoints that is readable and has its folder's recipe."""
-        for path in paths:
+    def find(cls, folder: Path, resume: str | Path) -> "ResumePoint":
+        """The checkpoints of an unfinished run, and the settings in the first readable one of its recipe."""
+        checkpoints = find_checkpoints(folder, resume)
+        for path in checkpoints:
             with contextlib.suppress(UserError):
                 state, begun = load_checkpoint(path), load_recipe(str(path.parent / RECIPE_FILE))
                 fingerprint = state.get("fingerprint")
                 if isinstance(fingerprint, dict) and not differences(recipe_flags(begun), fingerprint):
                     mode = fingerprint.get("compile")
-                    return cls(saved_precision(state), mode if isinstance(mode, str) else None)
-        return cls()
+                    mode = mode if isinstance(mode, str) else None
+                    return cls(folder, resume, checkpoints, saved_precision(state), mode)
+        return cls(folder, resume, checkpoints)
+
+    def require_unchanged(self, world: World) -> None:
+        """Raise UserError if the run's checkpoints are not those that were found any more."""
+        folder, resume = self.folder, self.resume
+        if folder is None or resume is None:
+            return
+        if self.checkpoints != world.broadcast(lambda: find_checkpoints(folder, resume)):
+            raise UserError(f"{folder}: another process has trained it in the meantime; resume it again")
+
+    def recipe(self, recipe: Recipe) -> Recipe:
+        """The recipe that the run began with; the given one for a new run.
+
+        Raises UserError, naming the flags, if the given recipe differs from it. --compute-dtype may name the
+        precision that the run computes in.
+        """
+        if self.folder is None:
+            return recipe
+        begun = load_recipe(str(self.folder / RECIPE_FILE))
+        if self.precision is not None and recipe.compute_dtype == self.precision:
+            recipe = dataclasses.replace(recipe, compute_dtype=begun.compute_dtype)
+        then = begun.to_dict()
+        if self.precision is not None:
+            then["compute_dtype"] = self.precision  # what the error names, instead of auto
+        differing = [
+            f"{flag(key)} {value} (begun with {then[key]})"
+            for key, value in recipe.to_dict().items()
+            if value != getattr(begun, key)
+        ]
+        if differing:
+            raise UserError(
+                f"--resume {self.folder}: a resumed run keeps its recipe; leave out {', '.join(differing)}"
+            )
+        return begun
 
     def precision_note(self, requested: str, device: torch.device) -> str | None:
         """A line to print if a new run would take another precision on this device; None if not."""
@@ -89,25 +100,51 @@ class KeptSettings:
         )
 
 
-def resumed_recipe(recipe: Recipe, folder: Path, precision: str | None) -> Recipe:
-    """The recipe that the run in this folder began with.
+def find_checkpoints(folder: Path, resume: str | Path) -> tuple[Path, ...]:
+    """The checkpoints to resume from, the preferred one first; none where the run has to begin."""
+    named = Path(resume)
+    if named.is_file():
+        return (named,)
+    return tuple(folder / name for name in (LAST, PREVIOUS) if (folder / name).exists())
 
-    Raises UserError, naming the flags, if `recipe` differs from it. --compute-dtype may name the precision
-    that the run computes in.
+
+def restore_latest(checkpoints: Sequence[Path], run: RunState, log: Callable[[str], object]) -> None:
+    """Restore the first of these checkpoints that is sound; the ones before it are reported and renamed.
+
+    The first rank reads them and gives the others what it found. Raises UserError if none is sound.
     """
-    begun = load_recipe(str(folder / RECIPE_FILE))
-    if precision is not None and recipe.compute_dtype == precision:
-        recipe = dataclasses.replace(recipe, compute_dtype=begun.compute_dtype)
-    then = begun.to_dict()
-    if precision is not None:
-        then["compute_dtype"] = precision  # what the error names, instead of auto
-    differing = [
-        f"{flag(key)} {value} (begun with {then[key]})"
-        for key, value in recipe.to_dict().items()
-        if value != getattr(begun, key)
-    ]
-    if differing:
-        raise UserError(
-            f"--resume {folder}: a resumed run keeps its recipe; leave out {', '.join(differing)}"
-        )
-    return begun
+    path, state = run.world.broadcast(lambda: _first_sound(checkpoints, run, log))
+    changes = run.restore(state)
+    for change in changes:
+        log(f"resumed, but not bit for bit: {change}")
+    run.progress.changes += changes
+    run.progress.resumed += 1
+    log(f"resumed from {path} at step {run.step.step} of {run.step.total_steps}")
+
+
+def _first_sound(
+    paths: Sequence[Path], run: RunState, log: Callable[[str], object]
+) -> tuple[Path, dict[str, Any]]:
+    unusable: list[tuple[Path, UserError]] = []
+    for path in paths:
+        try:
+            state = run.read(path)
+        except UserError as error:
+            unusable.append((path, error))
+            continue
+        for bad, reason in unusable:
+            log(f"skipped {reason} (kept as {quarantine(bad)})")
+        if "proof" not in state:
+            log(unproven(path))
+        return path, state
+    raise UserError("; ".join(str(reason) for _, reason in unusable))
+
+
+def resume_command(folder: Path, options: TrainOptions) -> str:
+    """What to type to resume this run, without the options that have their default."""
+    words = ["train", "--resume", str(folder)]
+    for name in ("data", "data_dir", "skip_bad", "device", "save_every", "on_nan", "tensorboard"):
+        value, default = getattr(options, name), getattr(TrainOptions, name)
+        if value != default and isinstance(value, bool | str | Path):  # data may be a Dataset
+            words += [flag(name)] if value is True else [flag(name), str(value)]
+    return shlex.join(command(words))

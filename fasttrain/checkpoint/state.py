@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from fasttrain.checkpoint.proof import proof_logits
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.loader import Loader
 from fasttrain.errors import DivergedError, UserError
+from fasttrain.model import training_flop_per_image
 from fasttrain.optim import state_example
 from fasttrain.recipe import Recipe
 from fasttrain.step import TrainStep
 from fasttrain.system.machine import hardware_name
+from fasttrain.system.metrics import model_flops_utilization
 from fasttrain.system.rng import restore_rng, rng_state
 
 ENVIRONMENT = ("fasttrain", "torch", "dali", "numpy", "torch_threads")
@@ -99,6 +102,34 @@ class RunState:
     def epoch(self) -> int:
         """Epochs that are finished, evaluation included."""
         return len(self.progress.epochs)
+
+    def figures(self, matmul_tflops: float) -> dict[str, Any]:
+        """A finished run's part of result.json, all of its processes together."""
+        progress, recipe = self.progress, self.step.recipe
+        rows, best = progress.epochs, progress.best_epoch
+        train_seconds = sum(row["seconds"] for row in rows)
+        images_per_sec = recipe.epochs * len(self.loader) * recipe.batch_size / train_seconds
+        flip = {"test_accuracy_flip": rows[-1]["test_accuracy_flip"]} if recipe.test_flip else {}
+        return {
+            "test_accuracy": rows[-1]["test_accuracy"],
+            **flip,
+            "best_test_accuracy": best["test_accuracy"],
+            "best_epoch": best["epoch"],
+            "epoch_seconds": [row["seconds"] for row in rows],
+            "train_seconds": train_seconds,
+            "test_seconds": sum(row["test_seconds"] for row in rows),
+            "compile_seconds": progress.compile_seconds,
+            "wall_seconds": self.wall_seconds,
+            "resumed": progress.resumed,
+            "changes": progress.changes,
+            "rollbacks": progress.rollbacks,
+            "images_per_sec": images_per_sec,
+            "data_wait_share": sum(row["data_wait_share"] * row["seconds"] for row in rows) / train_seconds,
+            "mfu": model_flops_utilization(
+                images_per_sec, mean_flop_per_image(self.step), matmul_tflops * self.world.size
+            ),
+            "matmul_tflops_measured": matmul_tflops,
+        }
 
     def require_finite(self) -> None:
         """Raise DivergedError if the loss or the weights are NaN or infinite. Waits for the device."""
@@ -233,3 +264,12 @@ def _max_lr(recipe: Recipe, rollbacks: int, found: float) -> float:
     if recipe.max_lr == "auto":
         return found if found > 0 else 1.0
     return recipe.max_lr / 2**rollbacks
+
+
+def mean_flop_per_image(step: TrainStep) -> float:
+    """Floating-point operations of training on one image, the mean over all steps of the run."""
+    total = step.total_steps
+    counts = Counter(step.recipe.training_resolution(number, total) for number in range(total))
+    return (
+        sum(n * training_flop_per_image(step.model, resolution) for resolution, n in counts.items()) / total
+    )

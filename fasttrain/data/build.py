@@ -13,6 +13,7 @@ from fasttrain.data.loader import Loader
 from fasttrain.data.sampler import WHOLE, Augmentation, Sampler, Shard, first_flips
 from fasttrain.errors import UserError
 from fasttrain.recipe import Recipe
+from fasttrain.system.machine import pick_device
 
 LoaderName = Literal["dali", "tensor"]
 
@@ -25,8 +26,8 @@ EVAL_BATCH_SIZE = 1000
 """Divides CIFAR-10's 10,000 test images, so that every batch has one shape."""
 
 
-def pick_loader(requested: str, device: torch.device, announce: Callable[[str], object]) -> LoaderName:
-    """DALI where it is installed and drives this device, else the pure-torch loader, announced in one line.
+def pick_loader(requested: str, device: torch.device, log: Callable[[str], object]) -> LoaderName:
+    """DALI where it is installed and drives this device, else the pure-torch loader, reported in one line.
 
     Raises UserError if DALI was asked for and cannot be had.
     """
@@ -37,7 +38,7 @@ def pick_loader(requested: str, device: torch.device, announce: Callable[[str], 
         return "dali"
     if requested == "dali":
         raise UserError(f"--loader dali: {reason}; take --loader tensor")
-    announce(f"loader: {reason}; using the pure-torch loader")
+    log(f"loader: {reason}; using the pure-torch loader")
     return "tensor"
 
 
@@ -60,17 +61,22 @@ def build_loader(
     recipe: Recipe,
     *,
     train: bool,
-    kind: LoaderName,
-    device: torch.device,
+    device: torch.device | str = "auto",
+    loader: LoaderName | None = None,
     shard: Shard = WHOLE,
 ) -> Loader:
     """The loader for the training images (shuffled, augmented) or for the test images (as they are).
 
+    Iterating over it is one epoch of images_NCHW, uint8 in channels_last, and labels_N, int64, on the device.
+    recipe: its batch size, seed, resolution, augmentation and loader threads count.
+    device: auto takes the GPU where there is one. loader: dali or tensor; by default as the recipe says.
     shard: a rank's part: of every training batch, or of the test images as a whole. Put together in the order
     of the ranks, the parts are what one rank would get, to the last bit.
     Raises UserError if the batch is larger than the training set, if a rank gets no test image, or if the
     images are not of the recipe's size.
     """
+    device = pick_device(device) if isinstance(device, str) else device
+    loader = loader or pick_loader(recipe.loader, device, print)
     split = dataset.train if train else _part(dataset.test, shard)
     batch_size = recipe.batch_size if train else min(EVAL_BATCH_SIZE, len(split.labels))
     if batch_size > len(split.labels):
@@ -78,7 +84,7 @@ def build_loader(
             f"--batch-size {batch_size}: {dataset.name} has {len(split.labels)} training images, take fewer"
         )
     own = shard if train else WHOLE
-    size = split.images.shape[-1]
+    size = split.images.shape[1]
     if size != recipe.resolution:
         raise UserError(
             f"--resolution {recipe.resolution}: the images of {dataset.name} have {size} pixels a side"
@@ -86,12 +92,12 @@ def build_loader(
     padding, flip = (recipe.crop_padding, recipe.flip) if train else (0, False)
     alternates = flip and recipe.flip_order == "alternating"
     settings: dict[str, Any] = {
-        "images_NHWC": _padded(split, padding, kind),
+        "images_NHWC": _padded(split, padding, loader),
         "labels_N": split.labels,
         "sampler": Sampler(len(split.labels), batch_size, train=train, seed=recipe.seed, shard=own),
         "augmentation": Augmentation(
-            crop=size,
-            room=2 * padding,
+            resolution=size,
+            max_offset=2 * padding,
             flip=flip,
             cutout=recipe.cutout if train else 0,
             seed=recipe.seed,
@@ -101,7 +107,7 @@ def build_loader(
         "fill": tuple(round(255 * value) for value in dataset.mean),
         "device": device,
     }
-    if kind == "dali":
+    if loader == "dali":
         from fasttrain.data.dali import DaliLoader
 
         return DaliLoader(**settings, threads=recipe.loader_threads)
@@ -110,13 +116,13 @@ def build_loader(
     return TensorLoader(**settings)
 
 
-def _padded(split: Split, padding: int, kind: LoaderName) -> np.ndarray | LazyCrops:
+def _padded(split: Split, padding: int, loader: LoaderName) -> np.ndarray | LazyCrops:
     """The images as the loader takes them. Raises UserError if they are too large for it."""
-    side = split.images.shape[-1] + 2 * padding
-    gib = 3 * side * side * len(split.labels) / 2**30
+    size = split.images.shape[1] + 2 * padding
+    gib = 3 * size * size * len(split.labels) / 2**30
     if gib <= PADDED_GIB_MAX:
         return pad(split.images, padding)
-    if kind == "dali":
+    if loader == "dali":
         return LazyCrops(split.images, padding)
     raise UserError(f"--loader tensor: holds all images in memory, here {gib:,.1f} GiB; take --loader dali")
 

@@ -1,7 +1,7 @@
 """The DALI pipeline: one definition for the GPU and for DALI's CPU backend.
 
-Images lie decoded and padded in memory: a GPU's own where they fit, the host's otherwise. Of each, the window
-that its crop asks for is copied out; DALI mirrors half of them, cuts out a square, and hands the result to
+Images lie decoded and padded in memory: a GPU's own where they fit, the host's otherwise. Of each, its crop
+is copied out; DALI mirrors half of them, cuts out a square, and hands the result to
 torch without a copy.
 
 Two things that DALI 2.4 charges for shape this file (benchmarks/LOG.md). Random choices come as a condition
@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrain.data.crops import LazyCrops, windows
+from fasttrain.data.crops import LazyCrops, crop_views
 from fasttrain.data.loader import Loader
 from fasttrain.data.sampler import Augmentation, AugmentParams, Sampler
 
 PREFETCH = 2
-"""Runs that DALI prepares ahead of the consumer."""
+"""Chunks that DALI prepares ahead of the consumer."""
 
 CHUNK_BYTES = 2048 * 32 * 32 * 3
-"""Pixels in one run of the training pipeline, or one batch where that is larger: they stay in a cache."""
+"""Pixels in one chunk of the training pipeline, or one batch where that is larger: they stay in a cache."""
 
 RESIDENT_SHARE = 0.25
 """Of the GPU's memory that is free, how much the images may take; larger sets stay in the host's memory."""
@@ -36,10 +36,10 @@ RESIDENT_SHARE = 0.25
 class DaliLoader(Loader):
     """Batches of images and labels from a DALI pipeline.
 
-    images_NHWC: (N, P, P, 3) uint8, padded: P = augmentation.crop + augmentation.room; or
-    windows of images too large for that. labels_N: (N,) integers.
+    images_NHWC: (N, P, P, 3) uint8, padded: P = resolution + max_offset of the augmentation; or the crops of
+    images too large for that. labels_N: (N,) integers.
     fill: the pixel, red, green and blue from 0 to 255, that a cutout leaves.
-    Yields images_NCHW (batch, 3, crop, crop) uint8 in channels_last and labels_N int64, on `device`.
+    Yields images_NCHW, uint8 in channels_last, and labels_N, int64, on `device`.
 
     The pipeline knows no epochs: the step counts on, so DALI goes on preparing batches while an epoch ends,
     and nothing drains in between.
@@ -56,17 +56,17 @@ class DaliLoader(Loader):
         device: torch.device,
         threads: int,
     ) -> None:
-        super().__init__(sampler)
+        super().__init__(sampler, device)
         self.name = f"dali-{dali_version()}-{'gpu' if device.type == 'cuda' else 'cpu'}"
         self.augmentation = augmentation
-        self._fill, self._device, self._threads = fill, device, threads
-        self._records: Records
+        self._fill, self._threads = fill, threads
+        self._store: ImageStore
         if isinstance(images_NHWC, np.ndarray) and fits_on(device, images_NHWC.nbytes):
-            self._records = DeviceStore(images_NHWC, labels_N, augmentation.crop, device)
+            self._store = DeviceStore(images_NHWC, labels_N, augmentation.resolution, device)
         else:
-            self._records = HostStore(images_NHWC, labels_N, augmentation.crop)
-        # An evaluation's last batch is smaller: each of its batches is a run of its own.
-        batch_bytes = 3 * augmentation.crop**2 * sampler.batch_size
+            self._store = HostStore(images_NHWC, labels_N, augmentation.resolution)
+        # An evaluation's last batch is smaller: each of its batches is a chunk of its own.
+        batch_bytes = 3 * augmentation.resolution**2 * sampler.batch_size
         self._batches_per_chunk = max(1, CHUNK_BYTES // batch_bytes) if sampler.train else 1
         self._forget()
 
@@ -82,7 +82,7 @@ class DaliLoader(Loader):
         if not self._ready:
             if self._pipeline is None:
                 self._pipeline = self._build(first_step=self._step)
-            stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+            stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
             outputs = self._pipeline.run(stream)  # ready on torch's stream, no host sync
             images_NHWC, labels_N = (torch.from_dlpack(output.as_tensor()) for output in outputs)
             images_NCHW, size = images_NHWC.permute(0, 3, 1, 2), self.sampler.batch_size
@@ -93,58 +93,58 @@ class DaliLoader(Loader):
         from nvidia.dali import fn, pipeline_def, types
 
         flip, cutout = self.augmentation.flip, self.augmentation.cutout
-        on_gpu = self._device.type == "cuda"
+        on_gpu = self.device.type == "cuda"
         # DALI reads the host's arrays after a callback has returned, without a copy: keep as many alive as
         # can be in flight, plus the one being read.
         in_flight: deque[Any] = deque(maxlen=2 * (PREFETCH + 2))
 
         @lru_cache(maxsize=PREFETCH + 2)  # both callbacks ask
-        def choices(run: int) -> tuple[np.ndarray, AugmentParams]:
-            first = first_step + run * self._batches_per_chunk
+        def choices(chunk: int) -> tuple[np.ndarray, AugmentParams]:
+            first = first_step + chunk * self._batches_per_chunk
             steps = range(first, first + self._batches_per_chunk)
             indices = [self.sampler(step) for step in steps]
-            draws = [
+            params = [
                 self.augmentation.draw(step, self.sampler.epoch(step), chosen)
                 for step, chosen in zip(steps, indices, strict=True)
             ]
-            return np.concatenate(indices), AugmentParams(*map(np.concatenate, zip(*draws, strict=True)))
+            return np.concatenate(indices), AugmentParams(*map(np.concatenate, zip(*params, strict=True)))
 
-        def records(info: Any) -> list[Any]:
-            indices, draws = choices(info.iteration)
-            batch = self._records.gather(indices, draws.rows, draws.columns)
+        def crops(info: Any) -> list[Any]:
+            indices, params = choices(info.iteration)
+            batch = self._store.gather(indices, params.rows, params.columns)
             in_flight.append(batch)
             return batch
 
-        def chances(info: Any) -> list[np.ndarray]:
-            _, draws = choices(info.iteration)
-            batch = [draws.mirrored] * flip + [draws.holes.astype(np.float32)] * bool(cutout)
+        def flips_and_cutouts(info: Any) -> list[np.ndarray]:
+            _, params = choices(info.iteration)
+            batch = [params.mirrored] * flip + [params.cutout_corners.astype(np.float32)] * bool(cutout)
             in_flight.append(batch)
             return batch
 
-        draw_columns = [(types.BOOL, 0, "")] * flip + [(types.FLOAT, 1, "")] * bool(cutout)
-        of_records = _source([(types.UINT8, 3, "HWC"), (types.INT64, 0, "")]) | self._records.settings
-        of_chances = _source(draw_columns) | {"device": "cpu", "no_copy": True}
+        param_columns = [(types.BOOL, 0, "")] * flip + [(types.FLOAT, 1, "")] * bool(cutout)
+        of_crops = _source([(types.UINT8, 3, "HWC"), (types.INT64, 0, "")]) | self._store.settings
+        of_params = _source(param_columns) | {"device": "cpu", "no_copy": True}
 
         @pipeline_def(
             batch_size=self.sampler.batch_size * self._batches_per_chunk,
             num_threads=self._threads,
-            device_id=(self._device.index or 0) if on_gpu else None,
+            device_id=(self.device.index or 0) if on_gpu else None,
             prefetch_queue_depth=PREFETCH,
             enable_conditionals=True,
         )
         def pipeline() -> Any:
-            images, labels = fn.external_source(source=records, **of_records)
-            if on_gpu and of_records["device"] == "cpu":
+            images, labels = fn.external_source(source=crops, **of_crops)
+            if on_gpu and of_crops["device"] == "cpu":
                 images, labels = images.gpu(), labels.gpu()
-            draws = fn.external_source(source=chances, **of_chances) if draw_columns else []
+            params = fn.external_source(source=flips_and_cutouts, **of_params) if param_columns else []
             if flip:
-                mirrored = draws[0]
+                mirrored = params[0]
                 if mirrored:  # of each image: DALI splits the batch
                     images = fn.flip(images)
             if cutout:
                 images = fn.erase(
                     images,
-                    anchor=draws[-1],
+                    anchor=params[-1],
                     shape=[float(cutout)] * 2,
                     axis_names="HW",
                     fill_value=[float(value) for value in self._fill],
@@ -161,8 +161,8 @@ def _source(columns: list[tuple[Any, int, str]]) -> dict[str, Any]:
     return settings | {"dtype": list(dtypes), "ndim": list(ndims), "layout": list(layouts)}
 
 
-class Records(Protocol):
-    """All images and labels, and a way to copy windows out of them.
+class ImageStore(Protocol):
+    """All images and labels, and a way to copy crops out of them.
 
     settings: of the DALI source that is fed with what gather returns.
     """
@@ -170,34 +170,36 @@ class Records(Protocol):
     settings: dict[str, Any]
 
     def gather(self, indices: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> list[Any]:
-        """The images' windows (N, side, side, 3) that begin at these rows and columns, and labels_N."""
+        """The crops (N, resolution, resolution, 3) that begin at these rows and columns, and labels_N."""
 
 
 class HostStore:
-    """Records in the host's memory, or mapped from a file."""
+    """Images in the host's memory, or mapped from a file."""
 
-    def __init__(self, images_NHWC: np.ndarray | LazyCrops, labels_N: np.ndarray, side: int) -> None:
+    def __init__(self, images_NHWC: np.ndarray | LazyCrops, labels_N: np.ndarray, resolution: int) -> None:
         self.settings = {"device": "cpu", "no_copy": True}
-        self._windows = images_NHWC if isinstance(images_NHWC, LazyCrops) else windows(images_NHWC, side)
+        self._crops = (
+            images_NHWC if isinstance(images_NHWC, LazyCrops) else crop_views(images_NHWC, resolution)
+        )
         self._labels_N = labels_N.astype(np.int64)
 
     def gather(self, indices: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> list[Any]:
-        return [self._windows[indices, rows, columns], self._labels_N[indices]]
+        return [self._crops[indices, rows, columns], self._labels_N[indices]]
 
 
 class DeviceStore:
-    """Records in the GPU's memory: of a batch, only its indices and offsets cross the bus."""
+    """Images in the GPU's memory: of a batch, only its indices and offsets cross the bus."""
 
     def __init__(
-        self, images_NHWC: np.ndarray, labels_N: np.ndarray, side: int, device: torch.device
+        self, images_NHWC: np.ndarray, labels_N: np.ndarray, resolution: int, device: torch.device
     ) -> None:
         # DALI copies what it is given, within the GPU and in the order of torch's current stream, before the
         # memory can be used again. Without that copy it would wait for all that this stream is given later.
         self.settings = {"device": "gpu", "no_copy": False}
         self._device = device
         images = torch.from_numpy(images_NHWC).to(device)
-        # As padding.windows: (N, room + 1, room + 1, side, side, 3).
-        self._windows = images.unfold(1, side, 1).unfold(2, side, 1).permute(0, 1, 2, 4, 5, 3)
+        # As crops.crop_views: (N, rows, columns, resolution, resolution, 3).
+        self._crops = images.unfold(1, resolution, 1).unfold(2, resolution, 1).permute(0, 1, 2, 4, 5, 3)
         self._labels_N = torch.from_numpy(labels_N).to(device, torch.int64)
 
     def gather(self, indices: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> list[Any]:
@@ -205,11 +207,11 @@ class DeviceStore:
         if self._device.type == "cuda":
             places = places.pin_memory()  # or the copy would make the host wait
         places = places.to(self._device, non_blocking=True)
-        return [self._windows[tuple(places)].contiguous(), self._labels_N[places[0]]]
+        return [self._crops[tuple(places)].contiguous(), self._labels_N[places[0]]]
 
 
 def fits_on(device: torch.device, num_bytes: int) -> bool:
-    """Whether the records of this size are kept in the device's own memory."""
+    """Whether images of this size are kept in the device's own memory."""
     if device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)

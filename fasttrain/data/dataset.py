@@ -13,7 +13,7 @@ from fasttrain.data.sources.releases import Channels, Release
 
 @dataclass(frozen=True)
 class Split:
-    """images: (N, 3, 32, 32) uint8. labels: (N,) uint8."""
+    """images: (N, H, W, 3) uint8, red, green, blue. labels: (N,) unsigned integers."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -48,14 +48,14 @@ class Dataset:
 def channel_statistics(images: np.ndarray) -> tuple[Channels, Channels]:
     """Mean and population std of each channel over all pixels, in units of 0..1.
 
-    images: (N, 3, H, W) uint8. Exact up to the last rounding: values are counted, and the sums are integers.
+    images: (N, H, W, 3) uint8. Exact up to the last rounding: values are counted, and the sums are integers.
     """
     means, stds = [], []
     for channel in range(3):
         counts = np.zeros(256, np.int64)
         # bincount works on a copy in 64-bit integers: a thousand images at a time keep that copy at 8 MB.
         for start in range(0, len(images), 1000):
-            counts += np.bincount(images[start : start + 1000, channel].ravel(), minlength=256)
+            counts += np.bincount(images[start : start + 1000, ..., channel].ravel(), minlength=256)
         pixels = int(counts.sum())
         total = sum(value * int(count) for value, count in enumerate(counts))
         squares = sum(value * value * int(count) for value, count in enumerate(counts))

@@ -20,7 +20,7 @@ def find_dataset(
 ) -> Dataset:
     """The data set of this name: the folder of images, what the data folder holds, or the stand-in in it."""
     if names_own_images(data):
-        dataset = load_dataset(data, data_dir, print, resolution=resolution, skip_bad=skip_bad)
+        dataset = load_dataset(data, data_dir, resolution=resolution, skip_bad=skip_bad)
         if dataset.name == name:
             return dataset
         raise UserError(f"--data {data}: the run's images are {name}")
@@ -46,34 +46,35 @@ OWN_IMAGES = {"folder": folder.read, "webdataset": webdataset.read}
 
 
 def load_dataset(
-    data: str,
-    data_dir: Path | None,
-    announce: Callable[[str], object],
+    data: str = "auto",
+    data_dir: Path | str | None = None,
     *,
     resolution: int = Recipe.resolution,
     skip_bad: bool = False,
+    log: Callable[[str], object] = print,
 ) -> Dataset:
     """The data set that `data` asks for, downloaded or generated where it is not there yet.
 
-    cifar10, cifar100: the files in the data folder, else a download. auto: cifar10, and where the download
-    fails, the synthetic stand-in, announced. synthetic: the stand-in. folder:PATH, webdataset:PATTERN: the
-    images there, scaled to the resolution and cached as pixels in the data folder; with skip_bad those that
-    cannot be decoded are left out.
+    data: cifar10, cifar100: the files in the data folder, else a download. auto: cifar10, and where the
+    download fails, the synthetic stand-in, which is logged. synthetic: the stand-in. folder:PATH,
+    webdataset:PATTERN: the images there, scaled to the resolution and cached as pixels in the data folder;
+    with skip_bad those that cannot be decoded are left out.
+    data_dir: folder of the data; by default $FASTTRAIN_DATA, else data/.
     Raises UserError if there is no such data set, or if its files are not as they should be.
     """
-    root = cifar.locate(data_dir)
+    root = cifar.locate(Path(data_dir) if data_dir else None)
     kind, _, place = data.partition(":")
     if kind in OWN_IMAGES and place:
         path, cache = Path(place).expanduser(), root / "decoded"
-        return OWN_IMAGES[kind](path, cache, resolution=resolution, skip_bad=skip_bad, announce=announce)
+        return OWN_IMAGES[kind](path, cache, resolution=resolution, skip_bad=skip_bad, log=log)
     if data not in ("auto", *cifar.RELEASES, "synthetic"):
         expected = ", ".join(("auto", *cifar.RELEASES, "synthetic"))
         raise UserError(f"--data {data}: expected {expected}, folder:PATH, or webdataset:PATTERN")
     if skip_bad:
         raise UserError("--skip-bad: only folder:PATH and webdataset:PATTERN have files to leave out")
-    if resolution != cifar.IMAGE_SHAPE[-1]:
+    if resolution != cifar.IMAGE_SHAPE[0]:
         raise UserError(
-            f"--resolution {resolution}: the images of --data {data} have {cifar.IMAGE_SHAPE[-1]} pixels a "
+            f"--resolution {resolution}: the images of --data {data} have {cifar.IMAGE_SHAPE[0]} pixels a "
             "side; only those of folder:PATH and webdataset:PATTERN are scaled"
         )
     stand_in = root / synthetic.NAME
@@ -89,7 +90,7 @@ def load_dataset(
         except DownloadError as error:
             if data != "auto":
                 raise
-            announce(
+            log(
                 f"NOT CIFAR-10: {error}. Training on a generated stand-in instead; "
                 f"every result says '{synthetic.NAME}'."
             )

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fasttrain.data.sampler import Sampler
@@ -20,8 +21,8 @@ class Loader(ABC):
 
     name: str
 
-    def __init__(self, sampler: Sampler) -> None:
-        self.sampler = sampler
+    def __init__(self, sampler: Sampler, device: torch.device) -> None:
+        self.sampler, self.device = sampler, device
         self._step = 0
 
     @abstractmethod

@@ -61,28 +61,29 @@ class AugmentParams(NamedTuple):
     """One batch's random choices; offsets and corners in pixels, int64.
 
     rows, columns: (N,), where the crop begins in the padded image. mirrored: (N,) bool.
-    holes: (N, 2), row and column of the cutout's corner in the finished image.
+    cutout_corners: (N, 2), row and column of the cutout's corner in the finished image.
     """
 
     rows: np.ndarray
     columns: np.ndarray
     mirrored: np.ndarray
-    holes: np.ndarray
+    cutout_corners: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
     """What happens to every image of a batch.
 
-    crop: side of the finished image. room: by how much the padded image exceeds it; 0 means no random crop.
+    resolution: of the finished image. max_offset: the largest row and column at which a crop may begin in
+    the padded image; 0 means no random crop.
     cutout: side of the square that is set to the mean; 0 means none.
     shard: whose images these are: the choices are drawn for the whole batch, and its part taken.
     first_flips: (N,) bool, which images are mirrored in epoch 0, and then in every other one, the rest in
     those between; None where flip throws a coin for each image each time.
     """
 
-    crop: int
-    room: int
+    resolution: int
+    max_offset: int
     flip: bool
     cutout: int
     seed: int
@@ -94,12 +95,12 @@ class Augmentation:
         count = len(indices)
         rng = np.random.default_rng((self.seed, AUGMENTATION, step))
         whole, mine = count * self.shard.size, self.shard.of(count)
-        rows, columns = rng.integers(self.room + 1, size=(2, whole))[:, mine]
+        rows, columns = rng.integers(self.max_offset + 1, size=(2, whole))[:, mine]
         mirrored = rng.integers(1 + self.flip, size=whole)[mine].astype(bool)
         if self.first_flips is not None:
             mirrored = self.first_flips[indices] ^ bool(epoch % 2)
-        holes = rng.integers(self.crop - self.cutout + 1, size=(whole, 2))[mine]
-        return AugmentParams(rows, columns, mirrored, holes)
+        corners = rng.integers(self.resolution - self.cutout + 1, size=(whole, 2))[mine]
+        return AugmentParams(rows, columns, mirrored, corners)
 
 
 def first_flips(count: int, seed: int) -> np.ndarray:

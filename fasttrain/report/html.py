@@ -117,8 +117,8 @@ def first_images(dataset: Dataset, recipe: Recipe, device: torch.device) -> tupl
         dataclasses.replace(dataset, train=few),
         dataclasses.replace(recipe, batch_size=count),
         train=True,
-        kind=pick_loader(recipe.loader, device, lambda _: None),
         device=device,
+        loader=pick_loader(recipe.loader, device, lambda _: None),
     )
     images_NCHW, labels_N = next(iter(loader))
     return images_NCHW, labels_N, loader.name
@@ -148,7 +148,7 @@ def _tests(dataset: Dataset, evaluation: Evaluation) -> dict[str, Any]:
         "per_class": evaluation.per_class(len(classes)),
         "mistakes": [
             {
-                "uri": plots.image_uri(dataset.test.images[index].transpose(1, 2, 0)),
+                "uri": plots.image_uri(dataset.test.images[index]),
                 "truth": classes[evaluation.labels_N[index]],
                 "prediction": classes[evaluation.predictions_N[index]],
                 "confidence": evaluation.confidences_N[index].item(),

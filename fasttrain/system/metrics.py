@@ -1,14 +1,10 @@
 """What a run measures: time spent waiting for data, throughput, distance to the hardware, memory."""
 
-import resource
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
-
-import torch
 
 T = TypeVar("T")
 
@@ -73,11 +69,3 @@ def model_flops_utilization(
     if not matmul_tflops:
         return None
     return images_per_sec * flop_per_image / (matmul_tflops * 1e12)
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The most memory held so far: allocated on the GPU, resident in the process without one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,6 +1,5 @@
 """The precision of the matrix products: what the hardware has, what is picked, and how torch is set to it."""
 
-import ctypes
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from fasttrain.errors import UserError
+from fasttrain.system.memory import keep_freed_memory
 from fasttrain.system.rates import measure_matmul_tflops
 
 BF16_PAYS_FROM = 0.8
@@ -131,20 +131,6 @@ def prepare(device: torch.device, compute_dtype: str) -> None:
     torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN time its kernels once
     if device.type == "cpu":
         keep_freed_memory()
-
-
-def keep_freed_memory() -> bool:
-    """Let glibc keep the memory that this process frees; returns whether it does, False on other systems.
-
-    By itself it takes every large tensor from the kernel, which zeroes it page by page, and gives it back at
-    once: a quarter of a training step of 512 images (benchmarks/LOG.md).
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library, or Windows
-        return False
-    m_trim_threshold, m_mmap_max = -1, -4  # their numbers in glibc's malloc.h
-    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, -1))
 
 
 def autocast(device: torch.device, compute_dtype: torch.dtype) -> torch.autocast:

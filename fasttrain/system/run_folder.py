@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ def parse_object(text: str, place: object) -> dict[str, Any]:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a run's file. Raises UserError if it is not there, torn or foreign."""
     return parse_object(read_text(path), path)
+
+
+def is_lost(path: Path, log: Callable[[str], object]) -> bool:
+    """Whether a JSON file of the run is missing or corrupt, which is logged in a line."""
+    try:
+        read_object(path)
+    except UserError as error:
+        log(f"{error}; writing a new one that describes this machine")
+        return True
+    return False
 
 
 RECIPE_FILE, RESULT_FILE = "recipe.json", "result.json"

@@ -57,7 +57,7 @@ class RunLog:
         self._header_shown = False
         self._board: Any = None
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         self.console.print(line, markup=False)
 
     def open_tensorboard(self, images_NCHW: Tensor) -> None:
@@ -125,9 +125,9 @@ class RunLog:
             self._board.flush()
         cells = [(name, form.format(metrics[key])) for key, name, form in EPOCH_COLUMNS if key in metrics]
         if not self._header_shown:
-            self.say("  ".join(name.rjust(len(cell)) for name, cell in cells))
+            self.print("  ".join(name.rjust(len(cell)) for name, cell in cells))
             self._header_shown = True
-        self.say("  ".join(cell for _, cell in cells))
+        self.print("  ".join(cell for _, cell in cells))
 
 
 class SilentLog(RunLog):

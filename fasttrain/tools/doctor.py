@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from fasttrain.compile import compiler_available
 from fasttrain.errors import UserError
+from fasttrain.system.compiler import compiler_available
 from fasttrain.system.machine import GIB, describe, pick_device, version_of
 from fasttrain.system.precision import DTYPES, pick_precision
 from fasttrain.system.rates import measure_copy_gbps, measure_matmul_tflops

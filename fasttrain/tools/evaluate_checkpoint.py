@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 
 from fasttrain.checkpoint.network import TrainedModel, load_model
-from fasttrain.data.build import build_loader, pick_loader
+from fasttrain.data.build import build_loader
 from fasttrain.data.dataset import Dataset
 from fasttrain.errors import UserError
 from fasttrain.evaluate import Evaluation, evaluate
+from fasttrain.runtime import Runtime
 from fasttrain.system.machine import pick_device
-from fasttrain.system.precision import DTYPES, evaluation_precision, prepare
+from fasttrain.system.precision import evaluation_precision
 
 
 def evaluate_model(
@@ -25,10 +26,9 @@ def evaluate_model(
     """
     trained.require_classes_of(dataset)
     precision = evaluation_precision(trained.precision, device)
-    prepare(device, precision)
-    kind = pick_loader(trained.recipe.loader, device, print)
-    loader = build_loader(dataset, trained.recipe, train=False, kind=kind, device=device)
-    return evaluate(trained.model, loader, device, DTYPES[precision], flip=flip)
+    runtime = Runtime.resolve(trained.recipe, device, precision=precision, compiles=False)
+    loader = build_loader(dataset, trained.recipe, train=False, device=device, loader=runtime.loader)
+    return evaluate(trained.model, loader, runtime, flip=flip)
 
 
 def evaluate_checkpoint(

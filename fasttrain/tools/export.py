@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -89,32 +90,9 @@ def export(
     of_training = trained.metrics["test_accuracy"] if trained.metrics else None
     if found.accuracy is not None:
         print(_accuracies(found.accuracy, of_training, trained.precision))
-    facts = {
-        "fasttrain": __version__,
-        "format": format,
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "input": _input_contract(input, recipe.resolution),
-        "output": "logits, float32, (N, classes); softmax makes them probabilities",
-        "arithmetic": "float32",
-        "classes": trained.classes,
-        "mean": (model.mean / 255).tolist(),
-        "std": (1 / (255 * model.inverse_std)).tolist(),
-        "dataset": trained.dataset,
-        "epoch": trained.epoch,
-        "test_accuracy": found.accuracy,
-        "training_test_accuracy": of_training,
-        "training_precision": trained.precision,
-        "recipe": recipe.to_dict(),
-        "verified": {
-            "images": images.name,
-            "count": len(images.pixels_NCHW),
-            "max_abs_logit_difference": found.difference,
-            "equal_predictions": found.agreement,
-        },
-    }
     write_atomically(out, lambda file: file.write(content))
     card = out.with_name(f"{out.name}.json")
-    write_json(card, facts)
+    write_json(card, _card(trained, format, input, content, images, found))
     return card
 
 
@@ -235,10 +213,9 @@ def _images(trained: TrainedModel, data: str, data_dir: Path | None) -> _Images:
         shape = (RANDOM_IMAGES, 3, resolution, resolution)
         pixels_NCHW = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
         return _Images("random pixels", pixels_NCHW, None)
-    # Copies, since torch warns of arrays that are mapped from a file and cannot be written.
-    pixels_NCHW, labels_N = (
-        torch.from_numpy(values.copy()) for values in (dataset.test.images, dataset.test.labels)
-    )
+    # A copy of what may be mapped from a file, since torch warns of arrays that cannot be written.
+    pixels_NCHW = torch.from_numpy(np.ascontiguousarray(dataset.test.images.transpose(0, 3, 1, 2)))
+    labels_N = torch.from_numpy(dataset.test.labels.copy())
     return _Images(f"test images of {dataset.name}", pixels_NCHW, labels_N)
 
 
@@ -260,6 +237,36 @@ def _compare(model: CustomResNet, forward: Forward, images: _Images, input: Inpu
         agreement=(found_NK.argmax(1) == expected_NK.argmax(1)).double().mean().item(),
         accuracy=None if labels_N is None else (found_NK.argmax(1) == labels_N).double().mean().item(),
     )
+
+
+def _card(
+    trained: TrainedModel, format: Format, input: Input, content: bytes, images: _Images, found: _Comparison
+) -> dict[str, Any]:
+    """What a user must know of the file to use it, and what it was verified on."""
+    model, recipe = trained.model, trained.recipe
+    return {
+        "fasttrain": __version__,
+        "format": format,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "input": _input_contract(input, recipe.resolution),
+        "output": "logits, float32, (N, classes); softmax makes them probabilities",
+        "arithmetic": "float32",
+        "classes": trained.classes,
+        "mean": (model.mean / 255).tolist(),
+        "std": (1 / (255 * model.inverse_std)).tolist(),
+        "dataset": trained.dataset,
+        "epoch": trained.epoch,
+        "test_accuracy": found.accuracy,
+        "training_test_accuracy": trained.metrics["test_accuracy"] if trained.metrics else None,
+        "training_precision": trained.precision,
+        "recipe": recipe.to_dict(),
+        "verified": {
+            "images": images.name,
+            "count": len(images.pixels_NCHW),
+            "max_abs_logit_difference": found.difference,
+            "equal_predictions": found.agreement,
+        },
+    }
 
 
 def _input_contract(input: Input, resolution: int) -> dict[str, Any]:

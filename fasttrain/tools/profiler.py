@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import DeviceType
 
-from fasttrain.compile import cache_of, captures_graph, compile_step, pick_compile_mode
-from fasttrain.data.build import build_loader, pick_loader
+from fasttrain.compile import cache_of, compile_step
+from fasttrain.data.build import build_loader
 from fasttrain.data.dataset import Dataset
 from fasttrain.errors import UserError
 from fasttrain.model import build_model, training_flop_per_image
 from fasttrain.recipe import Recipe
+from fasttrain.runtime import Runtime
 from fasttrain.step import TrainStep
 from fasttrain.system.files import write_atomically, write_json
 from fasttrain.system.machine import cpu_cores, describe, hardware_name
-from fasttrain.system.precision import DTYPES, pick_precision, prepare
 from fasttrain.system.rates import measure_matmul_tflops
 
 MATRIX = "convolutions and matrix products"
@@ -45,6 +46,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 """Parts of the names of operators and kernels, by what they do; the first group that fits counts."""
 
+
+Batch = tuple[Tensor, Tensor]
 
 WAIT, STEP = "wait for data", "train step"
 """The ranges that stand in the trace, and in nsys where it watches."""
@@ -95,59 +98,33 @@ def profile_training(
     profile.json in the folder `out`.
     Raises UserError if a batch is larger than the training set, or if `out` cannot be written.
     """
-    from torch.profiler import ProfilerActivity, profile, schedule
-
     on_gpu = device.type == "cuda"
     recipe = dataclasses.replace(recipe, early_resolution=0)
     active = active or (20 if on_gpu else 3)
-    precision = pick_precision(recipe.compute_dtype, device)
-    dtype = DTYPES[precision]
-    prepare(device, precision)
-    kind = pick_loader(recipe.loader, device, print)
-    mode = pick_compile_mode(recipe.compile, device, print)
-    loader = build_loader(dataset, recipe, train=True, kind=kind, device=device)
-    matmul_tflops = measure_matmul_tflops(device, dtype)
+    runtime = Runtime.resolve(recipe, device)
+    loader = build_loader(dataset, recipe, train=True, device=device, loader=runtime.loader)
+    matmul_tflops = measure_matmul_tflops(device, runtime.dtype)
     torch.manual_seed(recipe.seed)
     step = TrainStep(
         build_model(recipe, len(dataset.classes), mean=dataset.mean, std=dataset.std),
         recipe,
+        runtime,
         max_lr=0.01 if recipe.max_lr == "auto" else recipe.max_lr,
         total_steps=max(wait + warmup + active, 2),
-        device=device,
-        compute_dtype=dtype,
-        cuda_graph=captures_graph(recipe, device, mode),
     )
     batches = chain.from_iterable(repeat(loader))
-    cache = cache_of(step, hardware_name(describe(device)), mode, recipe.batch_size)
-    compile_step(step, mode, cache, *next(batches))
+    cache = cache_of(step, hardware_name(describe(device)), runtime.compile_mode, recipe.batch_size)
+    compile_step(step, runtime.compile_mode, cache, *next(batches))
+    profiler, clock = _watch(step, batches, wait, warmup, active)
 
-    clock = _Clock(first_step=wait + warmup)
-    with profile(
-        activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu,
-        schedule=schedule(wait=wait, warmup=warmup, active=active, repeat=1),
-        profile_memory=True,
-    ) as profiler:
-        for number in range(wait + warmup + active):
-            if number == clock.first_step:
-                step.take_metrics()  # waits for the device: the window begins with nothing under way
-                clock.start()
-            with _range(WAIT, device), clock.waiting():
-                batch = next(batches)
-            with _range(STEP, device):
-                step(*batch)
-            if number == wait + warmup + active - 1:
-                step.take_metrics()
-                clock.stop()
-            profiler.step()
-
-    matmul_tflops = max(matmul_tflops, measure_matmul_tflops(device, dtype))
+    matmul_tflops = max(matmul_tflops, measure_matmul_tflops(device, runtime.dtype))
     flop = training_flop_per_image(step.model) * recipe.batch_size
     busy = _device_busy_seconds(profiler.events()) if on_gpu else clock.cpu_seconds / cpu_cores()
     found = Profile(
         device=device.type,
-        precision=precision,
+        precision=runtime.precision,
         loader=loader.name,
-        compile=mode or "off",
+        compile=runtime.compile_mode or "off",
         batch_size=recipe.batch_size,
         steps=active,
         step_ms=1000 * clock.seconds / active,
@@ -164,6 +141,33 @@ def profile_training(
     )
     _write(out, profiler, found, table, describe(device))
     return found, table
+
+
+def _watch(
+    step: TrainStep, batches: Iterator[Batch], wait: int, warmup: int, active: int
+) -> tuple[Any, "_Clock"]:
+    """Train wait + warmup + active steps; returns torch's profiler and the clock of the active ones."""
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    device, clock = step.device, _Clock(first_step=wait + warmup)
+    with profile(
+        activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda"),
+        schedule=schedule(wait=wait, warmup=warmup, active=active, repeat=1),
+        profile_memory=True,
+    ) as profiler:
+        for number in range(wait + warmup + active):
+            if number == clock.first_step:
+                step.take_metrics()  # waits for the device: the window begins with nothing under way
+                clock.start()
+            with _range(WAIT, device), clock.waiting():
+                batch = next(batches)
+            with _range(STEP, device):
+                step(*batch)
+            if number == wait + warmup + active - 1:
+                step.take_metrics()
+                clock.stop()
+            profiler.step()
+    return profiler, clock
 
 
 def sentences(found: Profile) -> list[str]:

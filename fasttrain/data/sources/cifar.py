@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from fasttrain.data.dataset import Dataset, Split, as_channels, channel_statistics
-from fasttrain.data.sources.releases import CIFAR10, IMAGE_SHAPE, RELEASES, Channels, Release
+from fasttrain.data.sources.releases import CIFAR10, IMAGE_SHAPE, PLANES_SHAPE, RELEASES, Channels, Release
 from fasttrain.errors import UserError
 from fasttrain.system.files import disk_errors, write_json
 
@@ -80,7 +80,8 @@ def read(root: Path, release: Release | None = None) -> Dataset:
             records = content.reshape(records_per_file[name], release.record_bytes)
             here = slice(start, start + len(records))
             labels[here] = records[:, release.label_bytes - 1]
-            images[here] = records[:, release.label_bytes :].reshape(-1, *IMAGE_SHAPE)
+            planes = records[:, release.label_bytes :].reshape(-1, *PLANES_SHAPE)
+            images[here] = planes.transpose(0, 2, 3, 1)
             _check_labels(folder / name, labels[here], len(classes))
             start = here.stop
         return Split(images, labels)

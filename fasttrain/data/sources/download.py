@@ -4,12 +4,10 @@ import hashlib
 import http.client
 import os
 import shutil
-import sys
 import tarfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,6 +15,7 @@ from fasttrain.data.sources.cifar import exists
 from fasttrain.data.sources.releases import CIFAR10, Release
 from fasttrain.errors import UserError
 from fasttrain.system.files import disk_errors, new_folder
+from fasttrain.system.progress import show_bytes
 
 CLASSES_BYTES_MAX = 4096
 
@@ -101,7 +100,7 @@ def _md5(path: Path) -> str:
 
 def _transfer(url: str, part: Path, release: Release) -> None:
     """Append to `part` until it has the archive's size, over as many connections as bring anything new."""
-    with _progress(release) as show:
+    with show_bytes(release.name, release.archive_bytes) as show:
         size = part.stat().st_size if part.exists() else 0
         while size < release.archive_bytes:
             before = size
@@ -151,18 +150,6 @@ def _open(url: str, offset: int) -> Any:
 def _reason(error: Exception) -> str:
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
     return str(cause) or type(cause).__name__
-
-
-@contextmanager
-def _progress(release: Release) -> Iterator[Callable[[int], None]]:
-    """Yield a function that shows how many bytes are there; it shows nothing unless stderr is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn(release.name), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("download", total=release.archive_bytes)
-        yield lambda size: progress.update(task, completed=size)
 
 
 def _unpack(archive: Path, target: Path, release: Release) -> None:

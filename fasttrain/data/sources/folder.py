@@ -23,7 +23,7 @@ def read(
     *,
     resolution: int,
     skip_bad: bool = False,
-    announce: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> Dataset:
     """Decode the folder, or take its pixels from the cache, as data/decoded.py does.
 
@@ -38,7 +38,7 @@ def read(
     except OSError as error:
         raise UserError(f"{error.filename or root}: cannot be read ({error.strerror})") from error
     cache = cache_dir / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}-{resolution}.pixels"
-    return read_decoded(source, cache, resolution=resolution, skip_bad=skip_bad, announce=announce)
+    return read_decoded(source, cache, resolution=resolution, skip_bad=skip_bad, log=log)
 
 
 def _list(root: Path, place: str) -> Source:

@@ -16,7 +16,6 @@ import math
 import mmap
 import os
 import struct
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +33,7 @@ from fasttrain.data.sources.jpeg import BATCH_SIZE, decode_plain, is_plain
 from fasttrain.errors import UserError
 from fasttrain.system.files import write_atomically
 from fasttrain.system.machine import cpu_cores
+from fasttrain.system.progress import show_count
 
 CLASSES_MAX = 1000
 """Their confusion matrix has a million cells."""
@@ -105,7 +105,7 @@ class Source:
 
 
 def read_decoded(
-    source: Source, cache: Path, *, resolution: int, skip_bad: bool, announce: Callable[[str], object]
+    source: Source, cache: Path, *, resolution: int, skip_bad: bool, log: Callable[[str], object]
 ) -> Dataset:
     """Decode the images of a source, or take their pixels from the cache.
 
@@ -114,14 +114,14 @@ def read_decoded(
     cache: the file to keep the pixels in, up to FASTTRAIN_CACHE_GIB (1) and only without bad files. It is
     mapped, so that it may exceed the memory, and counts as long as names, sizes and times of modification are
     the same.
-    skip_bad: leave out files that cannot be decoded, and announce how many; else they are refused by name.
+    skip_bad: leave out files that cannot be decoded, and log how many; else they are refused by name.
     Raises UserError for bad files, a class without images, or more pixels than the memory and the cache take.
     """
     train, test = _split(source.samples, len(source.classes), own_test=source.own_test)
     if not source.bad:
         _require_images(train, test, source)
     planned = [*train, *test]
-    shape = (len(planned), 3, resolution, resolution)
+    shape = (len(planned), resolution, resolution, 3)
     key = _key(planned, shape)
     images: np.ndarray | None = None
     undecodable: dict[int, str] = {}
@@ -136,7 +136,7 @@ def read_decoded(
             undecodable = _decode(planned, images, source.name)
         bad = sorted([*source.bad, *((planned[row].name, why) for row, why in undecodable.items())])
         if bad:
-            _refuse_or_announce(bad, source, skip_bad=skip_bad, announce=announce)
+            _refuse_or_announce(bad, source, skip_bad=skip_bad, log=log)
             row_of = {sample: row for row, sample in enumerate(planned) if row not in undecodable}
             train, test = _split(list(row_of), len(source.classes), own_test=source.own_test)
             _require_images(train, test, source)
@@ -194,7 +194,7 @@ def _require_images(train: Sequence[Sample], test: Sequence[Sample], source: Sou
 
 
 def _refuse_or_announce(
-    bad: Sequence[tuple[str, str]], source: Source, *, skip_bad: bool, announce: Callable[[str], object]
+    bad: Sequence[tuple[str, str]], source: Source, *, skip_bad: bool, log: Callable[[str], object]
 ) -> None:
     first = [f"{name if name.isprintable() else ascii(name)} ({reason})" for name, reason in bad[:NAMED]]
     names = ", ".join(first) + (", ..." if len(bad) > NAMED else "")
@@ -203,21 +203,18 @@ def _refuse_or_announce(
         raise UserError(
             f"{source.place}: {count} cannot be used: {names}; mend or remove them, or add --skip-bad"
         )
-    announce(f"{source.place}: left out {count}: {names}")
+    log(f"{source.place}: left out {count}: {names}")
 
 
 # Decoding
 def _decode(samples: Sequence[Sample], images: np.ndarray, name: str) -> dict[int, str]:
-    """Fill `images`, (N, 3, H, W) uint8; returns what is wrong with those that cannot be decoded, by row."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
-
-    side = images.shape[-1]
+    """Fill `images`, (N, H, W, 3) uint8; returns what is wrong with those that cannot be decoded, by row."""
+    side = images.shape[1]
     bad: dict[int, str] = {}
 
     def decode_one(row: int, content: bytes) -> None:
         try:
-            images[row] = decode(io.BytesIO(content), side).transpose(2, 0, 1)
+            images[row] = decode(io.BytesIO(content), side)
         except ValueError as error:
             bad[row] = str(error)
 
@@ -235,22 +232,18 @@ def _decode(samples: Sequence[Sample], images: np.ndarray, name: str) -> dict[in
                 decode_one(row, content)
         try:
             if plain:
-                images[list(plain)] = decode_plain([*plain.values()]).transpose(0, 3, 1, 2)
+                images[list(plain)] = decode_plain([*plain.values()])
         except (ImportError, RuntimeError):  # no DALI, or it fails on one of them
             for row, content in plain.items():
                 decode_one(row, content)
 
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     executor = ThreadPoolExecutor(cpu_cores())  # Pillow's decoders let go of the interpreter lock
-    with (
-        warnings.catch_warnings(),
-        Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress,
-    ):
+    with warnings.catch_warnings(), show_count(name, len(samples)) as show:
         warnings.simplefilter("ignore")  # Pillow's, of odd metadata
-        task = progress.add_task(name, total=len(samples))
         try:
-            for _ in executor.map(decode_some, range(0, len(samples), BATCH_SIZE)):
-                progress.advance(task, BATCH_SIZE)
+            starts = range(0, len(samples), BATCH_SIZE)
+            for start, _ in zip(starts, executor.map(decode_some, starts), strict=True):
+                show(min(start + BATCH_SIZE, len(samples)))
         finally:
             executor.shutdown(cancel_futures=True)  # Ctrl-C must not wait for the rest
     return bad

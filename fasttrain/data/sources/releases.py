@@ -7,7 +7,9 @@ from dataclasses import dataclass
 Channels = tuple[float, float, float]
 """Red, green and blue."""
 
-IMAGE_SHAPE = (3, 32, 32)
+IMAGE_SHAPE = (32, 32, 3)
+PLANES_SHAPE = (3, 32, 32)
+"""Of an image in a file: a plane of red, one of green, one of blue."""
 
 
 @dataclass(frozen=True)

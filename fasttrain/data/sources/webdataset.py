@@ -45,7 +45,7 @@ def read(
     *,
     resolution: int,
     skip_bad: bool = False,
-    announce: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> Dataset:
     """Decode the shards that a pattern names, or take their pixels from the cache, as data/decoded.py does.
 
@@ -63,7 +63,7 @@ def read(
         cache_dir
         / f"{hashlib.sha256(os.fsencode(os.path.abspath(pattern))).hexdigest()[:16]}-{resolution}.pixels"
     )
-    return read_decoded(source, cache, resolution=resolution, skip_bad=skip_bad, announce=announce)
+    return read_decoded(source, cache, resolution=resolution, skip_bad=skip_bad, log=log)
 
 
 def expand(pattern: str, place: str) -> list[str]:

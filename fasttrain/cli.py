@@ -1,0 +1,262 @@
+"""The command line: `fasttrain COMMAND` or `python -m fasttrain COMMAND`. Parses, delegates, nothing else."""
+
+import time
+
+STARTED = time.perf_counter()  # before the slow imports: a user waits for them too
+
+import argparse  # noqa: E402
+import dataclasses  # noqa: E402
+import os  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable, Sequence  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import TYPE_CHECKING, Any, TypeVar  # noqa: E402
+
+import tyro  # noqa: E402
+
+from fasttrain.errors import Interrupted, UserError  # noqa: E402
+from fasttrain.options import (  # noqa: E402
+    CompareOptions,
+    DataOptions,
+    DoctorOptions,
+    EvaluateOptions,
+    ExportOptions,
+    FindLrOptions,
+    PredictOptions,
+    ProfileOptions,
+    RecipeOptions,
+    ReportOptions,
+    ShowDataOptions,
+    SummaryOptions,
+    TrainCommand,
+    TrainOptions,
+)
+from fasttrain.recipe import Recipe, load_recipe  # noqa: E402
+
+if TYPE_CHECKING:
+    from fasttrain.data.dataset import Dataset
+
+T = TypeVar("T")
+R = TypeVar("R", bound=RecipeOptions)
+
+
+def train(args: Sequence[str]) -> int:
+    options = _parse_recipe(TrainCommand, "train", args)
+    from fasttrain.trainer import train
+
+    names = [field.name for field in dataclasses.fields(TrainOptions)]
+    train(options.settings, **{name: getattr(options, name) for name in names} | {"started": STARTED})
+    return 0
+
+
+def find_lr(args: Sequence[str]) -> int:
+    options = _parse_recipe(FindLrOptions, "find-lr", args)
+    from fasttrain.tools.find_lr import find_lr
+
+    find_lr(options.settings, options)
+    return 0
+
+
+def summary(args: Sequence[str]) -> int:
+    options = _parse(SummaryOptions, "summary", args)
+    from fasttrain.model import build_model
+    from fasttrain.report.summary import epoch_floor, summary
+    from fasttrain.system.machine import pick_device
+
+    device = pick_device(options.device)
+    model = build_model(Recipe(resolution=options.resolution), num_classes=10)
+    print(summary(model))
+    print(epoch_floor(model, device))
+    return 0
+
+
+def evaluate(args: Sequence[str]) -> int:
+    options = _parse(EvaluateOptions, "evaluate", args)
+    from fasttrain.tools.evaluate_checkpoint import evaluate_checkpoint
+
+    evaluate_checkpoint(
+        options.checkpoint,
+        lambda resolution: _load(options, resolution),
+        device=options.device,
+        mistakes=options.mistakes,
+        flip=options.flip,
+    )
+    return 0
+
+
+def predict(args: Sequence[str]) -> int:
+    options = _parse(PredictOptions, "predict", args)
+    from fasttrain.tools.predict import predict, show
+
+    skipped: list[str] = []
+
+    def skip(reason: str) -> None:
+        print(reason, file=sys.stderr)
+        skipped.append(reason)
+
+    predictions = predict(
+        options.checkpoint,
+        options.images,
+        top_k=options.top_k,
+        device=options.device,
+        batch_size=options.batch_size,
+        skip=skip if options.skip_bad else None,
+    )
+    try:
+        show(predictions, options.format)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head -1` has seen enough; Python would complain again when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if skipped:
+        print(f"files skipped: {len(skipped):,}", file=sys.stderr)
+    return 0
+
+
+def export(args: Sequence[str]) -> int:
+    options = _parse(ExportOptions, "export", args)
+    from fasttrain.tools.export import export
+
+    card = export(**vars(options))
+    print(f"network -> {options.out}, described in {card}")
+    return 0
+
+
+def report(args: Sequence[str]) -> int:
+    options = _parse(ReportOptions, "report", args)
+    from fasttrain.tools.report import report
+
+    path = report(
+        options.run,
+        data=options.data,
+        data_dir=options.data_dir,
+        skip_bad=options.skip_bad,
+        device=options.device,
+    )
+    print(f"report -> {path}")
+    return 0
+
+
+def compare(args: Sequence[str]) -> int:
+    options = _parse(CompareOptions, "compare", args)
+    from fasttrain.report.compare import compare
+
+    compare(options.runs, options.out)
+    print(f"comparison -> {options.out}")
+    return 0
+
+
+def profile(args: Sequence[str]) -> int:
+    options = _parse_recipe(ProfileOptions, "profile", args)
+    from fasttrain.system.machine import pick_device
+    from fasttrain.tools.profiler import profile_training, sentences
+
+    found, table = profile_training(
+        options.settings,
+        _load(options, options.settings.resolution),
+        device=pick_device(options.device),
+        out=options.out,
+        wait=options.wait,
+        warmup=options.warmup,
+        active=options.active,
+        operators=options.operators,
+    )
+    print(table)
+    print(*sentences(found), sep="\n")
+    print(f"trace -> {options.out / 'trace.json'}, for ui.perfetto.dev")
+    return 0
+
+
+def data(args: Sequence[str]) -> int:
+    options = _parse(ShowDataOptions, "data", args)
+    from fasttrain.tools.show_data import show_dataset
+
+    show_dataset(_load(options, Recipe(resolution=options.resolution).resolution))  # checked by Recipe
+    return 0
+
+
+def doctor(args: Sequence[str]) -> int:
+    options = _parse(DoctorOptions, "doctor", args)
+    from fasttrain.tools.doctor import doctor
+
+    return doctor(options.device)
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "train": (train, "train a network and leave a run's folder"),
+    "find-lr": (find_lr, "suggest a peak learning rate"),
+    "summary": (summary, "print the network layer by layer, and what it costs"),
+    "evaluate": (evaluate, "measure a checkpoint on the test images"),
+    "predict": (predict, "classify images from anywhere with a checkpoint"),
+    "export": (export, "write a network for use elsewhere: safetensors, torch.export, ONNX"),
+    "report": (report, "write a run's page, report.html"),
+    "compare": (compare, "compare several runs on one page"),
+    "profile": (profile, "show where the time of a training goes"),
+    "data": (data, "fetch the data set and show what is there"),
+    "doctor": (doctor, "say what is installed and what is missing"),
+}
+
+
+def _load(options: DataOptions, resolution: int) -> "Dataset":
+    from fasttrain.data.load import load_dataset
+
+    return load_dataset(options.data, options.data_dir, resolution=resolution, skip_bad=options.skip_bad)
+
+
+def _parse(options: type[T], command: str, args: Sequence[str], default: Any = tyro.MISSING_NONPROP) -> T:
+    """The dataclass filled from the flags; prints help or what is wrong and exits, as tyro does."""
+    return tyro.cli(options, prog=f"fasttrain {command}", args=args, default=default)
+
+
+def _parse_recipe(options: type[R], command: str, args: Sequence[str]) -> R:
+    """Like _parse, but the chosen recipe supplies the defaults of all the recipe's flags."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default="auto")
+    first.add_argument("--device", default="auto")
+    first.add_argument("--resume")
+    first.add_argument("--out", type=Path, default=Path("runs"))
+    known, _ = first.parse_known_args(args)
+    asks_for_help = any(flag in ("-h", "--help") for flag in args)
+    name = known.recipe
+    if known.resume and options is TrainCommand:
+        from fasttrain.system.run_folder import RECIPE_FILE, find_unfinished
+
+        if name != "auto":
+            raise UserError(f"--recipe {name}: a resumed run keeps its own; leave it out")
+        name = str(find_unfinished(known.resume, known.out) / RECIPE_FILE)
+    elif name == "auto":
+        name = "default" if asks_for_help or _on_gpu(known.device) else "laptop"
+    return _parse(options, command, args, default=options(recipe=known.recipe, settings=load_recipe(name)))
+
+
+def _on_gpu(device: str) -> bool:
+    from fasttrain.system.machine import pick_device
+
+    return pick_device(device).type == "cuda"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 2 for a user's mistake, 130 or 143 when interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="fasttrain",
+        description="Train an image classifier fast, and know how fast that is.",
+        epilog="commands:\n" + "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of the commands below")
+    args = list(sys.argv[1:] if args is None else args)
+    command = parser.parse_args(args[:1]).command
+    rank = os.environ.get("RANK", "0")  # where torchrun has started several
+    place = command if rank == "0" else f"{command}, rank {rank}"
+    try:
+        return COMMANDS[command][0](args[1:])
+    except UserError as error:
+        print(f"fasttrain {place}: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        if rank == "0":  # all stop alike
+            print(f"fasttrain {command}: {stop}", file=sys.stderr)
+        return stop.status
+    except KeyboardInterrupt:
+        advice = "; fasttrain train --resume auto resumes what was last saved" if command == "train" else ""
+        print(f"fasttrain {command}: interrupted{advice}", file=sys.stderr)
+        return 130

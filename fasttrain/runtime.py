@@ -1,0 +1,86 @@
+"""How a recipe runs on this machine: device, precision, loader, compiler and CUDA graph, decided once."""
+
+import contextlib
+import importlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fasttrain.data.build import LoaderName, pick_loader
+from fasttrain.recipe import Recipe
+from fasttrain.system.compiler import pick_compile_mode
+from fasttrain.system.precision import DTYPES, pick_precision, prepare
+
+OWN_GRAPHS = ("reduce-overhead", "max-autotune")
+"""Modes in which torch.compile captures CUDA graphs of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """What was decided for this machine.
+
+    precision: of the matrix products: bf16, fp16, fp32 or tf32. loader: dali or tensor.
+    compile_mode: of torch.compile; None for eager.
+    cuda_graph: capture the whole training step as a CUDA graph of ours.
+    """
+
+    device: torch.device
+    precision: str = "fp32"
+    loader: LoaderName = "tensor"
+    compile_mode: str | None = None
+    cuda_graph: bool = False
+
+    @classmethod
+    def resolve(
+        cls,
+        recipe: Recipe,
+        device: torch.device,
+        *,
+        precision: str | None = None,
+        compiles: bool = True,
+        num_ranks: int = 1,
+        log: Callable[[str], object] = print,
+    ) -> "Runtime":
+        """Decide what the recipe leaves to the machine, and set up this process for it.
+
+        precision: the one to compute in; by default what the recipe asks for.
+        compiles: whether steps will be compiled and captured, as those of a training are.
+        log: called with a line for everything that is missing and replaced.
+        Raises UserError if the device lacks what the recipe asks for by name.
+        """
+        precision = precision or pick_precision(recipe.compute_dtype, device)
+        prepare(device, precision)
+        compile_mode = pick_compile_mode(recipe.compile if compiles else "off", device, log)
+        return cls(
+            device=device,
+            precision=precision,
+            loader=pick_loader(recipe.loader, device, log),
+            compile_mode=compile_mode,
+            cuda_graph=compiles and can_capture(recipe, device, compile_mode, num_ranks),
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix products; tf32 is a way to multiply float32."""
+        return DTYPES[self.precision]
+
+
+def can_capture(recipe: Recipe, device: torch.device, compile_mode: str | None, num_ranks: int = 1) -> bool:
+    """Whether the whole step is captured as a CUDA graph: DistributedDataParallel's steps are not."""
+    return recipe.cuda_graph and device.type == "cuda" and compile_mode not in OWN_GRAPHS and num_ranks == 1
+
+
+def import_in_background(*modules: str) -> None:
+    """Import what will be needed on a thread, while the images are read.
+
+    The data path needs DALI, and the first optimizer torch._dynamo: half a second each, or more.
+    """
+
+    def work() -> None:
+        for module in modules:
+            with contextlib.suppress(ImportError, OSError):  # whoever needs it says what is missing
+                importlib.import_module(module)
+
+    threading.Thread(target=work, name="imports").start()

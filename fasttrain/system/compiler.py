@@ -1,0 +1,53 @@
+"""Whether torch.compile can work here, and in which mode it is used."""
+
+import os
+import platform
+import shutil
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def pick_compile_mode(requested: str, device: torch.device, announce: Callable[[str], object]) -> str | None:
+    """torch.compile's mode, or None for eager.
+
+    auto compiles on a GPU and stays eager on a CPU, where no gain was measured that would pay for compiling
+    (benchmarks/LOG.md). Where no compiler is there, falls back to eager and says so in one line.
+    """
+    if requested == "off" or (requested == "auto" and device.type == "cpu"):
+        return None
+    reason = compiler_available(device)
+    if reason is not None:
+        announce(f"torch.compile: {reason}; running eager")
+        return None
+    return "default" if requested == "auto" else requested
+
+
+def compiler_available(device: torch.device) -> str | None:
+    """None if torch.compile can work on this device, else the reason and the remedy in one line."""
+    # Imported here: they take a second, and only a few commands ask.
+    from torch._dynamo import is_dynamo_supported
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils._triton import has_triton
+
+    if not is_dynamo_supported():
+        return f"torch {torch.__version__} cannot compile on Python {platform.python_version()}"
+    if device.type == "cuda":
+        if not has_triton():
+            return "no Triton for this GPU: pip install triton (needs compute capability 7.0)"
+        # Triton compiles a small C launcher for every kernel.
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            return "no C compiler: install gcc, or set CC"
+    elif device.type == "cpu":
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            return "no C++ compiler: install g++, or set CXX"
+    else:
+        return f"fasttrain does not compile for {device.type}"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "no Python.h: install Python's development files (python3-dev)"
+    return None
