@@ -30,7 +30,7 @@ def presets_table(results: Path) -> str:
     return (
         f"{markdown(columns, rows)}\n\n{', '.join(sorted(datasets))}, not the original images. Accuracy: "
         "mean (95% confidence interval) over n seeds; one seed shows no spread. Seconds: median (range) over "
-        "the epochs of one run, training only. [Details](docs/results.md)."
+        "the epochs of one run, training only. [What ran beside them](docs/results.md#the-runs)."
     )
 
 

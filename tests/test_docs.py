@@ -92,7 +92,7 @@ def test_the_readme_is_short_and_its_first_screen_says_what_matters() -> None:
     lines = README.splitlines()
     assert len(lines) <= 150
     screen = "\n".join(lines[:25])
-    for wanted in ("![", "<!-- table: presets -->", END, "make train", "make test", " GB"):
+    for wanted in ("![", "<!-- table: presets -->", END, "make train", "make test", " GiB"):
         assert wanted in screen, wanted
 
 
@@ -128,6 +128,14 @@ def test_a_caption_has_three_lines_at_most(page: Path) -> None:
 def test_the_readme_leads_to_every_page() -> None:
     for page in pages()[1:]:
         assert f"(docs/{page.name})" in README
+
+
+def test_the_tree_in_docs_design_names_every_module_and_no_other() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    tree = text.split("    fasttrain/")[1].split("    benchmarks/")[0]
+    modules = {path.stem for path in (ROOT / "fasttrain").rglob("*.py")} - {"__init__"}
+    assert modules <= set(re.findall(r"\w+", tree))
+    assert set(re.findall(r"(\w+)\.py", tree)) <= modules
 
 
 def test_versions_agree() -> None:
