@@ -86,18 +86,22 @@ def table() -> str:
                     f"{alone / together / cluster.size:.0%}",
                 ]
             )
-    columns = ["model, not measured", "batch", "a GPU", "step's floor, ms", "all-reduce, ms"]
+    columns = ["model, not measured", "batch", "per GPU", "least step, ms", "all-reduce, ms"]
     columns += ["against one GPU", "of perfect"]
     return (
-        f"{markdown(columns, rows)}\n\n"
-        f"A step's floor: {training_flop_per_image(model) / 1e9:.2f} GFLOP an image at "
-        f"{GPU_FLOP_PER_SEC / 1e12:,.0f} TFLOP/s (H100 SXM, bf16, data sheet). All-reduce: "
-        f"{4 * parameters / 1e6:.1f} MB of float32 gradients of {parameters:,} parameters, 2 (n - 1) / n of "
-        f"them through NVLink's {NVLINK_BYTES_PER_SEC / 1e9:.0f} GB/s a GPU or the node's ports of "
-        f"{PORT_BYTES_PER_SEC / 1e9:.0f} GB/s, plus the latencies of NCCL's own table; ring or tree, as is "
-        "faster; nothing overlaps. As long as the floor itself it takes at so many images a GPU, in the "
-        f"order of the table: {'; '.join(even)}. An epoch of {EPOCH_IMAGES:,} images is "
-        f"{EPOCH_IMAGES // 512} steps of 512, {EPOCH_IMAGES // 8192} of 8,192, none of 65,536."
+        f"{markdown(columns, rows)}\n\nComputed, not measured. A step's least time is set by the matrix "
+        "products, the exchange follows it with no overlap, and NCCL takes its ring or its tree, whichever "
+        "is faster.\n\n"
+        f"- Least time of a step: {training_flop_per_image(model) / 1e9:.2f} GFLOP per image at "
+        f"{GPU_FLOP_PER_SEC / 1e12:,.0f} TFLOP/s (H100 SXM, bf16, data sheet).\n"
+        f"- All-reduce: {4 * parameters / 1e6:.1f} MB of float32 gradients of {parameters:,} parameters; "
+        "2 (n - 1) / n of them pass through NVLink's "
+        f"{NVLINK_BYTES_PER_SEC / 1e9:.0f} GB/s per GPU or the node's ports of "
+        f"{PORT_BYTES_PER_SEC / 1e9:.0f} GB/s each, plus the latencies of NCCL's own table.\n"
+        "- Images per GPU at which the exchange takes as long as the step's least time, in the order of the "
+        f"table: {'; '.join(even)}.\n"
+        f"- An epoch of {EPOCH_IMAGES:,} images has {EPOCH_IMAGES // 512} steps of 512, "
+        f"{EPOCH_IMAGES // 8192} of 8,192 and none of 65,536."
     )
 
 
