@@ -21,7 +21,7 @@ TOLERANCE = 2e-4
 """Largest difference of a logit that counts as rounding, as a share of the largest logit.
 
 On a trained network other CPU kernels differ by less than 1e-6, GELU approximated by tanh by 3e-4, weights
-rounded to bf16 by 5e-3, and ReLU instead of GELU by 0.4 (benchmarks/LOG.md).
+rounded to bf16 by 5e-3, and ReLU instead of GELU by 0.4 (docs/lab-notebook.md).
 """
 
 

@@ -4,7 +4,7 @@ Images lie decoded and padded in memory: a GPU's own where they fit, the host's 
 is copied out; DALI mirrors half of them, cuts out a square, and hands the result to
 torch without a copy.
 
-Two things that DALI 2.4 charges for shape this file (benchmarks/LOG.md). Random choices come as a condition
+Two things that DALI 2.4 charges for shape this file (docs/lab-notebook.md). Random choices come as a condition
 or as one tensor, never as a scalar of each image: it checks the whole batch anew whenever it reads one. And
 every run of a pipeline has its price, whatever it carries: one run makes several small batches, cut apart
 afterwards.

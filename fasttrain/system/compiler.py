@@ -14,7 +14,7 @@ def pick_compile_mode(requested: str, device: torch.device, announce: Callable[[
     """torch.compile's mode, or None for eager.
 
     auto compiles on a GPU and stays eager on a CPU, where no gain was measured that would pay for compiling
-    (benchmarks/LOG.md). Where no compiler is there, falls back to eager and says so in one line.
+    (docs/lab-notebook.md). Where no compiler is there, falls back to eager and says so in one line.
     """
     if requested == "off" or (requested == "auto" and device.type == "cpu"):
         return None

@@ -55,7 +55,7 @@ def pick_precision(requested: str, device: torch.device) -> str:
     """The precision of the matrix products: bf16, fp16, fp32 or tf32.
 
     auto takes the fastest that the hardware has. On a CPU a short measurement tells it: of processors with
-    bf16 products some have them at twice float32's rate and more, others at half (benchmarks/LOG.md).
+    bf16 products some have them at twice float32's rate and more, others at half (docs/lab-notebook.md).
     Raises UserError for a precision that this device lacks, emulated ones included.
     """
     if requested == "auto":
