@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch._inductor.config
 
 from fasttrain import compile
 from fasttrain.compile import (
@@ -138,3 +139,8 @@ def test_steps_of_another_shape_or_activation_have_a_cache_of_their_own() -> Non
 
     others = (files(16), files(width=4), files(activation="gelu"), files(resolution=48))
     assert len({files(), *others}) == 5 and files() == files(seed=1)
+
+
+def test_a_missing_compiler_is_named_with_its_remedy() -> None:
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert "install g++" in (compile.compiler_available(CPU) or "")
