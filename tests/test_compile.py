@@ -12,9 +12,8 @@ from fasttrain.compile import (
     payoff,
     pick_compile_mode,
 )
-from fasttrain.model import CustomResNet, build_model
 from fasttrain.recipe import Recipe
-from fasttrain.step import TrainStep
+from tests.helpers import step_of
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -116,11 +115,10 @@ def test_a_cache_that_cannot_be_used_stops_nothing(artifacts, monkeypatch, tmp_p
 def test_a_step_is_compiled_with_what_the_cache_holds(artifacts, monkeypatch) -> None:
     order: list[str] = []
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **_: compile_(model, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compile_(model, backend="eager"))
     monkeypatch.setattr(CompileCache, "load", lambda self: order.append("load"))
     monkeypatch.setattr(CompileCache, "save", lambda self, seconds: order.append("save"))
-    settings = {"max_lr": 0.01, "total_steps": 100, "device": CPU, "compute_dtype": torch.float32}
-    step = TrainStep(CustomResNet(width=8), Recipe(), **settings)
+    step = step_of(Recipe(width=8), total_steps=100)
     images, labels = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), torch.arange(4)
     found = payoff(step, CompileCache("a CPU"), 1.0, images, labels)
     assert found.steps == 100 and found.step_seconds > found.floor_seconds > 0
@@ -132,9 +130,7 @@ def test_a_step_is_compiled_with_what_the_cache_holds(artifacts, monkeypatch) ->
 
 def test_steps_of_another_shape_or_activation_have_a_cache_of_their_own() -> None:
     def files(batch_size: int = 8, **fields) -> str:
-        recipe = Recipe(**{"width": 8, **fields})
-        settings = {"max_lr": 0.01, "total_steps": 4, "device": CPU, "compute_dtype": torch.float32}
-        step = TrainStep(build_model(recipe, 10), recipe, **settings)
+        step = step_of(Recipe(**{"width": 8, **fields}))
         return str(cache_of(step, "a GPU", "default", batch_size)._artifacts)
 
     others = (files(16), files(width=4), files(activation="gelu"), files(resolution=48))
