@@ -1,17 +1,23 @@
 """Tests marked `gpu` run where there is an NVIDIA GPU, and are skipped with a reason elsewhere."""
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+
+# Set before anything imports torch, and inherited by every process that a test starts: the networks are tiny
+# and the tests run side by side, so a second thread would only take a core from another test.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from fasttrain.data import dataset
 from fasttrain.data.sources import cifar, synthetic
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch  # not above: the process that hands the tests out to others starts without it
+
     if torch.cuda.is_available():
         return
     for item in items:

@@ -35,7 +35,6 @@ from fasttrain.tools.report import report
 CPU = torch.device("cpu")
 
 SMALL = {"width": 8, "epochs": 2, "batch_size": 16, "max_lr": 0.01}
-NARROW = Recipe(name="narrow", **SMALL)
 AWAY = {
     "activation": "gelu",
     "logit_scale": 0.25,
@@ -46,12 +45,11 @@ AWAY = {
     "width": 12,
     "early_resolution": 16,
 }
-"""A value other than the default of every field that could be lost between a training and its checkpoint."""
+"""A value other than the default of every field that could be lost between a training and its checkpoint: one
+recipe has them all."""
 
-RECIPES = {f"preset {name}": dataclasses.replace(recipe, **SMALL) for name, recipe in PRESETS.items()}
-RECIPES |= {
-    f"{field}={value}": dataclasses.replace(NARROW, **{field: value}) for field, value in AWAY.items()
-}
+RECIPES = {name: dataclasses.replace(recipe, **SMALL) for name, recipe in PRESETS.items()}
+RECIPES["away"] = Recipe(name="away", **SMALL | AWAY)
 
 
 @dataclass
