@@ -1,5 +1,6 @@
 """Tests marked `gpu` run where there is an NVIDIA GPU, and are skipped with a reason elsewhere."""
 
+import functools
 import os
 import signal
 from collections.abc import Iterator
@@ -29,6 +30,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def compile_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what is compiled out of the user's own folder."""
     monkeypatch.setenv("FASTTRAIN_CACHE", str(tmp_path_factory.getbasetemp() / "compiled"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_rate() -> Iterator[None]:
+    """Let a training measure the machine's rate on small matrices, in no time instead of a second or two."""
+    from fasttrain import trainer
+
+    measure = functools.partial(trainer.measure_matmul_tflops, seconds=0.01, side=512)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "measure_matmul_tflops", measure)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -100,7 +100,6 @@ def test_a_search_leaves_no_trace_in_the_training_behind_it(dataset_dir: Path, t
     """The weights are, bit for bit, those of a run that was given the same rate."""
     quick = functools.partial(find_max_lr, start_lr=1e-4, end_lr=1e-2, num_iter=17, repeats=1)
     monkeypatch.setattr(trainer, "find_max_lr", quick)
-    monkeypatch.setattr(trainer, "measure_matmul_tflops", lambda *_, **__: 1.0)
     models = []
     max_lr: float | str = "auto"
     for name in ("asked", "told"):

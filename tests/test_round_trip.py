@@ -108,7 +108,6 @@ def trained(request, images: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "TrainStep", Kept)
-        patch.setattr(trainer, "measure_matmul_tflops", lambda *_, **__: 1.0)
         out = tmp_path_factory.mktemp("runs")
         run = trainer.train(recipe, data=f"folder:{images}", data_dir=images.parent, out=out, device="cpu")
     dataset = load_dataset(f"folder:{images}", images.parent, print, resolution=recipe.resolution)
