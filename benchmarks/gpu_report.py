@@ -96,7 +96,7 @@ def parts(options: Options) -> list[tuple[str, int, list[str]]]:
         ),
         ("ladder", 120, module("benchmarks.ladder", tiny="--rounds 1 --batch-size 8 --images 64")),
         ("fast", 120, seeds("fast")),
-        ("record", 120, seeds("record")),
+        ("speedrun", 120, seeds("speedrun")),
         *airbench * (not small),
         (
             "profile",

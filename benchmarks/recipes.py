@@ -62,7 +62,7 @@ class Options:
     """The recipe that ablations change: a preset or a recipe's JSON file."""
     changes: tuple[str, ...] = ()
     """What ablations try, as label_smoothing=0.2 init=dirac; by default a value or two of each field."""
-    presets: tuple[str, ...] = ("assignment", "default", "fast", "record")
+    presets: tuple[str, ...] = ("assignment", "default", "fast", "speedrun")
     """What the final mode trains."""
     seeds: int = 5
     """Seeds 0, 1, ... train every recipe once each."""

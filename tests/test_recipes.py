@@ -186,7 +186,7 @@ def test_every_preset_has_its_fields_ablated_and_no_value_is_tried_against_itsel
         assert fields == set(recipes.CHANGES)
         assert all(recipe.test_flip for recipe in found.values())
     final = recipes.variants(Options(mode="final", epochs=3))
-    assert list(final) == ["assignment", "default", "fast", "record"]
+    assert list(final) == ["assignment", "default", "fast", "speedrun"]
     assert final["assignment"] == dataclasses.replace(PRESETS["assignment"], test_flip=True, epochs=3)
 
 
