@@ -18,9 +18,12 @@ from typing import Any
 
 import tyro
 
-from benchmarks import airbench, paper_model, published, recipes
+from benchmarks import accuracy as recipes
+from benchmarks import airbench, paper_model
+from benchmarks.harness import PUBLISHED as RESULTS
+from benchmarks.harness import markdown, software
 from benchmarks.pictures import draw_scaling
-from benchmarks.report import RESULTS, markdown, software
+from benchmarks.research import published
 from fasttrain.system.machine import hardware_name
 
 README = Path(__file__).parents[1] / "README.md"

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.soak import outcome, same
 from fasttrain import trainer
 from fasttrain.checkpoint.file import load_checkpoint
 from fasttrain.data import dataset
@@ -24,6 +23,7 @@ from fasttrain.errors import UserError
 from fasttrain.evaluate import evaluate
 from fasttrain.model import build_model
 from tests.distributed_job import CPU, FOUND_LR, RUN_RECIPE, STEP_RECIPE, steps
+from tests.soak.kill import outcome, same
 
 ROOT = Path(__file__).resolve().parents[1]
 TEST_IMAGES = 41  # no two ranks can have equally many

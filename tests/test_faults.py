@@ -77,7 +77,7 @@ def test_a_read_only_disk_is_one_line(mount: Mount, dataset_dir: Path, capsys) -
 def test_a_small_fault_campaign(tmp_path: Path) -> None:
     flags = ["--faults", "4", "--bad-inputs", "250", "--epochs", "40"]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.soak", *flags],
+        [sys.executable, "-m", "tests.soak", *flags],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -1,11 +1,11 @@
-"""What the quality of the images costs: the same training on images encoded once more, ever more coarsely.
+"""What the images' quality costs: the same training on images encoded once more, at lower and lower quality.
 
-    python -m benchmarks.quality --data-dir data
-    python -m benchmarks.quality --data-dir data --qualities 50 25 --seeds 5
+    python -m benchmarks.research.quality --data-dir data
+    python -m benchmarks.research.quality --data-dir data --qualities 50 25 --seeds 5
 
-Training images and the held-out ones that measure it are encoded alike. Of images that are JPEGs already it
-shows the slope below their quality, and hints at what lies above: the cost of the first encoding itself
-cannot be seen. Runs are paired by seed, as in benchmarks/recipes.py, and it goes on where it stopped.
+Training images and the held-out ones that measure the accuracy are encoded alike. On images that are JPEGs
+already this shows the slope below their quality, and hints at the cost of the first encoding, which cannot be
+seen. Runs are paired by seed, as in benchmarks/accuracy.py; run it again to continue where it stopped.
 """
 
 import dataclasses
@@ -18,16 +18,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from benchmarks.recipes import (
-    accuracies,
-    compare,
-    compared_table,
-    hardware,
-    held_out,
-    require_counts,
-    trained,
-)
-from benchmarks.report import run, save, show
+from benchmarks.accuracy import accuracies, compared_table, hardware, held_out, trained
+from benchmarks.harness import require_counts, run, save, show
+from benchmarks.stats import compare
 from fasttrain.data.dataset import Dataset, Split, channel_statistics
 from fasttrain.data.load import load_dataset
 from fasttrain.errors import UserError
