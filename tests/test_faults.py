@@ -84,7 +84,7 @@ def test_a_small_fault_campaign(tmp_path: Path) -> None:
         env=os.environ | {"FASTTRAIN_RESULTS": str(tmp_path)},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    [path] = tmp_path.iterdir()
+    [path] = tmp_path.glob("*/soak.json")
     figures = json.loads(path.read_text())
     assert figures["faults"] == 4 and figures["runs"] == figures["bit_equal"] > 0
     assert figures["bad_inputs"]["tried"] == 250 and figures["bad_inputs"]["wrong"] == []
