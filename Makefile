@@ -15,6 +15,8 @@ DATA_DIR =
 DEVICE =
 # Anything else, as typed: ARGS="--batch-size 256".
 ARGS =
+# Where benchmarks write their figures, if not to bench-results/: RESULTS=benchmarks/results publishes them.
+RESULTS =
 
 # option(flag, value): nothing when the value is empty.
 option = $(if $(2), $(1) "$(2)")
@@ -24,6 +26,7 @@ recipe_flags = $(call option,--recipe,$(RECIPE))$(call option,--epochs,$(EPOCHS)
 flags = $(recipe_flags)$(data_flags)$(device_flags)$(if $(ARGS), $(ARGS))
 
 fasttrain = "$(BIN)/python" -m fasttrain
+measure = $(if $(RESULTS),FASTTRAIN_RESULTS="$(RESULTS)" )"$(BIN)/python" -m
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -80,13 +83,8 @@ check: setup  ## lint and type-check
 	"$(BIN)/python" -m ruff format --check
 	"$(BIN)/python" -m mypy
 
-bench: setup bench-setup  ## compare with the hardware and with what else there is, in about 10 minutes
-	"$(BIN)/python" -m benchmarks.machine
-	"$(BIN)/python" -m benchmarks.step
-	"$(BIN)/python" -m benchmarks.loader
-	"$(BIN)/python" -m benchmarks.ladder
-	"$(BIN)/python" -m benchmarks.scaling
-	"$(BIN)/python" -m benchmarks.start
+bench: setup bench-setup  ## compare with the hardware and other packages, in about 10 minutes: RESULTS= ARGS=
+	$(measure) benchmarks.all $(ARGS)
 
 bench-setup: $(VENV)/bench-installed  ## install the packages that `make bench` compares with
 
@@ -97,11 +95,11 @@ $(VENV)/bench-installed: $(VENV)/installed
 profile: setup  ## show where the time of a training goes: the variables of train
 	$(fasttrain) profile$(flags)
 
-gpu-report: setup  ## run every benchmark in one visit to a GPU: ARGS="--data-dir data"
-	"$(BIN)/python" -m benchmarks.gpu_report $(ARGS)
+gpu-report: setup  ## run every benchmark in one visit to a GPU: RESULTS= ARGS="--data-dir data"
+	$(measure) benchmarks.all --plan gpu $(ARGS)
 
-soak: setup  ## kill and resume trainings, damage and read files: minutes
-	"$(BIN)/python" -m benchmarks.soak $(ARGS)
+soak: setup  ## kill and resume trainings, damage and read files, for minutes: RESULTS= ARGS=
+	$(measure) tests.soak $(ARGS)
 
 tables: setup  ## print the README's tables from benchmarks/results
 	"$(BIN)/python" -m benchmarks.tables

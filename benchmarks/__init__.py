@@ -1,1 +1,1 @@
-"""Measurements: each script prints a table and leaves one JSON file under benchmarks/results/."""
+"""Measurements: each script prints a table and leaves one JSON file. README.md says what each measures."""

@@ -1,4 +1,4 @@
-"""The fastest public CIFAR-10 trainer beside ours: seconds and accuracy on one card, of the same images.
+"""The fastest public CIFAR-10 trainer beside ours: seconds and accuracy on one GPU, on the same images.
 
     python -m benchmarks.airbench --data-dir data [--seeds 10] [--recipe fast] [--levels 94 95 96]
 
@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import io
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +20,9 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.report import run, save, show
-from benchmarks.train import GOALS, seconds_to
+from benchmarks.accuracy import GOALS, seconds_to
+from benchmarks.harness import run, save, show
+from benchmarks.stats import describe
 from fasttrain import trainer
 from fasttrain.data.dataset import Dataset, Split
 from fasttrain.data.load import load_dataset
@@ -58,7 +58,7 @@ def write_images(dataset: Dataset, folder: Path) -> None:
     splits: dict[str, Split] = {"train": dataset.train, "test": dataset.test}
     for name, split in splits.items():
         values = {
-            "images": torch.from_numpy(split.images).permute(0, 2, 3, 1).contiguous(),
+            "images": torch.from_numpy(split.images),
             "labels": torch.from_numpy(split.labels).long(),
             "classes": list(dataset.classes),
         }
@@ -138,12 +138,11 @@ def summarize(samples: dict[str, list[Sample]]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"trainer": name, "epochs": runs[0]["epochs"], "n": len(runs)}
         row["first_seconds"] = runs[0]["first_seconds"]
         for key in ("seconds", "accuracy", "accuracy_tta"):
-            values = [sample[key] for sample in runs]
-            stdev = statistics.stdev(values) if len(values) > 1 else None
-            row[key] = {"mean": statistics.mean(values), "stdev": stdev}
+            row[key] = describe([sample[key] for sample in runs])
         for goal in GOALS:
-            reached = [s for sample in runs if (s := seconds_to(goal, sample)) is not None]
-            median = statistics.median(reached) if reached else None
+            curves = [(sample["epoch_seconds"], sample["epoch_accuracy"]) for sample in runs]
+            reached = [s for curve in curves if (s := seconds_to(goal, *curve)) is not None]
+            median = describe(reached)["median"] if reached else None
             row[f"to_{goal:.0%}"] = {"seconds": median, "n": len(reached)}
         rows.append(row)
     return rows
@@ -181,7 +180,7 @@ def table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def main(options: Options) -> None:
     device = pick_device()
     if device.type != "cuda":
-        raise UserError("cifar10-airbench trains on an NVIDIA GPU alone, and here is none")
+        raise UserError("cifar10-airbench needs an NVIDIA GPU, and there is none here")
     try:
         import airbench
     except ImportError as error:
@@ -190,7 +189,7 @@ def main(options: Options) -> None:
     if options.compile is not None:
         changes["compile"] = options.compile
     recipe = dataclasses.replace(load_recipe(options.recipe), **changes)
-    dataset = load_dataset(options.data, options.data_dir, print)
+    dataset = load_dataset(options.data, options.data_dir)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_images(dataset, folder / "cifar10")
@@ -201,7 +200,7 @@ def main(options: Options) -> None:
         }
         for level in options.levels:
             trainings[f"airbench{level}"] = lambda _, level=level: theirs(airbench, level, folder)  # type: ignore[misc]
-        for samples in in_turn(trainings, options.seeds):  # whatever ends this leaves the turns so far
+        for samples in in_turn(trainings, options.seeds):  # if this is stopped, the turns so far are saved
             values = {"dataset": dataset.name, "rows": summarize(samples), "samples": samples}
             path = save("airbench", device, values)
     show(f"{dataset.name}; mean ± standard deviation", *table(values))

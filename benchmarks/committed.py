@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import software
+from benchmarks.harness import software
 from fasttrain.recipe import PRESETS, Recipe
 from fasttrain.system.machine import hardware_name
 

@@ -8,20 +8,19 @@ loader of its own; on a CPU in processes of their own, since one rung changes ho
 
 import dataclasses
 import statistics
-import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.loader import Batches, endless, ours, random_dataset, theirs
-from benchmarks.report import OwnProcess, extra_memory_gib, interleave, run, save, show, spread
-from benchmarks.step import Variant, build_step
-from fasttrain.model import build_model, training_flop_per_image
-from fasttrain.recipe import Recipe
+from benchmarks.harness import OwnProcess, Workload, extra_memory_gib, interleave, run, save, show
+from benchmarks.loaders import Batches, ours, theirs
+from benchmarks.stats import spread
+from benchmarks.workloads import Variant, build_step, endless, flop_per_image, random_dataset, timed_step
 from fasttrain.system.machine import cpu_cores, pick_device
-from fasttrain.system.precision import pick_compute_dtype, set_fp32_precision
+from fasttrain.system.precision import DTYPES, pick_precision, set_fp32_precision
 from fasttrain.system.rates import measure_matmul_tflops
 
 
@@ -35,6 +34,8 @@ class Options:
     """Images per step; by default 512 on a GPU and 128 without one."""
     images: int = 10_000
     """Size of the data set."""
+    width: int = 64
+    """Channels of the network's first convolution."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     compiled: bool = False
@@ -48,10 +49,16 @@ class Rung:
     loader: str
 
 
-def rungs(device: torch.device, usual: str, best: str, compiled: bool) -> list[Rung]:
+def rungs(options: Options, device: torch.device, usual: str, best: str) -> list[Rung]:
     """The ladder, bottom first. usual, best: the loaders' names."""
-    half = pick_compute_dtype("auto", device)
-    variant = Variant(dtype=torch.float32, layout=torch.contiguous_format, fused=False, keep_memory=False)
+    half = pick_precision("auto", device)
+    variant = Variant(
+        precision="fp32",
+        layout=torch.contiguous_format,
+        fused=False,
+        keep_memory=False,
+        width=options.width,
+    )
     ladder = [Rung(name=f"float32, NCHW, eager, Adam, {usual}", variant=variant, loader=usual)]
 
     def climb(name: str, loader: str | None = None, **changes: Any) -> None:
@@ -63,12 +70,12 @@ def rungs(device: torch.device, usual: str, best: str, compiled: bool) -> list[R
     climb("channels_last", layout=torch.channels_last)
     if on_gpu:
         climb("TF32", tf32=True)
-    if half != torch.float32:
-        climb(str(half).removeprefix("torch."), dtype=half)
+    if half != "fp32":
+        climb(str(DTYPES[half]).removeprefix("torch."), precision=half)
     climb("fused Adam", fused=True)
     if not on_gpu:
         climb("freed memory kept", keep_memory=True)
-    if compiled or on_gpu:
+    if options.compiled or on_gpu:
         climb("torch.compile", compile_mode="default")
     if on_gpu:
         climb("CUDA graph", cuda_graph=True)
@@ -77,22 +84,14 @@ def rungs(device: torch.device, usual: str, best: str, compiled: bool) -> list[R
     return ladder
 
 
-def climbed(rung: Rung, images: int, batch_size: int, device: torch.device) -> Callable[[], float]:
+def climbed(rung: Rung, images: int, batch_size: int, device: torch.device) -> Workload:
     """Warm steps with their data; each call returns the milliseconds of one."""
-    step, stream = build_step(rung.variant, device), endless(loaders(images, batch_size, device)[rung.loader])
+    variant = rung.variant
+    step, stream = build_step(variant, device), endless(loaders(images, batch_size, device)[rung.loader])
+    in_layout = ((images.contiguous(memory_format=variant.layout), labels) for images, labels in stream)
     repeats = 20 if device.type == "cuda" else 2
-
-    def timed() -> float:
-        set_fp32_precision(rung.variant.tf32)
-        start = time.perf_counter()
-        for _ in range(repeats):
-            images, labels = next(stream)
-            step(images.contiguous(memory_format=rung.variant.layout), labels)
-        step.take_metrics()  # waits for the device
-        return 1000 * (time.perf_counter() - start) / repeats
-
-    timed()
-    return timed
+    seconds = timed_step(step, in_layout, repeats=repeats, tf32=variant.tf32)
+    return lambda: 1000 * seconds()
 
 
 def loaders(images: int, batch_size: int, device: torch.device) -> dict[str, Batches]:
@@ -113,29 +112,34 @@ def matmul_tflops(variant: Variant, device: torch.device) -> float:
     return measure_matmul_tflops(device, variant.dtype)
 
 
-def main(options: Options) -> None:
-    device = pick_device(options.device)
-    batch_size = options.batch_size or (512 if device.type == "cuda" else 128)
-    usual, *_, best = loaders(options.images, batch_size, device)
-    ladder = rungs(device, usual, best, options.compiled)
-    workloads: dict[str, Callable[[], float]] = {}
+def measure(
+    ladder: list[Rung], images: int, batch_size: int, device: torch.device, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, float | None]]:
+    """Samples of every rung and of the matmul rates, and the memory that each rung's steps need."""
+    workloads: dict[str, Workload] = {}
     memory: dict[str, float | None] = {}
-    for rung in ladder:
-        of_rung = (rung, options.images, batch_size, device)
-        if device.type == "cpu":
-            apart = OwnProcess(climbed, *of_rung)
-            workloads[rung.name], memory[rung.name] = apart, apart.extra_memory_gib(device)
-        else:
-            workloads[rung.name] = climbed(*of_rung)
-            memory[rung.name] = extra_memory_gib(device, workloads[rung.name])
-    for variant in (rung.variant for rung in ladder):
-        workloads[matmul_name(variant)] = lambda variant=variant: matmul_tflops(variant, device)  # type: ignore[misc]
-    samples = interleave(workloads, options.rounds)
+    with ExitStack() as processes:
+        for rung in ladder:
+            of_rung = (rung, images, batch_size, device)
+            if device.type == "cpu":
+                process = processes.enter_context(OwnProcess(climbed, *of_rung))
+                workloads[rung.name], memory[rung.name] = process, process.extra_memory_gib(device)
+            else:
+                workloads[rung.name] = climbed(*of_rung)
+                memory[rung.name] = extra_memory_gib(device, workloads[rung.name])
+        for variant in (rung.variant for rung in ladder):
+            workloads[matmul_name(variant)] = partial(matmul_tflops, variant, device)
+        return interleave(workloads, rounds), memory
 
-    flop = training_flop_per_image(build_model(Recipe(), num_classes=10)) * batch_size
+
+def summarize(
+    ladder: list[Rung], samples: dict[str, list[float]], memory: dict[str, float | None], batch_size: int
+) -> list[dict[str, Any]]:
+    """A row per rung, with its speed-up over the rung below and over the lowest."""
     rows: list[dict[str, Any]] = []
     for rung in ladder:
         step_ms = statistics.median(samples[rung.name])
+        flop = flop_per_image(rung.variant.width) * batch_size
         peak = max(samples[matmul_name(rung.variant)])  # a peak is a maximum
         rows.append(
             {
@@ -149,8 +153,18 @@ def main(options: Options) -> None:
                 "memory_gib": memory[rung.name],
             }
         )
-    values = {"batch_size": batch_size, "rounds": options.rounds, "rows": rows, "samples": samples}
-    path = save("ladder", device, values)
+    return rows
+
+
+def main(options: Options) -> None:
+    device = pick_device(options.device)
+    batch_size = options.batch_size or (512 if device.type == "cuda" else 128)
+    usual, *_, best = loaders(options.images, batch_size, device)
+    ladder = rungs(options, device, usual, best)
+    samples, memory = measure(ladder, options.images, batch_size, device, options.rounds)
+    rows = summarize(ladder, samples, memory, batch_size)
+    facts = {"batch_size": batch_size, "width": options.width, "rounds": options.rounds}
+    path = save("ladder", device, facts | {"rows": rows, "samples": samples})
     show(
         f"steps with their data, batch {batch_size}, median of {options.rounds}",
         ["rung", "ms", "spread", "this rung", "in all", "TFLOP/s", "of matmul rate", "memory GiB"],

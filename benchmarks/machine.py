@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import run, save, show
+from benchmarks.harness import run, save, show
 from fasttrain.system.machine import pick_device
 from fasttrain.system.precision import set_fp32_precision
 from fasttrain.system.rates import measure_copy_gbps, measure_matmul_tflops

@@ -8,7 +8,7 @@ backward pass. DistributedDataParallel hides some of it, and real steps take lon
 
 from dataclasses import dataclass
 
-from benchmarks.report import markdown
+from benchmarks.harness import markdown
 from fasttrain.model import EPOCH_IMAGES, build_model, training_flop_per_image
 from fasttrain.recipe import Recipe
 

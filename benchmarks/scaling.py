@@ -11,31 +11,35 @@ says nothing of NCCL.
 """
 
 import dataclasses
-import math
 import os
 import socket
 import statistics
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks.loader import random_dataset
-from benchmarks.report import OwnProcess, extra_memory_gib, interleave, run, save, show, spread
-from benchmarks.step import Variant, build_step, random_batch
-from fasttrain.data.build import build_loader, pick_loader
+from benchmarks.harness import OwnProcess, Workload, extra_memory_gib, interleave, run, save, show
+from benchmarks.stats import exponents, spread
+from benchmarks.workloads import (
+    Variant,
+    build_step,
+    endless,
+    random_batch,
+    random_dataset,
+    timed_step,
+    train_loader,
+    usual_variant,
+)
 from fasttrain.data.sources.synthetic import generate
-from fasttrain.distributed import join
+from fasttrain.distributed import World
 from fasttrain.recipe import Recipe
-from fasttrain.step import TrainStep
 from fasttrain.system.machine import cpu_cores, pick_device
-from fasttrain.system.precision import pick_compute_dtype
 from fasttrain.trainer import train
 
 
@@ -53,21 +57,20 @@ class Options:
     """Epochs of a whole run, start to finish."""
     widths: tuple[int, ...] = (16, 32, 64, 128)
     """Channels of the first convolution."""
+    batch_size: int | None = None
+    """Images per step where they do not vary; by default 512 on a GPU and 32 without one."""
+    width: int = 64
+    """Channels where they do not vary."""
     ranks: tuple[int, ...] = ()
     """Processes that share a batch."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
 
 
-Workload = Callable[[], float]
-
-
-def epoch_of(images: int, batch_size: int, device: torch.device) -> Workload:
-    """Seconds of one epoch over so many images, loader and all."""
-    recipe = Recipe(batch_size=batch_size)
-    kind = pick_loader("auto", device, lambda _: None)
-    loader = build_loader(random_dataset(images), recipe, train=True, kind=kind, device=device)
-    step = build_step(_variant(device), device)
+def epoch_of(images: int, batch_size: int, width: int, device: torch.device) -> Workload:
+    """Seconds of one epoch over this many images, loader and all."""
+    loader = train_loader(random_dataset(images), Recipe(batch_size=batch_size), device)
+    step = build_step(variant(device, width), device)
 
     def timed() -> float:
         start = time.perf_counter()
@@ -81,32 +84,22 @@ def epoch_of(images: int, batch_size: int, device: torch.device) -> Workload:
 
 def step_of(batch_size: int, width: int, device: torch.device) -> Workload:
     """Seconds of one step."""
-    variant = dataclasses.replace(_variant(device), width=width)
-    step, batch = build_step(variant, device), random_batch(batch_size, device, variant.layout)
-    return _timed(step, batch, device)
+    of_width = variant(device, width)
+    step, batch = build_step(of_width, device), random_batch(batch_size, device, of_width.layout)
+    return timed_step(step, endless([batch]), repeats=repeats(device))
 
 
-def _timed(
-    step: TrainStep, batch: Any, device: torch.device, meet: Callable[[], object] = lambda: None
-) -> Workload:
-    """Seconds of a warm step on one batch. meet: called first, outside the clock."""
-    repeats = 20 if device.type == "cuda" else 1
-
-    def timed() -> float:
-        meet()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            step(*batch)
-        step.take_metrics()  # waits for the device
-        return (time.perf_counter() - start) / repeats
-
-    timed()
-    return timed
+def variant(device: torch.device, width: int) -> Variant:
+    return usual_variant(device, width=width, cuda_graph=False)  # with several ranks there is no graph
 
 
-def run_of(epochs: int, batch_size: int, data_dir: Path, device: torch.device) -> Workload:
+def repeats(device: torch.device) -> int:
+    """Steps of one sample."""
+    return 20 if device.type == "cuda" else 1
+
+
+def run_of(recipe: Recipe, data_dir: Path, device: torch.device) -> Workload:
     """Seconds of a whole run, from the images on disk to the last checkpoint."""
-    recipe = Recipe(name="scaling", epochs=epochs, batch_size=batch_size)
 
     def timed() -> float:
         start = time.perf_counter()
@@ -117,11 +110,14 @@ def run_of(epochs: int, batch_size: int, data_dir: Path, device: torch.device) -
     return timed
 
 
-def ranks_of(count: int, batch_size: int, device: torch.device) -> Workload:
-    """Seconds of one step of so many processes together, each on its share of the batch."""
+def ranks_of(count: int, batch_size: int, width: int, device: torch.device, processes: ExitStack) -> Workload:
+    """Seconds of one step of this many processes together, each on its share of the batch."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    ranks = [OwnProcess(rank_step, rank, count, port, batch_size, device) for rank in range(count)]
+    ranks = [
+        processes.enter_context(OwnProcess(rank_step, rank, count, port, batch_size, width, device))
+        for rank in range(count)
+    ]
 
     def timed() -> float:
         with ThreadPoolExecutor(count) as threads:
@@ -130,65 +126,66 @@ def ranks_of(count: int, batch_size: int, device: torch.device) -> Workload:
     return timed
 
 
-def rank_step(rank: int, count: int, port: int, batch_size: int, device: torch.device) -> Workload:
+def rank_step(
+    rank: int, count: int, port: int, batch_size: int, width: int, device: torch.device
+) -> Workload:
     """Seconds of one rank's step; for a process of its own."""
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "LOCAL_RANK": rank}
     names = meeting | {"RANK": rank, "WORLD_SIZE": count}
     os.environ |= {name: str(value) for name, value in names.items()}
     torch.set_num_threads(1)
-    world = join(device)
-    variant = _variant(device)
-    step = build_step(variant, world.device, world)
-    batch = random_batch(world.share(batch_size), world.device, variant.layout)
-    return _timed(step, batch, device, meet=lambda: world.maximum(0))  # all begin at the same time
+    world = World.join(device)
+    step = build_step(variant(device, width), world.device, world)
+    batch = random_batch(world.share(batch_size), world.device, torch.channels_last)
+    return timed_step(step, endless([batch]), repeats=repeats(device), meet=world.barrier)
 
 
-def _variant(device: torch.device) -> Variant:
-    mode = "default" if device.type == "cuda" else None
-    return Variant(dtype=pick_compute_dtype("auto", device), compile_mode=mode)
-
-
-def exponents(values: list[int], samples: list[list[float]]) -> list[float]:
-    """The fitted slope of log(seconds) over log(value), one for every round."""
-    logs = [math.log(value) for value in values]
-    return [float(np.polyfit(logs, np.log(column), 1)[0]) for column in zip(*samples, strict=True)]
-
-
-def main(options: Options) -> None:
-    device = pick_device(options.device)
-    on_gpu = device.type == "cuda"
-    batch_size = 512 if on_gpu else 32
+def build_axes(
+    options: Options, recipe: Recipe, data_dir: Path, device: torch.device, processes: ExitStack
+) -> dict[str, dict[int, Workload]]:
+    """What each axis measures, by its value; recipe: the values where they do not vary."""
+    on_gpu, batch_size, width = device.type == "cuda", recipe.batch_size, recipe.width
     images = options.images or ((1_000, 5_000, 50_000, 200_000) if on_gpu else (64, 256, 1_024))
+    batch_sizes = options.batch_sizes or ((64, 128, 256, 512, 1024, 2048) if on_gpu else (8, 16, 32, 64, 128))
     most = torch.cuda.device_count() if on_gpu else cpu_cores()
     ranks = options.ranks or tuple(2**power for power in range(most.bit_length()))
-    batch_sizes = options.batch_sizes or ((64, 128, 256, 512, 1024, 2048) if on_gpu else (8, 16, 32, 64, 128))
-    with TemporaryDirectory() as folder:
-        data_dir = Path(folder)
-        generate(data_dir, train_count=4 * batch_size, test_count=batch_size)
-        axes: dict[str, dict[int, Workload]] = {
-            "images": {n: epoch_of(n, min(batch_size, n), device) for n in images},
-            "batch size": {n: step_of(n, 64, device) for n in batch_sizes},
-            "width": {n: step_of(batch_size, n, device) for n in options.widths},
-            "epochs": {n: run_of(n, batch_size, data_dir, device) for n in options.epochs},
-        }
-        if len(ranks) > 1:  # else there is nothing to compare
-            axes["ranks"] = {n: ranks_of(n, batch_size, device) for n in ranks}
-        rows: list[dict[str, Any]] = []
-        memory = {
-            # What other processes hold is not seen from here.
-            (axis, value): None if axis == "ranks" else extra_memory_gib(device, workload)
-            for axis, workloads in axes.items()
-            for value, workload in workloads.items()
-        }
-        samples = interleave(
-            {
-                f"{axis} {value}": workload
-                for axis, workloads in axes.items()
-                for value, workload in workloads.items()
-            },
-            options.rounds,
-        )
+    axes: dict[str, dict[int, Workload]] = {
+        "images": {n: epoch_of(n, min(batch_size, n), width, device) for n in images},
+        "batch size": {n: step_of(n, width, device) for n in batch_sizes},
+        "width": {n: step_of(batch_size, n, device) for n in options.widths},
+        "epochs": {
+            n: run_of(dataclasses.replace(recipe, epochs=n), data_dir, device) for n in options.epochs
+        },
+    }
+    if len(ranks) > 1:  # else there is nothing to compare
+        axes["ranks"] = {n: ranks_of(n, batch_size, width, device, processes) for n in ranks}
+    return axes
+
+
+Key = tuple[str, int]
+"""An axis and its value."""
+
+
+def measure(
+    axes: dict[str, dict[int, Workload]], device: torch.device, rounds: int
+) -> tuple[dict[Key, float | None], dict[str, list[float]]]:
+    """The memory that each needs, and its samples in seconds."""
+    workloads = {(axis, value): work for axis, by_value in axes.items() for value, work in by_value.items()}
+    memory = {
+        # The memory of other processes is not seen from here.
+        (axis, value): None if axis == "ranks" else extra_memory_gib(device, work)
+        for (axis, value), work in workloads.items()
+    }
+    named = {f"{axis} {value}": work for (axis, value), work in workloads.items()}
+    return memory, interleave(named, rounds)
+
+
+def summarize(
+    axes: dict[str, dict[int, Workload]], memory: dict[Key, float | None], samples: dict[str, list[float]]
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """The exponent of every axis, and a row per value."""
     fits: dict[str, dict[str, Any]] = {}
+    rows: list[dict[str, Any]] = []
     for axis, workloads in axes.items():
         columns = [samples[f"{axis} {value}"] for value in workloads]
         slopes = exponents(list(workloads), columns)
@@ -203,8 +200,20 @@ def main(options: Options) -> None:
                     "memory_gib": memory[axis, value],
                 }
             )
-    values = {"batch_size": batch_size, "rounds": options.rounds, "fits": fits, "rows": rows}
-    path = save("scaling", device, values | {"samples": samples})
+    return fits, rows
+
+
+def main(options: Options) -> None:
+    device = pick_device(options.device)
+    batch_size = options.batch_size or (512 if device.type == "cuda" else 32)
+    recipe = Recipe(name="scaling", batch_size=batch_size, width=options.width)
+    with TemporaryDirectory() as folder, ExitStack() as processes:
+        generate(Path(folder), train_count=4 * batch_size, test_count=batch_size)
+        axes = build_axes(options, recipe, Path(folder), device, processes)
+        memory, samples = measure(axes, device, options.rounds)
+    fits, rows = summarize(axes, memory, samples)
+    facts = {"batch_size": batch_size, "width": options.width, "rounds": options.rounds}
+    path = save("scaling", device, facts | {"fits": fits, "rows": rows, "samples": samples})
     show(
         f"cost, median of {options.rounds}",
         ["axis", "value", "seconds", "spread", "memory GiB", "exponent"],

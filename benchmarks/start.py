@@ -10,13 +10,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.report import interleave, run, save, show, spread
+from benchmarks.harness import Workload, interleave, run, save, show
+from benchmarks.stats import spread
 from fasttrain.data.sources.synthetic import generate
 from fasttrain.system.machine import pick_device
 
@@ -79,7 +79,7 @@ def main(options: Options) -> None:
     device = pick_device(options.device)
     with TemporaryDirectory() as data, TemporaryDirectory() as out:
         generate(Path(data), train_count=options.images, test_count=max(10, options.images // 5))
-        workloads: dict[str, Callable[[], float]] = {
+        workloads: dict[str, Workload] = {
             "python, doing nothing": lambda: seconds("-c", ""),
             "import torch": lambda: seconds("-c", "import torch"),
             "fasttrain --help": lambda: seconds("-m", "fasttrain", "--help"),
@@ -95,7 +95,7 @@ def main(options: Options) -> None:
     path = save("start", device, values)
     show(
         f"seconds from a process's start, median of {options.rounds}",
-        ["", "seconds", "spread"],
+        ["process", "seconds", "spread"],
         [[row["start"], f"{row['seconds']:.2f}", f"±{row['spread']:.1%}"] for row in rows],
     )
     print(path)

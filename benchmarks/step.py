@@ -5,21 +5,20 @@
 All variants take turns.
 """
 
+import dataclasses
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.report import OwnProcess, interleave, run, save, show, spread
-from fasttrain.distributed import World
-from fasttrain.model import CustomResNet, build_model, training_flop_per_image
-from fasttrain.recipe import Recipe
-from fasttrain.step import TrainStep
+from benchmarks.harness import OwnProcess, Workload, interleave, run, save, show
+from benchmarks.stats import spread
+from benchmarks.workloads import Variant, build_step, endless, flop_per_image, random_batch, timed_step
 from fasttrain.system.machine import pick_device
-from fasttrain.system.precision import pick_compute_dtype, prepare, set_fp32_precision
+from fasttrain.system.precision import DTYPES, pick_precision
 from fasttrain.system.rates import measure_matmul_tflops
 
 
@@ -31,99 +30,52 @@ class Options:
     """Samples of each variant, taken in turn."""
     batch_sizes: tuple[int, ...] = (128, 512)
     """Images per step."""
+    width: int = 64
+    """Channels of the network's first convolution."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     compiled: bool = False
     """Also time the compiled step on a CPU, where fasttrain runs eager (a GPU always has it)."""
 
 
-def unchanged(model: CustomResNet) -> None:
-    """The network as it is."""
+def variants(options: Options, device: torch.device) -> dict[str, Variant]:
+    """The ways to take the step on this device, by name."""
+    eager = Variant(precision=pick_precision("auto", device), width=options.width)
+    compiled = dataclasses.replace(eager, compile_mode="default")
+    modes = {"eager": eager}
+    if device.type == "cpu":
+        modes["eager, freed memory returned"] = dataclasses.replace(eager, keep_memory=False)
+    if options.compiled or device.type == "cuda":
+        modes["compiled"] = compiled
+    if device.type == "cuda":
+        modes["eager, CUDA graph"] = dataclasses.replace(eager, cuda_graph=True)
+        modes["compiled, CUDA graph"] = dataclasses.replace(compiled, cuda_graph=True)
+        modes["compiled, the compiler's graphs"] = dataclasses.replace(eager, compile_mode="reduce-overhead")
+    return modes
 
 
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """A way to take the step; the defaults are fasttrain's, but for the precision."""
-
-    dtype: torch.dtype
-    layout: torch.memory_format = torch.channels_last
-    fused: bool = True
-    compile_mode: str | None = None
-    cuda_graph: bool = False
-    """On a GPU, the whole step as one launch."""
-    tf32: bool = False
-    """On a GPU, let float32 products round their inputs."""
-    change: Callable[[CustomResNet], None] = unchanged
-    """Made to the network, in place, before it trains."""
-    width: int = 64
-    keep_memory: bool = True
-    """On a CPU; it holds for the whole process."""
-
-
-def build_step(variant: Variant, device: torch.device, world: World | None = None) -> TrainStep:
-    """A training step of this variant, with a network of its own; world: who shares it."""
-    if variant.keep_memory:
-        prepare(device, "auto")
-    torch.manual_seed(0)
-    recipe = Recipe(width=variant.width)
-    model = build_model(recipe, num_classes=10)
-    variant.change(model)
-    step = TrainStep(
-        model,
-        recipe,
-        max_lr=0.01,
-        total_steps=10**9,
-        device=device,
-        compute_dtype=variant.dtype,
-        cuda_graph=variant.cuda_graph and device.type == "cuda",
-        world=world,
-    )
-    if variant.compile_mode:
-        step.compile(variant.compile_mode)
-    model.to(memory_format=variant.layout)  # type: ignore[call-overload]  # torch's stubs lack it
-    if not variant.fused:
-        kept = ("params", "weight_decay", "lr_scale")
-        groups = [{key: group[key] for key in kept} for group in step.optimizer.param_groups]
-        step.optimizer = torch.optim.AdamW(groups, lr=step.max_lr)
-    return step
-
-
-def random_batch(batch_size: int, device: torch.device, layout: torch.memory_format) -> Any:
-    images = torch.randint(256, (batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
-    return images.contiguous(memory_format=layout), torch.randint(10, (batch_size,), device=device)
-
-
-def timed_step(variant: Variant, batch_size: int, device: torch.device) -> Callable[[], float]:
+def step_ms(variant: Variant, batch_size: int, device: torch.device) -> Workload:
     """A warm training step on one fixed batch; each call returns its milliseconds."""
-    step = build_step(variant, device)
-    batch = random_batch(batch_size, device, variant.layout)
+    step, batch = build_step(variant, device), random_batch(batch_size, device, variant.layout)
     repeats = 20 if device.type == "cuda" else 1
-
-    def timed() -> float:
-        set_fp32_precision(variant.tf32)  # it holds for the whole process
-        start = time.perf_counter()
-        for _ in range(repeats):
-            step(*batch)
-        step.take_metrics()  # waits for the device
-        return 1000 * (time.perf_counter() - start) / repeats
-
-    timed()
-    return timed
+    seconds = timed_step(step, endless([batch]), repeats=repeats, tf32=variant.tf32)
+    return lambda: 1000 * seconds()
 
 
 def summarize(
-    samples: dict[str, list[float]], modes: Sequence[str], batch_sizes: Sequence[int], dtype: torch.dtype
+    samples: dict[str, list[float]], modes: dict[str, Variant], batch_sizes: Sequence[int]
 ) -> list[dict[str, Any]]:
     """A row per mode and batch size. The matmul rate is the best of the run: a peak is a maximum."""
-    flop, peak = training_flop_per_image(build_model(Recipe(), num_classes=10)), max(samples["matmul"])
+    peak = max(samples["matmul"])
     rows = []
     for batch_size in batch_sizes:
-        for name in modes:
+        for name, variant in modes.items():
+            flop = flop_per_image(variant.width)
             values = samples[f"{name}, {batch_size}"]
-            tflops = [flop * batch_size / step_ms / 1e9 for step_ms in values]
+            tflops = [flop * batch_size / milliseconds / 1e9 for milliseconds in values]
             rows.append(
                 {
-                    "variant": f"{str(dtype).removeprefix('torch.')}, channels_last, {name}",
+                    "variant": f"{str(variant.dtype).removeprefix('torch.')}, channels_last, {name}",
                     "batch_size": batch_size,
                     "step_ms": statistics.median(values),
                     "spread": spread(values),
@@ -138,29 +90,23 @@ def summarize(
 
 def main(options: Options) -> None:
     device = pick_device(options.device)
-    half = pick_compute_dtype("auto", device)
-    modes = {"eager": Variant(dtype=half)}
-    if device.type == "cpu":
-        modes["eager, freed memory returned"] = Variant(dtype=half, keep_memory=False)
-    if options.compiled or device.type == "cuda":
-        modes["compiled"] = Variant(dtype=half, compile_mode="default")
-    if device.type == "cuda":
-        modes["eager, CUDA graph"] = Variant(dtype=half, cuda_graph=True)
-        modes["compiled, CUDA graph"] = Variant(dtype=half, compile_mode="default", cuda_graph=True)
-        modes["compiled, the compiler's graphs"] = Variant(dtype=half, compile_mode="reduce-overhead")
-    workloads: dict[str, Callable[[], float]] = {}
-    for batch_size in options.batch_sizes:
-        for name, variant in modes.items():
-            workloads[f"{name}, {batch_size}"] = (
-                timed_step(variant, batch_size, device)
-                if variant.keep_memory
-                else OwnProcess(timed_step, variant, batch_size, device)
-            )
-    workloads["matmul"] = lambda: measure_matmul_tflops(device, half)
-    samples = interleave(workloads, options.rounds)
+    half = DTYPES[pick_precision("auto", device)]
+    modes = variants(options, device)
+    workloads: dict[str, Workload] = {}
+    with ExitStack() as processes:
+        for batch_size in options.batch_sizes:
+            for name, variant in modes.items():
+                workloads[f"{name}, {batch_size}"] = (
+                    step_ms(variant, batch_size, device)
+                    if variant.keep_memory
+                    else processes.enter_context(OwnProcess(step_ms, variant, batch_size, device))
+                )
+        workloads["matmul"] = lambda: measure_matmul_tflops(device, half)
+        samples = interleave(workloads, options.rounds)
 
-    rows = summarize(samples, list(modes), options.batch_sizes, half)
-    path = save("step", device, {"rounds": options.rounds, "rows": rows, "samples": samples})
+    rows = summarize(samples, modes, options.batch_sizes)
+    facts = {"rounds": options.rounds, "width": options.width}
+    path = save("step", device, facts | {"rows": rows, "samples": samples})
     show(
         f"one training step, median of {options.rounds}",
         ["variant", "batch", "ms", "spread", "images/s", "TFLOP/s", "of matmul rate"],

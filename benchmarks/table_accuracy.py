@@ -5,9 +5,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks import airbench, committed, published, recipes
+from benchmarks import airbench, committed
+from benchmarks.accuracy import compared_table, points, table
 from benchmarks.committed import CommittedRun, link, preset_name, results_of
-from benchmarks.report import markdown, software
+from benchmarks.harness import markdown, software
+from benchmarks.research import published
 from fasttrain.system.machine import hardware_name
 
 NOT_MEASURED = "Not measured yet."
@@ -24,7 +26,7 @@ def presets_table(results: Path) -> str:
             if run is None:
                 continue
             datasets.add(values["dataset"])
-            accuracy = f"{recipes.points(row['accuracy'])}, n = {row['accuracy']['n']}"
+            accuracy = f"{points(row['accuracy'])}, n = {row['accuracy']['n']}"
             rows.append([name, str(row["epochs"]), accuracy, seconds_per_epoch(run), run.hardware])
     columns = ["preset", "epochs", "test accuracy, %", "seconds an epoch", "machine"]
     return (
@@ -93,7 +95,7 @@ def final_table(results: Path) -> str:
         rows = [row | {"recipe": preset_name(row["recipe"])} for values in group for row in values["rows"]]
         software = "\n".join(f"- {row['recipe']}: {'; '.join(row['software'])}" for row in rows)
         parts.append(
-            f"{markdown(*recipes.table({'mode': 'final', 'rows': rows}))}\n\nWidth {width}, {trained} In "
+            f"{markdown(*table({'mode': 'final', 'rows': rows}))}\n\nWidth {width}, {trained} In "
             f"brackets: 95% confidence interval of the mean (Student's t, over seeds). Training seconds: "
             f"median.\n\n{software}"
         )
@@ -107,7 +109,7 @@ def ablations_table(results: Path) -> str:
         epochs = next(iter(values["epochs"].values()))
         rows = [row | {"name": preset_name(row["name"])} for row in values["rows"]]
         parts.append(
-            f"{markdown(*recipes.compared_table('change', rows))}\n\n{epochs} epochs, width "
+            f"{markdown(*compared_table('change', rows))}\n\n{epochs} epochs, width "
             f"{values['width']}, {recipes_caption(values)}"
         )
     return "\n\n".join(parts) or NOT_MEASURED
@@ -116,7 +118,7 @@ def ablations_table(results: Path) -> str:
 def quality_table(results: Path) -> str:
     """How encoding the images more coarsely changes the accuracy on held-out ones."""
     parts = [
-        f"{markdown(*recipes.compared_table('images', values['rows']))}\n\n"
+        f"{markdown(*compared_table('images', values['rows']))}\n\n"
         f"`{preset_name(values['recipe']['name'])}`, {values['recipe']['epochs']} epochs, width "
         f"{values['width']}, {recipes_caption(values)}"
         for values in results_of(results, "quality")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.committed import files_of, link, results_of
-from benchmarks.report import markdown, software
+from benchmarks.harness import markdown, software
 from fasttrain.system.machine import hardware_name
 
 

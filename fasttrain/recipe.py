@@ -218,7 +218,7 @@ PRESETS: dict[str, Recipe] = {
         # `fast` with another optimizer, and another network, than those that the project is about.
         dataclasses.replace(
             _FAST,
-            name="record",
+            name="speedrun",
             epochs=4,
             optimizer="muon",
             weight_decay=0.05,

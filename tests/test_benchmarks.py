@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,18 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import (
-    airbench,
-    designs,
-    gpu_report,
-    peers,
-    published,
-    report,
-    scaling,
-    tables,
-    train,
-)
+from benchmarks import accuracy, airbench, harness, peers, tables
+from benchmarks import all as all_benchmarks
+from benchmarks.all import Part
 from benchmarks.peers import check
+from benchmarks.research import designs, published
 from fasttrain.data.build import build_loader
 from fasttrain.data.dataset import Dataset, Split
 from fasttrain.errors import UserError
@@ -42,43 +36,117 @@ def test_workloads_take_turns() -> None:
         calls.append(name)
         return figure
 
-    samples = report.interleave({"a": lambda: workload("a", 1.0), "b": lambda: workload("b", 2.0)}, rounds=2)
+    samples = harness.interleave({"a": lambda: workload("a", 1.0), "b": lambda: workload("b", 2.0)}, rounds=2)
     assert calls == ["a", "b", "a", "b"] and samples == {"a": [1.0, 1.0], "b": [2.0, 2.0]}
-    assert report.spread([9.0, 10.0, 12.0]) == pytest.approx(0.15)
 
 
-def test_one_command_runs_every_benchmark(dataset_dir: Path, tmp_path: Path) -> None:
-    """What a visit to a GPU runs, tiny and on the CPU: the script and every part of it."""
-    options = ["--small", "--minutes", "60", "--data-dir", str(dataset_dir), "--out", str(tmp_path)]
-    command = [sys.executable, "-m", "benchmarks.gpu_report", *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    logs = "\n".join(path.read_text() for path in tmp_path.glob("*.log"))
-    assert done.returncode == 0, done.stdout + logs
-    for benchmark in (
-        *(
-            "machine",
-            "train-default",
-            "designs",
-            "step",
-            "networks",
-            "ladder",
-            "loader",
-            "folder",
-            "start",
-            "scaling",
-        ),
+@pytest.fixture(scope="module")
+def small_visit(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that a visit to a GPU leaves behind, tiny and on the CPU: every part of `benchmarks.all`."""
+    out = tmp_path_factory.mktemp("visit")
+    flags = ["--plan", "gpu", "--small", "--minutes", "60", "--data-dir", str(dataset_dir), "--out", str(out)]
+    done = run_benchmark("all", *flags, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return out
+
+
+def run_benchmark(name: str, *flags: str, cwd: Path, **names: str) -> subprocess.CompletedProcess[str]:
+    """A script of benchmarks/ with nothing of ours in the environment but `names`."""
+    env = {key: value for key, value in os.environ.items() if key != "FASTTRAIN_RESULTS"}
+    command = [sys.executable, "-m", f"benchmarks.{name}", *flags]
+    env |= {"PYTHONPATH": str(ROOT), **names}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=1200)
+
+
+def test_one_command_runs_every_benchmark(small_visit: Path) -> None:
+    measured = {path.stem: json.loads(path.read_text()) for path in small_visit.glob("*-*/*.json")}
+    speed = {"machine", "step", "loader", "ladder", "scaling", "start", "folder", "designs", "networks"}
+    assert {*measured} == speed | {"final-default"}
+    for name, values in measured.items():
+        assert values["rows"] and values["machine"]["torch"], name
+    assert (small_visit / "profile" / "trace.json").exists()
+    assert "conv" in (small_visit / "profile.log").read_text()
+    assert len(list(small_visit.glob("runs/*-default/result.json"))) == 2
+    plans = {*all_benchmarks.BENCH, *all_benchmarks.GPU}
+    assert plans - {path.stem for path in small_visit.glob("*.log")} == {"airbench", "folder-run"}
+
+
+def test_no_part_ends_with_a_traceback(small_visit: Path) -> None:
+    for log in small_visit.glob("*.log"):
+        assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def test_every_table_fits_80_columns_when_piped(small_visit: Path) -> None:
+    tables = {}
+    for log in small_visit.glob("*.log"):
+        blocks = re.split(r"\n\s*\n", log.read_text())
+        found = [block for block in blocks if re.search(r"^ *─+ *$", block, re.MULTILINE)]
+        assert all(len(line) <= 80 for block in found for line in block.splitlines()), log.read_text()
+        assert not any("…" in block for block in found), log.read_text()
+        tables[log.stem] = len(found)
+    assert {name for name, count in tables.items() if not count} <= {
+        "tests",
+        "run-cold",
+        "run-warm",
+        "profile",
+    }
+
+
+def test_a_table_wraps_its_names_and_keeps_its_figures_whole(capsys) -> None:
+    figures = ["4,096", "1,234,567", "12,345.6", "+1,234.5%", "±123.4%", "100%"]
+    name = "float32, channels_last, albumentations + DataLoader, freed memory returned"
+    harness.show("a table", ["name", *map("of the {}".format, figures)], [[name, *figures], ["b", *figures]])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert all(out.count(figure) >= 2 for figure in figures) and "…" not in out
+    assert all(word in out for word in name.split())
+
+
+def test_what_a_user_measures_is_not_what_git_has(tmp_path: Path) -> None:
+    """`make bench` writes into a folder that git ignores; RESULTS= makes it publish."""
+    before = {path: path.stat().st_mtime_ns for path in harness.PUBLISHED.rglob("*")}
+    done = run_benchmark("all", "--small", "--only", "machine", "start", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = {path.name for path in tmp_path.glob("bench-results/*/*.json")}
+    assert written == {"machine.json", "start.json"}
+    assert before == {path: path.stat().st_mtime_ns for path in harness.PUBLISHED.rglob("*")}
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert "/bench-results/" in ignored
+    for variable, expected in (
+        ("", ""),
+        ("RESULTS=benchmarks/results", 'FASTTRAIN_RESULTS="benchmarks/results" '),
     ):
-        [path] = tmp_path.glob(f"*/{benchmark}.json")
-        values = json.loads(path.read_text())
-        assert values["rows"] and values["machine"]["torch"], benchmark
-    assert "conv" in (tmp_path / "profile.log").read_text() and (tmp_path / "profile" / "trace.json").exists()
-    assert len(list(tmp_path.glob("runs/*-default/result.json"))) == 2
+        command = ["make", "-n", "bench", *variable.split()]
+        lines = subprocess.run(
+            command, capture_output=True, text=True, cwd=ROOT, check=True
+        ).stdout.splitlines()
+        assert lines[-1].startswith(f'{expected}".venv/bin/python" -m benchmarks.all'), lines
+
+
+def test_figures_are_published_where_the_environment_says(tmp_path: Path) -> None:
+    flags = ["--small", "--only", "machine", "--out", str(tmp_path / "out")]
+    done = run_benchmark("all", *flags, cwd=tmp_path, FASTTRAIN_RESULTS=str(tmp_path / "published"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(tmp_path.glob("published/*/machine.json")) and not list(tmp_path.glob("out/*/*.json"))
+
+
+def test_processes_end_with_their_block() -> None:
+    with harness.OwnProcess(own_process_id) as process:
+        number = int(process())
+        os.kill(number, 0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(number, 0)
+
+
+def own_process_id() -> harness.Workload:
+    return lambda: float(os.getpid())
 
 
 def test_the_dynamic_mode_makes_the_same_batches(dataset: Dataset) -> None:
     recipe, device = Recipe(batch_size=16), torch.device("cpu")
     theirs = designs.dynamic_mode(dataset, recipe, device)
-    ours = build_loader(dataset, recipe, train=True, kind="dali", device=device)
+    ours = build_loader(dataset, recipe, train=True, loader="dali", device=device)
     for _ in range(2):  # two epochs, so beyond what was captured
         for (expected_images, expected_labels), (images, labels) in zip(ours, theirs, strict=False):
             assert torch.equal(images, expected_images) and torch.equal(labels, expected_labels)
@@ -86,45 +154,32 @@ def test_the_dynamic_mode_makes_the_same_batches(dataset: Dataset) -> None:
 
 def test_what_does_not_fit_into_the_minutes_is_left_out_and_named(tmp_path, monkeypatch, capsys) -> None:
     sleep = [sys.executable, "-c", "import time; time.sleep(1)"]
-    monkeypatch.setattr(gpu_report, "parts", lambda options: [("one", 60, sleep), ("two", 60, sleep)])
-    monkeypatch.setattr(gpu_report, "ENOUGH_SECONDS", 5)
+    two = [Part("one", 60, sleep), Part("two", 60, sleep)]
+    monkeypatch.setattr(all_benchmarks, "parts", lambda options: two)
+    monkeypatch.setattr(all_benchmarks, "ENOUGH_SECONDS", 5)
     with pytest.raises(SystemExit):
-        gpu_report.main(gpu_report.Options(out=tmp_path, minutes=5.5 / 60))
+        all_benchmarks.main(all_benchmarks.Options(out=tmp_path, minutes=5.5 / 60))
     out = capsys.readouterr().out
     assert "done" in out and "left out" in out and not (tmp_path / "two.log").exists()
 
 
-def test_jpeg_files_are_timed_or_the_peers_absence_is_told(tmp_path: Path) -> None:
-    tiny = ["--rounds", "1", "--small", "100", "--photos", "100", "--seconds", "0.1", "--cores", "1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.folder", *tiny],
-        env=os.environ | {"FASTTRAIN_RESULTS": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    [path] = tmp_path.glob("*/folder.json")
-    values = json.loads(path.read_text())
+def test_jpeg_files_are_timed_or_the_peers_absence_is_told(small_visit: Path) -> None:
+    [path] = small_visit.glob("*/folder.json")
+    values, log = json.loads(path.read_text()), (small_visit / "folder.log").read_text()
     found = {(row["images"], row["way"]) for row in values["rows"]}
-    assert len(found) + 2 * len(values["missing"]) == 8
+    assert len(found) + 2 * len(values["missing"]) == 8 + 2 * torch.cuda.is_available()
     of_small = values["pixel_differences"]["32x32"]
     assert all(found == {"share": 0.0, "largest": 0} for found in of_small.values())  # libjpeg-turbo both
     assert all(row["images_per_sec"] > 0 for row in values["rows"])
-    for name in values["missing"]:
-        assert name in done.stdout
+    assert all(name in log for name in values["missing"])
 
 
 def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path: Path, monkeypatch, capsys) -> None:
     commands = {"fails": "raise SystemExit(3)", "hangs": "import time; time.sleep(60)", "works": "print(1)"}
-    monkeypatch.setattr(
-        gpu_report,
-        "parts",
-        lambda options: [(name, 1, [sys.executable, "-c", code]) for name, code in commands.items()],
-    )
+    found = [Part(name, 1, [sys.executable, "-c", code]) for name, code in commands.items()]
+    monkeypatch.setattr(all_benchmarks, "parts", lambda options: found)
     with pytest.raises(SystemExit):
-        gpu_report.main(gpu_report.Options(out=tmp_path))
+        all_benchmarks.main(all_benchmarks.Options(plan="gpu", out=tmp_path))
     out = capsys.readouterr().out
     assert "exit status 3" in out and "stopped after 1 s" in out and "done" in out
     assert (tmp_path / "works.log").read_text() == "1\n"
@@ -132,30 +187,27 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path: Path, monke
 
 def test_parts_are_run_again_by_name(tmp_path: Path, monkeypatch, capsys) -> None:
     done = [sys.executable, "-c", "print(1)"]
-    monkeypatch.setattr(gpu_report, "parts", lambda options: [("one", 60, done), ("two", 60, done)])
-    gpu_report.main(gpu_report.Options(out=tmp_path, only=("two",)))
+    two = [Part("one", 60, done), Part("two", 60, done)]
+    monkeypatch.setattr(all_benchmarks, "parts", lambda options: two)
+    all_benchmarks.main(all_benchmarks.Options(out=tmp_path, only=("two",)))
     assert (tmp_path / "two.log").exists() and not (tmp_path / "one.log").exists()
     with pytest.raises(UserError, match="--only 'three': expected some of 'one', 'two'"):
-        gpu_report.main(gpu_report.Options(out=tmp_path, only=("three",)))
+        all_benchmarks.main(all_benchmarks.Options(out=tmp_path, only=("three",)))
 
 
-def test_a_summary_keeps_every_seed_apart_from_its_mean() -> None:
-    run = {"test_accuracy": 0.9, "epoch_seconds": [1.0, 3.0], "train_seconds": 4.0, "compile_seconds": 2.0}
-    run |= {"wall_seconds": 9.0, "data_wait_share": 0.01, "mfu": None, "epoch_accuracy": [0.91, 0.9]}
-    again = run | {
-        "test_accuracy": 0.8,
-        "epoch_seconds": [1.0, 1.0],
-        "compile_seconds": 0.1,
-        "wall_seconds": 5.0,
-        "epoch_accuracy": [0.8, 0.92],
-    }
-    rows = {row["figure"]: row for row in train.summarize([run, again])}
-    assert rows["test accuracy"]["mean"] == pytest.approx(0.85) and rows["test accuracy"]["n"] == 2
-    assert rows["seconds per epoch"]["n"] == 4 and rows["seconds per epoch"]["max"] == 3
-    assert rows["wall seconds, cold"]["mean"] == 9 and rows["wall seconds, later runs"]["mean"] == 5
-    assert rows["compile seconds, cold"]["stdev"] is None and "mfu" not in rows
-    to_90 = rows["train seconds to 90%"]
-    assert (to_90["min"], to_90["max"], to_90["n"]) == (1, 2, 2) and "train seconds to 94%" not in rows
+def test_the_times_of_a_recipe_keep_the_first_run_apart() -> None:
+    def trained(epoch_accuracy: list[float], **figures: Any) -> Any:
+        result = {"train_seconds": 4.0, "data_wait_share": 0.01, "mfu": None} | figures
+        return SimpleNamespace(result=result, column=lambda _: epoch_accuracy)
+
+    first = trained([0.91, 0.9], epoch_seconds=[1.0, 3.0], compile_seconds=2.0, wall_seconds=9.0)
+    second = trained([0.8, 0.92], epoch_seconds=[1.0, 1.0], compile_seconds=0.1, wall_seconds=5.0)
+    found = accuracy.times([first, second])
+    assert found["seconds per epoch"]["n"] == 4 and found["seconds per epoch"]["max"] == 3
+    assert found["wall seconds, first run"]["mean"] == 9 and found["wall seconds, later runs"]["mean"] == 5
+    assert found["compile seconds, first run"]["stdev"] is None and "mfu" not in found
+    to_90 = found["train seconds to 90%"]
+    assert (to_90["min"], to_90["max"], to_90["n"]) == (1, 2, 2) and "train seconds to 94%" not in found
 
 
 @pytest.mark.parametrize("peer", peers.PEERS)
@@ -180,14 +232,13 @@ def test_a_peer_does_the_same_work(peer: str) -> None:
 
 def test_the_check_of_peers_names_what_differs() -> None:
     """On our own network's normalised batches, whole and with each part of the work left out."""
-    images_NCHW = check.ramp_images(8100).transpose(0, 3, 1, 2)
-    split = Split(images_NCHW, np.zeros(8100, np.uint8))
+    split = Split(check.ramp_images(8100), np.zeros(8100, np.uint8))
     dataset = Dataset("ramp", Path("nowhere"), ("a",), split, split, check.MEAN, check.STD)
 
     def differences(std=check.STD, **fields: Any) -> str:
         model = CustomResNet(mean=check.MEAN, std=std)
         recipe = Recipe(batch_size=300, **fields)
-        loader = build_loader(dataset, recipe, train=True, kind="tensor", device=torch.device("cpu"))
+        loader = build_loader(dataset, recipe, train=True, loader="tensor", device=torch.device("cpu"))
         batches = [(model.normalize(images), labels) for images, labels in loader]
         return " ".join(check.differences(check.statistics(batches, 8100)))
 
@@ -196,11 +247,6 @@ def test_the_check_of_peers_names_what_differs() -> None:
     assert "mirrored" in differences(flip=False)
     assert "[49]" in differences(cutout=7)
     assert "not the normalised pixels" in differences(std=(0.25, 0.251, 0.25))
-
-
-def test_exponents_are_the_slopes_of_every_round() -> None:
-    values = [2, 4, 8]
-    assert scaling.exponents(values, [[4.0, 2.0], [16.0, 4.0], [64.0, 8.0]]) == pytest.approx([2.0, 1.0])
 
 
 class FakeAirbench:
@@ -275,7 +321,7 @@ def test_trainings_of_a_published_recipe_are_read_where_they_are_and_refused_for
     monkeypatch.setattr(published, "trained", training)
     monkeypatch.setattr(peers, "load", lambda peer: None)
     monkeypatch.setitem(sys.modules, "airbench", ModuleType("airbench"))
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(harness, "MEASURED", tmp_path / "results")
     options = {"data": "synthetic", "data_dir": tmp_path / "data", "device": "cpu", "out": tmp_path / "runs"}
     published.main(published.Options(seeds=1, **options))  # type: ignore[arg-type]
     published.main(published.Options(seeds=3, **options))  # type: ignore[arg-type]
@@ -301,7 +347,7 @@ def test_the_public_trainer_sees_the_same_images_and_is_read_as_it_prints(datase
     [samples] = airbench.in_turn(trainings, seeds=1)
     assert len(package.seen) == 2  # the first one warms up
     images = package.seen[0]
-    assert torch.equal(images["images"].permute(0, 3, 1, 2), torch.from_numpy(dataset.train.images))
+    assert torch.equal(images["images"], torch.from_numpy(dataset.train.images))
     assert images["labels"].tolist() == dataset.train.labels.tolist()
     assert len(images["test"]["labels"]) == len(dataset.test.labels)
     ours, theirs = airbench.summarize(samples)

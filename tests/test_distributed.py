@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.soak import outcome, same
 from fasttrain import trainer
 from fasttrain.checkpoint.file import load_checkpoint
 from fasttrain.checkpoint.manager import Pace
@@ -26,6 +25,7 @@ from fasttrain.model import build_model
 from fasttrain.runtime import Runtime
 from tests.distributed_job import FOUND_LR, RUN_RECIPE, STEP_RECIPE, steps
 from tests.helpers import CPU, loader_of
+from tests.soak.kill import outcome, same
 
 ROOT = Path(__file__).resolve().parents[1]
 TEST_IMAGES = 41  # no two ranks can have equally many

@@ -9,7 +9,7 @@ import torch
 from matplotlib.image import imread
 
 from fasttrain import lr_finder, trainer
-from fasttrain.__main__ import main
+from fasttrain.cli import main
 from fasttrain.data.build import pick_loader
 from fasttrain.errors import UserError
 from fasttrain.lr_finder import LrCurve, LrSearch, find_max_lr

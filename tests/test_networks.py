@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.networks import REMEDIES
+from benchmarks.research.networks import REMEDIES
 from fasttrain.model import CustomResNet
 
 

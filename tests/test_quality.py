@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import quality, report, tables
+from benchmarks import harness, tables
+from benchmarks.research import quality
 from fasttrain import trainer
 from fasttrain.data import dataset
 from fasttrain.data.sources import cifar
@@ -24,11 +25,11 @@ def test_coarser_images_are_farther_from_the_original_and_their_labels_stay(data
     assert coarser.name.endswith("encoded once more at q10")
 
 
-def test_it_trains_at_every_quality_and_goes_on_where_it_stopped(
+def test_it_trains_at_every_quality_and_continues_where_it_stopped(
     dataset_dir: Path, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setattr(trainer, "measure_matmul_tflops", lambda *_, **__: 1.0)
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(harness, "MEASURED", tmp_path / "results")
     recipe = tmp_path / "tiny.json"
     recipe.write_text(json.dumps({"name": "tiny", "batch_size": 16, "loader": "tensor"}))
     options = quality.Options(

@@ -17,9 +17,9 @@ def test_the_assignment_is_faithful() -> None:
     assert not recipe.test_flip and recipe.early_resolution == 0
 
 
-def test_only_the_record_has_another_optimizer_than_adams() -> None:
+def test_only_the_speedrun_has_another_optimizer_than_adams() -> None:
     others = {name for name, recipe in PRESETS.items() if recipe.optimizer not in ("adam", "adamw")}
-    assert others == {"record"}
+    assert others == {"speedrun"}
 
 
 def test_a_field_that_a_file_lacks_is_off() -> None:
@@ -95,5 +95,5 @@ def test_a_bad_recipe_file_is_refused_with_its_name(tmp_path, content: str) -> N
 
 @pytest.mark.parametrize("name", ["fastest", "missing.json", ""])
 def test_an_unknown_recipe_is_refused_with_the_names_that_exist(name: str) -> None:
-    with pytest.raises(UserError, match="auto, default, assignment, fast, record, laptop"):
+    with pytest.raises(UserError, match="auto, default, assignment, fast, speedrun, laptop"):
         load_recipe(name)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.soak import outcome, same
 from fasttrain import trainer
 from fasttrain.checkpoint import manager
 from fasttrain.checkpoint import resume as resume_module
@@ -31,6 +30,7 @@ from fasttrain.step import TrainStep
 from fasttrain.system import precision
 from fasttrain.system.files import hold_folder
 from fasttrain.tools.evaluate_checkpoint import evaluate_checkpoint
+from tests.soak.kill import outcome, same
 
 RECIPE = Recipe(
     name="tiny", epochs=3, batch_size=16, width=2, dropout=0.1, compute_dtype="fp32", loader="tensor"

@@ -4,9 +4,9 @@ Images lie decoded and padded in memory: a GPU's own where they fit, the host's 
 is copied out; DALI mirrors half of them, cuts out a square, and hands the result to
 torch without a copy.
 
-Two things that DALI 2.4 charges for shape this file (docs/lab-notebook.md). Random choices come as a condition
-or as one tensor, never as a scalar of each image: it checks the whole batch anew whenever it reads one. And
-every run of a pipeline has its price, whatever it carries: one run makes several small batches, cut apart
+Two things that DALI 2.4 charges for shape this file (docs/lab-notebook.md). Random choices come as a
+condition or as one tensor, never as a scalar of each image: it checks the whole batch again whenever it reads
+one. And every chunk has its price, whatever it carries: one chunk makes several small batches, cut apart
 afterwards.
 Axis suffixes: N images, C channels, H rows, W columns.
 """

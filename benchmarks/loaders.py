@@ -1,49 +1,55 @@
 """Images per second of the loaders: ours, one reused batch, and what people would pick instead.
 
-    python -m benchmarks.loader [--rounds 3] [--cores 1 2] [--batch-sizes 128 512 4096]
+    python -m benchmarks.loaders [--rounds 3] [--cores 1 2] [--batch-sizes 128 512 4096]
 
-Three questions: how fast is each loader on so many cores, how does the batch size change that, and what does
-each cost in a real training step. The work is the same for all: crop, flip, cutout, and the normalised batch
-in floating point that the first convolution takes (benchmarks/peers/check.py holds them to it). Ours deliver
-bytes, which the network normalises: its time for that is counted. Random pixels stand for CIFAR-10: no
-loader's speed depends on what they show.
+Three questions: how fast is each loader on one core, two, four, ..., how does the batch size change that, and
+what does each cost in a real training step. The work is the same for all: crop, flip, cutout, and the
+normalised batch in floating point that the first convolution takes (benchmarks/peers/check.py verifies it).
+Ours deliver bytes, which the network normalises: its time for that is counted. Random pixels stand for
+CIFAR-10: no loader's speed depends on the picture.
 """
 
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.report import interleave, run, save, show, spread
-from benchmarks.step import Variant, build_step, random_batch
-from fasttrain.data.build import LoaderName, build_loader, pick_loader
-from fasttrain.data.dataset import Dataset, Split
-from fasttrain.model import CustomResNet, build_model
+from benchmarks.harness import Workload, interleave, on_cores, run, save, say, show
+from benchmarks.stats import spread
+from benchmarks.workloads import (
+    Batch,
+    build_step,
+    endless,
+    loader_names,
+    network,
+    random_batch,
+    random_dataset,
+    train_loader,
+    usual_variant,
+)
+from fasttrain.data.dataset import Dataset
 from fasttrain.recipe import Recipe
+from fasttrain.step import TrainStep
 from fasttrain.system.machine import cpu_cores, pick_device
-from fasttrain.system.precision import pick_compute_dtype, prepare
+from fasttrain.system.precision import prepare
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[Batch]
 
 REUSED = "one reused batch"
 WARM_UP_BATCHES = 8
-"""Taken before the clock starts: what loaders have prepared while others were measured does not count."""
+"""Taken before the clock starts: batches prepared while others were measured do not count."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Time the loaders alone, and in a training step."""
+    """Time the loaders by themselves, and in a training step."""
 
     rounds: int = 3
     """Samples of each loader, taken in turn."""
@@ -59,32 +65,22 @@ class Options:
     """Images per training step; by default 512 on a GPU and 128 without one."""
     images: int = 50_000
     """Size of the data set."""
+    width: int = 64
+    """Channels of the first convolution, in the training step."""
     peers: bool = True
     """Also measure the packages that people would pick instead."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
 
 
-def random_dataset(images: int) -> Dataset:
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (images, 3, 32, 32), dtype=np.uint8)
-    split = Split(pixels, rng.integers(0, 10, images, dtype=np.uint8))
-    return Dataset("random", Path(), tuple("0123456789"), split, split, (0.5,) * 3, (0.25,) * 3)
-
-
-# --------------------------------------------------------------------------------------------- contenders
+# ----------------------------------------------------------------------------------------------- contenders
 
 
 def ours(dataset: Dataset, batch_size: int, device: torch.device, threads: int) -> dict[str, Batches]:
     """Our loaders, as they deliver."""
     recipe = Recipe(batch_size=batch_size, loader_threads=threads)
-    kinds: list[LoaderName] = ["tensor"]
-    if pick_loader("auto", device, lambda _: None) == "dali":
-        kinds.insert(0, "dali")
-    return {
-        f"fasttrain, {kind}": build_loader(dataset, recipe, train=True, kind=kind, device=device)
-        for kind in kinds
-    }
+    names = loader_names(device)
+    return {f"fasttrain, {name}": train_loader(dataset, recipe, device, name) for name in names}
 
 
 def theirs(
@@ -97,7 +93,7 @@ def theirs(
     """Those of the wanted peers that are installed, and for the others the reason why not."""
     loaders: dict[str, Batches] = {}
     missing: dict[str, str] = {}
-    images_NHWC = np.ascontiguousarray(dataset.train.images.transpose(0, 2, 3, 1))
+    images_NHWC = dataset.train.images
     for peer in wanted:
         name = peers.PEERS[peer]
         try:
@@ -117,14 +113,7 @@ def theirs(
     return loaders, missing
 
 
-def endless(batches: Batches, model: CustomResNet | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Epoch after epoch; with a model, each batch as its first convolution takes it."""
-    while True:
-        for images_NCHW, labels_N in batches:
-            yield (images_NCHW if model is None else model.normalize(images_NCHW)), labels_N
-
-
-def rate(stream: Iterator[tuple[Tensor, Tensor]], device: torch.device, seconds: float) -> float:
+def rate(stream: Iterator[Batch], device: torch.device, seconds: float) -> float:
     """Images per second over about `seconds`, once the stream flows."""
     for _ in islice(stream, WARM_UP_BATCHES):
         pass
@@ -137,20 +126,33 @@ def rate(stream: Iterator[tuple[Tensor, Tensor]], device: torch.device, seconds:
     return count / (time.perf_counter() - start)
 
 
+def ms_in_a_step(stream: Iterator[Batch], step: TrainStep, device: torch.device, seconds: float) -> float:
+    """Milliseconds of a training step with its data, over about `seconds`."""
+    time.sleep(1)  # the loader measured before fills its queue first
+    step(*next(stream))
+    _wait(device)
+    steps, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        step(*next(stream))
+        steps += 1
+    _wait(device)
+    return 1000 * (time.perf_counter() - start) / steps
+
+
 def _wait(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
-# ------------------------------------------------------------------------------------------- the questions
+# -------------------------------------------------------------------------------------------- the questions
 
 
-def alone(options: Options, batch_size: int, cores: int, with_peers: bool) -> dict[str, Any]:
+def by_itself(options: Options, batch_size: int, cores: int, with_peers: bool) -> dict[str, Any]:
     """Every loader by itself: samples in images per second by name, and who is missing."""
     device = pick_device(options.device)
     prepare(device, "auto")
     dataset = random_dataset(options.images)
-    model = build_model(Recipe(), len(dataset.classes), mean=dataset.mean, std=dataset.std).to(device)
+    model = network(mean=dataset.mean, std=dataset.std).to(device)
     loaders = ours(dataset, batch_size, device, threads=cores)
     streams = {name: endless(loader, model) for name, loader in loaders.items()}
     for name, loader in ours(dataset, batch_size, device, threads=cores).items():
@@ -160,9 +162,8 @@ def alone(options: Options, batch_size: int, cores: int, with_peers: bool) -> di
         streams[REUSED] = endless([random_batch(batch_size, device, torch.channels_last)], model)
         others, missing = theirs(dataset, batch_size, device, workers=cores)
         streams |= {name: endless(loader) for name, loader in others.items()}
-    workloads: dict[str, Callable[[], float]] = {
-        name: (lambda stream=stream: rate(stream, device, options.seconds))  # type: ignore[misc]
-        for name, stream in streams.items()
+    workloads: dict[str, Workload] = {
+        name: partial(rate, stream, device, options.seconds) for name, stream in streams.items()
     }
     return {"samples": interleave(workloads, options.rounds), "missing": missing}
 
@@ -171,69 +172,39 @@ def in_a_step(options: Options, batch_size: int, cores: int) -> dict[str, Any]:
     """Every loader under real training: samples in milliseconds per step by name."""
     device = pick_device(options.device)
     dataset = random_dataset(options.images)
-    dtype = pick_compute_dtype("auto", device)
-    on_gpu = device.type == "cuda"
-    mode = "default" if on_gpu else None
-    step = build_step(Variant(dtype=dtype, compile_mode=mode, cuda_graph=on_gpu), device)
+    step = build_step(usual_variant(device, width=options.width), device)
     loaders: dict[str, Batches] = {REUSED: [random_batch(batch_size, device, torch.channels_last)]}
     loaders |= ours(dataset, batch_size, device, threads=cores)
     if options.peers:
         loaders |= theirs(dataset, batch_size, device, workers=cores)[0]
-
-    def timed(stream: Iterator[tuple[Tensor, Tensor]]) -> float:
-        steps = 0
-        time.sleep(1)  # the loader measured before goes on until its queue is full
-        step(*next(stream))
-        _wait(device)
-        start = time.perf_counter()
-        while time.perf_counter() - start < 4 * options.seconds:
-            step(*next(stream))
-            steps += 1
-        _wait(device)
-        return 1000 * (time.perf_counter() - start) / steps
-
-    streams = {name: endless(loader) for name, loader in loaders.items()}
-    workloads: dict[str, Callable[[], float]] = {
-        name: (lambda stream=stream: timed(stream))  # type: ignore[misc]
-        for name, stream in streams.items()
+    workloads: dict[str, Workload] = {
+        name: partial(ms_in_a_step, endless(loader), step, device, 4 * options.seconds)
+        for name, loader in loaders.items()
     }
     return {"samples": interleave(workloads, options.rounds)}
-
-
-def on_cores(cores: int, question: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """Ask in a process of its own that may use only so many cores, with all threads and children."""
-    if not hasattr(os, "sched_setaffinity"):
-        return question(*args)
-    available = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(available)[:cores])
-    try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(question, *args).result()
-    finally:
-        os.sched_setaffinity(0, available)
 
 
 # --------------------------------------------------------------------------------------------------- main
 
 
+def core_counts(cores: int) -> tuple[int, ...]:
+    """1, 2, 4, ... and all."""
+    return tuple(sorted({2**power for power in range(cores.bit_length())} | {cores}))
+
+
 def main(options: Options) -> None:
     device = pick_device(options.device)
     everything = cpu_cores()
-    counts = options.cores or tuple(
-        sorted(
-            {2**power for power in range(everything.bit_length()) if 2**power <= everything} | {everything}
-        )
-    )
     rows: list[dict[str, Any]] = []
     samples: dict[str, Any] = {}
     missing: dict[str, str] = {}
-    for cores in counts:
-        found = on_cores(cores, alone, options, options.batch_size, cores, options.peers)
+    for cores in options.cores or core_counts(everything):
+        found = on_cores(cores, by_itself, options, options.batch_size, cores, options.peers)
         samples[f"alone, {cores} cores"], missing = found["samples"], found["missing"]
         rows += [_rates(name, values, cores=cores) for name, values in found["samples"].items()]
-        _save(device, options, rows, samples, missing)  # whatever ends this early leaves the rest behind
+        _save(device, options, rows, samples, missing)  # if a later part fails, these are there
     for batch_size in options.batch_sizes:
-        found = on_cores(everything, alone, options, batch_size, everything, False)
+        found = on_cores(everything, by_itself, options, batch_size, everything, False)
         samples[f"alone, batch {batch_size}"] = found["samples"]
         rows += [_rates(name, values, batch_size=batch_size) for name, values in found["samples"].items()]
     step_batch_size = options.step_batch_size or (512 if device.type == "cuda" else 128)
@@ -259,9 +230,10 @@ def main(options: Options) -> None:
                 f"±{row['spread']:.1%}",
             ]
             for row in rows
-        ]
-        + [[f"{name}: {reason}", *[""] * 6] for name, reason in missing.items()],
+        ],
     )
+    for name, reason in missing.items():
+        say(f"{name}: {reason}")
     print(path)
 
 
@@ -272,8 +244,9 @@ def _save(
     samples: dict[str, Any],
     missing: dict[str, str],
 ) -> Path:
-    values = {"batch_size": options.batch_size, "images": options.images, "rounds": options.rounds}
-    return save("loader", device, values | {"rows": rows, "missing": missing, "samples": samples})
+    facts = {"batch_size": options.batch_size, "images": options.images, "width": options.width}
+    facts |= {"rounds": options.rounds}
+    return save("loader", device, facts | {"rows": rows, "missing": missing, "samples": samples})
 
 
 def _rates(name: str, values: list[float], **axis: int) -> dict[str, Any]:

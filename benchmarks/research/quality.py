@@ -1,11 +1,11 @@
-"""What the quality of the images costs: the same training on images encoded once more, ever more coarsely.
+"""What the images' quality costs: the same training on images encoded once more, at lower and lower quality.
 
-    python -m benchmarks.quality --data-dir data
-    python -m benchmarks.quality --data-dir data --qualities 50 25 --seeds 5
+    python -m benchmarks.research.quality --data-dir data
+    python -m benchmarks.research.quality --data-dir data --qualities 50 25 --seeds 5
 
-Training images and the held-out ones that measure it are encoded alike. Of images that are JPEGs already it
-shows the slope below their quality, and hints at what lies above: the cost of the first encoding itself
-cannot be seen. Runs are paired by seed, as in benchmarks/recipes.py, and it goes on where it stopped.
+Training images and the held-out ones that measure the accuracy are encoded alike. On images that are JPEGs
+already this shows the slope below their quality, and hints at the cost of the first encoding, which cannot be
+seen. Runs are paired by seed, as in benchmarks/accuracy.py; run it again to continue where it stopped.
 """
 
 import dataclasses
@@ -18,16 +18,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from benchmarks.recipes import (
-    accuracies,
-    compare,
-    compared_table,
-    hardware,
-    held_out,
-    require_counts,
-    trained,
-)
-from benchmarks.report import run, save, show
+from benchmarks.accuracy import accuracies, compared_table, hardware, held_out, trained
+from benchmarks.harness import require_counts, run, save, show
+from benchmarks.stats import compare
 from fasttrain.data.dataset import Dataset, Split, channel_statistics
 from fasttrain.data.load import load_dataset
 from fasttrain.errors import UserError
@@ -66,14 +59,14 @@ class Options:
                 raise UserError(f"--qualities {quality}: expected from 1 to 95")
 
 
-def encode(images_NCHW: np.ndarray, quality: int) -> np.ndarray:
+def encode(images_NHWC: np.ndarray, quality: int) -> np.ndarray:
     """The images (N, 3, H, W) uint8 after a JPEG encoder of this quality, with halved colour (4:2:0)."""
-    encoded_NCHW = np.empty_like(images_NCHW)
-    for image_CHW, encoded_CHW in zip(images_NCHW, encoded_NCHW, strict=True):
+    encoded_NHWC = np.empty_like(images_NHWC)
+    for image_HWC, encoded_HWC in zip(images_NHWC, encoded_NHWC, strict=True):
         file = io.BytesIO()
-        Image.fromarray(image_CHW.transpose(1, 2, 0)).save(file, "JPEG", quality=quality, subsampling="4:2:0")
-        encoded_CHW[:] = np.asarray(Image.open(file)).transpose(2, 0, 1)
-    return encoded_NCHW
+        Image.fromarray(image_HWC).save(file, "JPEG", quality=quality, subsampling="4:2:0")
+        encoded_HWC[:] = np.asarray(Image.open(file))
+    return encoded_NHWC
 
 
 def at_quality(dataset: Dataset, quality: int) -> Dataset:
@@ -89,7 +82,7 @@ def at_quality(dataset: Dataset, quality: int) -> Dataset:
 def main(options: Options) -> None:
     device = pick_device(options.device)
     recipe = dataclasses.replace(load_recipe(options.base), epochs=options.epochs, width=options.width)
-    original = held_out(load_dataset(options.data, options.data_dir, print))
+    original = held_out(load_dataset(options.data, options.data_dir))
     runs: dict[str, dict[int, Run]] = {}
     for quality in (None, *options.qualities):
         name = "as they are" if quality is None else f"q{quality}"

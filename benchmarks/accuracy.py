@@ -1,31 +1,33 @@
-"""What each field of a recipe does to the accuracy, and what the presets reach.
+"""What the presets reach over several seeds, and what each field of a recipe does to the accuracy.
 
-    python -m benchmarks.recipes --data-dir data                           # ablations of the preset `default`
-    python -m benchmarks.recipes --data-dir data --base fast --seeds 10
-    python -m benchmarks.recipes --data-dir data --mode final              # the presets, on the test images
+    python -m benchmarks.accuracy --data-dir data                         # ablations of the preset `default`
+    python -m benchmarks.accuracy --data-dir data --base fast --seeds 10
+    python -m benchmarks.accuracy --data-dir data --mode final            # the presets, on the test images
 
 Ablations change one field at a time and train on the same seeds, hence from the same first weights and on the
-same images in the same order; what counts is the difference of each pair. They never see the test images:
-the last tenth of the training images, in stored order (the release's is random), is held out and measured on.
-The final runs train on all training images and are measured on the test images; nothing is chosen by them.
+same images in the same order; the figure of interest is the difference within each pair. They never see the
+test images: the last tenth of the training images, in stored order (the release's is random), is held out and
+measured on. The final runs train on all training images and are measured on the test images; nothing is
+chosen by them. They also say how long a training takes.
 
-Run it again to go on where it stopped: finished runs are read, a run under way is resumed. Each is a run's
-folder in OUT/<mode>/<variant>/seed-<n>/, without its checkpoints once it has finished. A finished one put
-there counts as if it had been trained here, if its recipe (but for its name and test_flip) and its images are
-the right ones.
+Run it again to continue where it stopped: finished runs are read, an unfinished one is resumed. Each is a
+run's folder in OUT/<mode>/<variant>/seed-<n>/, without its checkpoints once it has finished. A finished run
+that is put there counts as if it had been trained here, if its recipe (but for its name and test_flip) and
+its images are the right ones.
 """
 
 import dataclasses
 import gc
 import json
-import math
 import statistics
 import sys
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.report import run, save, show, software
+from benchmarks.harness import require_counts, run, save, show, software
+from benchmarks.stats import compare, describe, mean_interval
 from fasttrain import trainer
 from fasttrain.data.dataset import Dataset, Split, channel_statistics
 from fasttrain.data.load import load_dataset
@@ -49,7 +51,10 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "bn_bias_lr_scale": (1.0, 4.0),
     "logit_scale": (0.25, 1.0),
 }
-"""Values that an ablation tries, each alone; those that the base recipe has already are left out."""
+"""Values that an ablation tries, one at a time; those that the base recipe has already are left out."""
+
+GOALS = (0.90, 0.94)
+"""Test accuracies that a training may reach, and after how many seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +67,7 @@ class Options:
     """The recipe that ablations change: a preset or a recipe's JSON file."""
     changes: tuple[str, ...] = ()
     """What ablations try, as label_smoothing=0.2 init=dirac; by default a value or two of each field."""
-    presets: tuple[str, ...] = ("assignment", "default", "fast", "record")
+    presets: tuple[str, ...] = ("assignment", "default", "fast", "speedrun")
     """What the final mode trains."""
     seeds: int = 5
     """Seeds 0, 1, ... train every recipe once each."""
@@ -70,7 +75,9 @@ class Options:
     """Instead of the recipe's own: fewer make it cheap."""
     width: int | None = None
     """Instead of the recipe's own: a narrow network makes it cheap."""
-    out: Path = Path("runs/recipes")
+    compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] | None = None
+    """Instead of the recipe's own."""
+    out: Path = Path("runs/accuracy")
     """Where the runs' folders are, and are made."""
     data: Literal["auto", "cifar10", "cifar100", "synthetic"] = "auto"
     """As in fasttrain train."""
@@ -81,13 +88,6 @@ class Options:
 
     def __post_init__(self) -> None:
         require_counts(seeds=self.seeds, epochs=self.epochs, width=self.width)
-
-
-def require_counts(**counts: int | None) -> None:
-    """Raise UserError, naming the flag, for a number below 1."""
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: expected at least 1")
 
 
 # --------------------------------------------------------------------------------------------- what to train
@@ -105,14 +105,14 @@ def variants(options: Options) -> dict[str, Recipe]:
             if changed != base:
                 recipes[f"{base.name}-{field}={value}"] = changed
     settings: dict[str, Any] = {"test_flip": True}
-    for field in ("epochs", "width"):
+    for field in ("epochs", "width", "compile"):
         if getattr(options, field) is not None:
             settings[field] = getattr(options, field)
     return {name: dataclasses.replace(recipe, **settings) for name, recipe in recipes.items()}
 
 
 def changes(options: Options) -> list[tuple[str, Any]]:
-    """Fields and values to try. Raises UserError for one that is not written as field=value."""
+    """Fields and values to try. Raises UserError for a change that is not written as field=value."""
     if not options.changes:
         return [(field, value) for field, values in CHANGES.items() for value in values]
     found = []
@@ -128,7 +128,7 @@ def changes(options: Options) -> list[tuple[str, Any]]:
 
 
 def held_out(dataset: Dataset) -> Dataset:
-    """The training images alone: the last tenth stands for the test images, the rest has its own statistics.
+    """Only the training images: the last tenth stands for the test images, the rest has its own statistics.
 
     The test images are in no array of it, so nothing can be chosen by them.
     """
@@ -166,7 +166,7 @@ def trained(recipe: Recipe, dataset: Dataset, folder: Path, device: str) -> Run:
                 recipe, data=dataset, out=folder, device=device, resume=resume, report=False
             )
         except Interrupted as stopped:
-            print("saved; the same command goes on from here", file=sys.stderr)
+            print("saved; the same command resumes from here", file=sys.stderr)
             sys.exit(stopped.status)
         gc.collect()  # a loader's callbacks refer to it: its images would stay for a while
         for checkpoint in found.folder.glob("*.pt"):
@@ -193,52 +193,6 @@ def require_same(found: Recipe, wanted: Recipe, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------- what it says
 
 
-def t_quantile(degrees: int) -> float:
-    """The t that Student's distribution stays within on both sides with probability 95%.
-
-    Its probability is a finite sum for whole degrees of freedom; halving an interval inverts it.
-    Source: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4.
-    """
-
-    def inside(t: float) -> float:
-        angle, odd = math.atan(t / math.sqrt(degrees)), degrees % 2
-        term, total = math.sin(angle) * (math.cos(angle) if odd else 1.0), 0.0
-        for k in range(degrees // 2):
-            total += term
-            term *= math.cos(angle) ** 2 * (2 * k + 1 + odd) / (2 * k + 2 + odd)
-        return 2 / math.pi * (angle + total) if odd else total
-
-    low, high = 0.0, 100.0
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
-    return high
-
-
-def summarize(values: list[float]) -> dict[str, Any]:
-    """Mean, n, and the 95% confidence interval of the mean; None for a single value."""
-    mean, n = statistics.mean(values), len(values)
-    interval = None
-    if n > 1:
-        half = t_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n)
-        interval = [mean - half, mean + half]
-    return {"mean": mean, "interval": interval, "n": n}
-
-
-def compare(accuracy: dict[str, dict[int, float]]) -> list[dict[str, Any]]:
-    """Per name its accuracy, given by seed, and how it differs from the first name's on the seeds of both."""
-    base = next(iter(accuracy.values()))
-    rows = []
-    for name, by_seed in accuracy.items():
-        pairs = [by_seed[seed] - base[seed] for seed in by_seed if seed in base]
-        if pairs:
-            difference = None if by_seed is base else summarize(pairs)
-            rows.append(
-                {"name": name, "accuracy": summarize(list(by_seed.values())), "difference": difference}
-            )
-    return rows
-
-
 def ablation_rows(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
     """Per variant its accuracy, and how it differs from the base, the first one."""
     base = next(iter(runs))
@@ -246,7 +200,7 @@ def ablation_rows(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
         f"none, {name}" if name == base else name.removeprefix(f"{base}-"): accuracies(by_seed)
         for name, by_seed in runs.items()
     }
-    # Where the very same runs are looked at both ways round: a second figure of each, and a pair by itself.
+    # The same runs with predictions averaged over mirror images: the two figures of a run are a pair.
     accuracy["test_flip"] = {
         seed: one.result["test_accuracy_flip"]
         for seed, one in runs[base].items()
@@ -266,7 +220,7 @@ def hardware(runs: dict[str, dict[int, Run]]) -> list[str]:
 
 
 def final_rows(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
-    """Per preset its epochs, both accuracies, the seconds of its training steps, and where it ran."""
+    """Per preset its epochs, both accuracies, its times, and where it ran."""
     rows = []
     for name, by_seed in runs.items():
         results = [one.result for one in by_seed.values()]
@@ -275,14 +229,46 @@ def final_rows(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
             {
                 "recipe": name,
                 "epochs": results[0]["epochs"],
-                "accuracy": summarize([result["test_accuracy"] for result in results]),
-                "accuracy_flip": summarize(flips) if flips else None,
+                "accuracy": mean_interval([result["test_accuracy"] for result in results]),
+                "accuracy_flip": mean_interval(flips) if flips else None,
                 "train_seconds": statistics.median(result["train_seconds"] for result in results),
+                "times": times(list(by_seed.values())),
                 "hardware": hardware({name: by_seed}),
                 "software": sorted({software(one.machine) for one in by_seed.values()}),
             }
         )
     return rows
+
+
+def times(runs: list[Run]) -> dict[str, dict[str, Any]]:
+    """Mean, spread and n of each figure of the clock over the runs of one recipe.
+
+    The first run's compiling and wall seconds stand apart: it may have met a cold cache.
+    """
+    results = [one.result for one in runs]
+    curves = [(one.result["epoch_seconds"], one.column("test_accuracy")) for one in runs]
+    figures: dict[str, list[float]] = {
+        "seconds per epoch": [seconds for result in results for seconds in result["epoch_seconds"]],
+        "train seconds": [result["train_seconds"] for result in results],
+        "compile seconds, first run": [results[0]["compile_seconds"]],
+        "wall seconds, first run": [results[0]["wall_seconds"]],
+        "wall seconds, later runs": [result["wall_seconds"] for result in results[1:]],
+        "data wait share": [result["data_wait_share"] for result in results],
+        **{
+            f"train seconds to {goal:.0%}": [
+                seconds for curve in curves if (seconds := seconds_to(goal, *curve)) is not None
+            ]
+            for goal in GOALS
+        },
+        "mfu": [result["mfu"] for result in results if result["mfu"] is not None],
+    }
+    return {figure: describe(values) for figure, values in figures.items() if values}
+
+
+def seconds_to(goal: float, epoch_seconds: list[float], epoch_accuracy: list[float]) -> float | None:
+    """Training seconds up to the first epoch whose test accuracy reaches the goal; None if none does."""
+    clock = accumulate(epoch_seconds)
+    return next((s for s, a in zip(clock, epoch_accuracy, strict=True) if a >= goal), None)
 
 
 def collect(options: Options, dataset: Dataset, recipes: dict[str, Recipe], runs: Any) -> dict[str, Any]:
@@ -357,10 +343,27 @@ def table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["recipe", "epochs", "test accuracy, %", "with test_flip, %", "training s", "machine", "n"], rows
 
 
+def times_table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows, as text, of the times that the final mode's rows hold."""
+    rows = [
+        [
+            f"{row['recipe']}, {figure}",
+            f"{found['mean']:,.4g}",
+            "-" if found["stdev"] is None else f"{found['stdev']:,.2g}",
+            f"{found['min']:,.4g}",
+            f"{found['max']:,.4g}",
+            str(found["n"]),
+        ]
+        for row in values["rows"]
+        for figure, found in row["times"].items()
+    ]
+    return ["figure", "mean", "stdev", "min", "max", "n"], rows
+
+
 def main(options: Options) -> None:
     device = pick_device(options.device)
     recipes = variants(options)
-    dataset = load_dataset(options.data, options.data_dir, print)
+    dataset = load_dataset(options.data, options.data_dir)
     if options.mode == "ablations":
         dataset = held_out(dataset)
     cheap = [f"{options.epochs}-epochs"] * (options.epochs is not None)
@@ -370,7 +373,7 @@ def main(options: Options) -> None:
     benchmark = "-".join([options.mode, *about, *cheap])
 
     runs: dict[str, dict[int, Run]] = {}
-    for seed in range(options.seeds):  # every recipe before the next seed: whatever ends this leaves pairs
+    for seed in range(options.seeds):  # every recipe before the next seed: if this is stopped, pairs remain
         for number, (name, recipe) in enumerate(recipes.items(), start=1):
             print(f"seed {seed}, recipe {number}/{len(recipes)}: {name}", file=sys.stderr)
             seeded = dataclasses.replace(recipe, seed=seed)
@@ -379,6 +382,8 @@ def main(options: Options) -> None:
             values = collect(options, dataset, recipes, runs)
             path = save(benchmark, device, values)
     show(f"{dataset.name}; mean (95% interval)", *table(values))
+    if options.mode == "final":
+        show("times", *times_table(values))
     print(path)
 
 

@@ -1,10 +1,9 @@
-"""The same network, computed otherwise: remedies for slow operators, each beside the network as it is.
+"""The same network, computed in other ways: remedies for slow operators, each beside the network as it is.
 
-    python -m benchmarks.networks [--rounds 5] [--batch-size 512]
+    python -m benchmarks.research.networks [--rounds 5] [--batch-size 512]
 
-Every one has the same parameters and the same results but for rounding, and for what a maximum's gradient
-does where values tie. A remedy that pays belongs into fasttrain/model.py; those here did not, or were never
-measured (benchmarks/LOG.md).
+Each has the same parameters, and the same results but for rounding and for the gradient of a maximum where
+values tie. A remedy that pays off belongs in fasttrain/model.py; these did not, or were never measured.
 """
 
 import statistics
@@ -16,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.report import interleave, run, save, show, spread
-from benchmarks.step import Variant, timed_step, unchanged
+from benchmarks.harness import Workload, interleave, run, save, show
+from benchmarks.stats import spread
+from benchmarks.step import step_ms
+from benchmarks.workloads import unchanged, usual_variant
 from fasttrain.model import CustomResNet
 from fasttrain.system.machine import pick_device
-from fasttrain.system.precision import pick_compute_dtype
 
 Change = Callable[[CustomResNet], None]
 """Of a network, in place."""
@@ -41,7 +41,7 @@ class Options:
 
 
 class PaddedConv(nn.Conv2d):
-    """A convolution of three channels as one of eight, with zeros: what tensor cores take in NHWC."""
+    """A convolution of three channels as one of eight, with zeros, which suits tensor cores in NHWC."""
 
     channels = 8
 
@@ -149,17 +149,10 @@ def row(name: str, values: list[float], baseline: list[float]) -> dict[str, Any]
 
 def main(options: Options) -> None:
     device = pick_device(options.device)
-    on_gpu = device.type == "cuda"
 
-    def timed(change: Change) -> Callable[[], float]:
-        variant = Variant(
-            dtype=pick_compute_dtype("auto", device),
-            compile_mode="default" if on_gpu else None,
-            cuda_graph=on_gpu,
-            change=change,
-            width=options.width,
-        )
-        return timed_step(variant, options.batch_size, device)
+    def timed(change: Change) -> Workload:
+        variant = usual_variant(device, change=change, width=options.width)
+        return step_ms(variant, options.batch_size, device)
 
     settings = {"batch_size": options.batch_size, "width": options.width, "rounds": options.rounds}
     as_it_is = timed(unchanged)
@@ -169,10 +162,10 @@ def main(options: Options) -> None:
         found = interleave({AS_IT_IS: as_it_is, name: timed(change)}, options.rounds)
         rows.append(row(name, found[name], found[AS_IT_IS]))
         samples[name] = found
-        # Each is compiled anew: whatever ends this early leaves those before it.
+        # Each compiles for a while: if this is stopped, those before it are saved.
         path = save("networks", device, settings | {"rows": rows, "samples": samples})
     show(
-        f"the same network computed otherwise, batch {options.batch_size}, median of {options.rounds}",
+        f"the same network computed in other ways, batch {options.batch_size}, median of {options.rounds}",
         ["network", "ms per step", "spread", "change"],
         [
             [row["network"], f"{row['step_ms']:,.2f}", f"±{row['spread']:.1%}", f"{row['change']:+.1%}"]

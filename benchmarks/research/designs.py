@@ -1,6 +1,6 @@
 """Other ways to build the DALI pipeline, beside the one that fasttrain has.
 
-    python -m benchmarks.designs [--rounds 5] [--batch-size 512] [--step]
+    python -m benchmarks.research.designs [--rounds 5] [--batch-size 512] [--step]
 
 Each changes one thing. Images per second as delivered, and with --step the cost in a real training step; all
 take turns. Random pixels stand for CIFAR-10.
@@ -8,30 +8,37 @@ take turns. Random pixels stand for CIFAR-10.
 
 import dataclasses
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from benchmarks.loader import REUSED, endless, random_dataset, rate
-from benchmarks.report import interleave, run, save, show, spread
-from benchmarks.step import Variant, build_step, random_batch
+from benchmarks.harness import Workload, interleave, run, save, show
+from benchmarks.loaders import REUSED, ms_in_a_step, rate
+from benchmarks.stats import spread
+from benchmarks.workloads import (
+    Batch,
+    build_step,
+    endless,
+    random_batch,
+    random_dataset,
+    train_loader,
+    usual_variant,
+)
 from fasttrain.data import dali
-from fasttrain.data.build import build_loader
-from fasttrain.data.crops import pad, windows
+from fasttrain.data.crops import crop_views, pad
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.sampler import Augmentation, Sampler
 from fasttrain.recipe import Recipe
 from fasttrain.system.machine import cpu_cores, pick_device
-from fasttrain.system.precision import pick_compute_dtype, prepare
+from fasttrain.system.precision import prepare
 
-Stream = Iterator[tuple[Tensor, Tensor]]
+Stream = Iterator[Batch]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +75,7 @@ def changed(**constants: Any) -> Iterator[None]:
 def ours(dataset: Dataset, recipe: Recipe, device: torch.device, **constants: Any) -> Stream:
     """Our pipeline, with other constants."""
     with changed(**constants):
-        stream = endless(build_loader(dataset, recipe, train=True, kind="dali", device=device))
+        stream = endless(train_loader(dataset, recipe, device, "dali"))
         next(stream)  # builds the pipeline
     return stream
 
@@ -76,7 +83,7 @@ def ours(dataset: Dataset, recipe: Recipe, device: torch.device, **constants: An
 def all_in_one_operator(dataset: Dataset, recipe: Recipe, device: torch.device, threads: int) -> Stream:
     """Whole padded images into crop_mirror_normalize, which crops, mirrors, normalises and casts to fp16.
 
-    Its choices are scalars of each image, and a batch is a run.
+    Its choices are scalars of each image, and every batch is a chunk of its own.
     """
     from nvidia.dali import fn, pipeline_def, types
 
@@ -84,14 +91,17 @@ def all_in_one_operator(dataset: Dataset, recipe: Recipe, device: torch.device, 
     images_NHWC = pad(dataset.train.images, recipe.crop_padding)
     labels_N = dataset.train.labels.astype(np.int64)
     augmentation, sampler = choices(recipe, dataset)
-    room, side = augmentation.room, augmentation.crop
+    max_offset, side = augmentation.max_offset, augmentation.resolution
 
     def source(info: Any) -> list[np.ndarray]:
         indices = sampler(info.iteration)
         draws = augmentation.draw(info.iteration, sampler.epoch(info.iteration), indices)
-        places = [(draws.columns / room).astype(np.float32), (draws.rows / room).astype(np.float32)]
+        places = [
+            (draws.columns / max_offset).astype(np.float32),
+            (draws.rows / max_offset).astype(np.float32),
+        ]
         batch = [images_NHWC[indices], labels_N[indices], *places, draws.mirrored.astype(np.int32)]
-        corners = draws.holes + np.stack((draws.rows, draws.columns), 1)
+        corners = draws.cutout_corners + np.stack((draws.rows, draws.columns), 1)
         return [*batch, corners.astype(np.float32)]
 
     @pipeline_def(
@@ -132,14 +142,14 @@ def all_in_one_operator(dataset: Dataset, recipe: Recipe, device: torch.device, 
 
 
 def dynamic_mode(dataset: Dataset, recipe: Recipe, device: torch.device) -> Stream:
-    """Operators called from Python, captured as a pipeline on the first turn; a batch is a run.
+    """Operators called from Python, captured as a pipeline on the first turn; every batch is a chunk.
 
     A captured loop knows no condition of each image, so flip takes a scalar of each.
     """
     import nvidia.dali.experimental.dynamic as dynamic
 
     augmentation, sampler = choices(recipe, dataset)
-    cut = windows(pad(dataset.train.images, recipe.crop_padding), augmentation.crop)
+    cut = crop_views(pad(dataset.train.images, recipe.crop_padding), augmentation.resolution)
     labels_N = dataset.train.labels.astype(np.int64)
     fill = [float(round(255 * value)) for value in dataset.mean]
     steps = count()
@@ -149,7 +159,7 @@ def dynamic_mode(dataset: Dataset, recipe: Recipe, device: torch.device) -> Stre
         indices = sampler(step)
         draws = augmentation.draw(step, sampler.epoch(step), indices)
         images = dynamic.as_batch(cut[indices, draws.rows, draws.columns], layout="HWC")
-        others = (labels_N[indices], draws.mirrored.astype(np.int32), draws.holes.astype(np.float32))
+        others = (labels_N[indices], draws.mirrored.astype(np.int32), draws.cutout_corners.astype(np.float32))
         return images, *map(dynamic.as_batch, others)
 
     for images, labels, mirrored, corners in dynamic.ExternalSource(source, num_outputs=4).captured(
@@ -168,8 +178,8 @@ def choices(recipe: Recipe, dataset: Dataset) -> tuple[Augmentation, Sampler]:
     """What the recipe draws for every batch of the training images."""
     sampler = Sampler(len(dataset.train.labels), recipe.batch_size, train=True, seed=recipe.seed)
     augmentation = Augmentation(
-        crop=dataset.train.images.shape[-1],
-        room=2 * recipe.crop_padding,
+        resolution=dataset.train.images.shape[1],
+        max_offset=2 * recipe.crop_padding,
         flip=recipe.flip,
         cutout=recipe.cutout,
         seed=recipe.seed,
@@ -178,62 +188,35 @@ def choices(recipe: Recipe, dataset: Dataset) -> tuple[Augmentation, Sampler]:
 
 
 def designs(dataset: Dataset, recipe: Recipe, device: torch.device) -> dict[str, Stream]:
-    """Every design's batches, without an end."""
+    """Every design's endless batches."""
     found = {
         "fasttrain's": ours(dataset, recipe, device),
-        "a run for every batch": ours(dataset, recipe, device, CHUNK_BYTES=0),
-        "runs of 8,192 images": ours(dataset, recipe, device, CHUNK_BYTES=4 * dali.CHUNK_BYTES),
-        "one run ahead, not two": ours(dataset, recipe, device, PREFETCH=1),
-        "four runs ahead": ours(dataset, recipe, device, PREFETCH=4),
+        "a chunk for every batch": ours(dataset, recipe, device, CHUNK_BYTES=0),
+        "chunks of 8,192 images": ours(dataset, recipe, device, CHUNK_BYTES=4 * dali.CHUNK_BYTES),
+        "one chunk ahead, not two": ours(dataset, recipe, device, PREFETCH=1),
+        "four chunks ahead": ours(dataset, recipe, device, PREFETCH=4),
         "one thread": ours(dataset, dataclasses.replace(recipe, loader_threads=1), device),
         "dynamic mode, captured": dynamic_mode(dataset, recipe, device),
         "crop_mirror_normalize, float16": all_in_one_operator(dataset, recipe, device, recipe.loader_threads),
     }
     if device.type == "cuda":
-        found["records in the host's memory"] = ours(dataset, recipe, device, RESIDENT_SHARE=0.0)
+        found["images in the host's memory"] = ours(dataset, recipe, device, RESIDENT_SHARE=0.0)
     return found
 
 
 def in_a_step(streams: dict[str, Stream], options: Options, device: torch.device) -> dict[str, list[float]]:
     """Milliseconds of a training step with each design's bytes, and with one reused batch."""
-    on_gpu = device.type == "cuda"
-    dtype = pick_compute_dtype("auto", device)
-    variant = Variant(dtype=dtype, compile_mode="default" if on_gpu else None, cuda_graph=on_gpu)
-    step = build_step(variant, device)
-
-    def timed(stream: Stream) -> float:
-        time.sleep(0.2)  # the pipeline measured before goes on until its queue is full
-        step(*next(stream))
-        step.take_metrics()  # waits for the device
-        steps, start = 0, time.perf_counter()
-        while time.perf_counter() - start < 2 * options.seconds:
-            step(*next(stream))
-            steps += 1
-        step.take_metrics()
-        return 1000 * (time.perf_counter() - start) / steps
-
+    step = build_step(usual_variant(device), device)
     reused = endless([random_batch(options.batch_size, device, torch.channels_last)])
-    workloads: dict[str, Callable[[], float]] = {
-        name: (lambda stream=stream: timed(stream))  # type: ignore[misc]
+    workloads: dict[str, Workload] = {
+        name: partial(ms_in_a_step, stream, step, device, 2 * options.seconds)
         for name, stream in {REUSED: reused, **streams}.items()
     }
     return interleave(workloads, options.rounds)
 
 
-def main(options: Options) -> None:
-    device = pick_device(options.device)
-    prepare(device, "auto")
-    recipe = Recipe(batch_size=options.batch_size, loader_threads=cpu_cores())
-    streams = designs(random_dataset(options.images), recipe, device)
-    workloads: dict[str, Callable[[], float]] = {
-        name: (lambda stream=stream: rate(stream, device, options.seconds))  # type: ignore[misc]
-        for name, stream in streams.items()
-    }
-    samples: dict[str, Any] = {"alone": interleave(workloads, options.rounds)}
-    if options.step or device.type == "cuda":
-        # The network takes bytes: what arrives normalised already is measured alone only.
-        of_bytes = {name: s for name, s in streams.items() if "normalize" not in name}
-        samples["in a step"] = in_a_step(of_bytes, options, device)
+def summarize(samples: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
+    """A row per design; its cost in a step where that was measured."""
     stepped = samples.get("in a step", {})
     rows = []
     for name, values in samples["alone"].items():
@@ -243,6 +226,23 @@ def main(options: Options) -> None:
             row["step_ms"] = statistics.median(stepped[name])
             row["overhead"] = row["step_ms"] / statistics.median(stepped[REUSED]) - 1
         rows.append(row)
+    return rows
+
+
+def main(options: Options) -> None:
+    device = pick_device(options.device)
+    prepare(device, "auto")
+    recipe = Recipe(batch_size=options.batch_size, loader_threads=cpu_cores())
+    streams = designs(random_dataset(options.images), recipe, device)
+    workloads: dict[str, Workload] = {
+        name: partial(rate, stream, device, options.seconds) for name, stream in streams.items()
+    }
+    samples = {"alone": interleave(workloads, options.rounds)}
+    if options.step or device.type == "cuda":
+        # The network takes bytes: designs that deliver normalised images are measured by themselves only.
+        of_bytes = {name: s for name, s in streams.items() if "normalize" not in name}
+        samples["in a step"] = in_a_step(of_bytes, options, device)
+    rows = summarize(samples)
     values = {"batch_size": options.batch_size, "rounds": options.rounds, "rows": rows, "samples": samples}
     path = save("designs", device, values)
     show(

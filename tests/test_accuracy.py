@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import recipes, report, tables
-from benchmarks.recipes import Options
+from benchmarks import accuracy, harness, tables
+from benchmarks.accuracy import Options
+from benchmarks.stats import mean_interval
 from fasttrain import trainer
 from fasttrain.checkpoint.file import load_checkpoint
 from fasttrain.data import dataset
@@ -27,8 +28,8 @@ from fasttrain.system.machine import hardware_name
 def tiny(monkeypatch, tmp_path) -> list[Recipe]:
     """No measuring, results in a folder of the test's own; returns the recipes that were trained."""
     monkeypatch.setattr(trainer, "measure_matmul_tflops", lambda *_, **__: 1.0)
-    monkeypatch.setattr(trainer, "_find_max_lr", lambda *_: 0.002)
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(trainer.Trainer, "_find_max_lr", lambda _: 0.002)
+    monkeypatch.setattr(harness, "MEASURED", tmp_path / "results")
     begun: list[Recipe] = []
     train = trainer.train
 
@@ -62,7 +63,7 @@ def result(tmp_path: Path, name: str) -> dict[str, Any]:
 
 
 def test_ablations_pair_the_seeds_and_change_one_field(base, dataset_dir, tmp_path, tiny, capsys) -> None:
-    recipes.main(options(base, dataset_dir, tmp_path))
+    accuracy.main(options(base, dataset_dir, tmp_path))
     assert len(tiny) == 6
     for seed in (0, 1):
         plain, *others = [recipe for recipe in tiny if recipe.seed == seed]
@@ -73,16 +74,16 @@ def test_ablations_pair_the_seeds_and_change_one_field(base, dataset_dir, tmp_pa
     assert values["dataset"] == "synthetic, the last 6 training images held out"
     assert (values["train_images"], values["test_images"], values["n"], values["width"]) == (58, 6, 2, 4)
     assert set(values["epochs"].values()) == {2}
-    accuracy = {(run["variant"], run["seed"]): run["test_accuracy"] for run in values["runs"]}
+    measured = {(run["variant"], run["seed"]): run["test_accuracy"] for run in values["runs"]}
     changed = {row["name"]: row for row in values["rows"]}
     assert list(changed) == ["none, tiny", "flip_order=alternating", "ema_epochs=0.5", "test_flip"]
     for change in ("flip_order=alternating", "ema_epochs=0.5"):
-        pairs = [accuracy[f"tiny-{change}", seed] - accuracy["tiny", seed] for seed in (0, 1)]
-        assert changed[change]["difference"] == recipes.summarize(pairs)
+        pairs = [measured[f"tiny-{change}", seed] - measured["tiny", seed] for seed in (0, 1)]
+        assert changed[change]["difference"] == mean_interval(pairs)
     assert "flip_order=alternating" in capsys.readouterr().out
     table = tables.ablations_table(tmp_path / "results")
     [ema] = [line for line in table.splitlines() if line.startswith("| ema_epochs=0.5")]
-    assert recipes.points(changed["ema_epochs=0.5"]["difference"], "+") in ema
+    assert accuracy.points(changed["ema_epochs=0.5"]["difference"], "+") in ema
     assert "2 epochs, width 4" in table and "held out" in table
     assert tables.final_table(tmp_path / "results") == "Not measured yet."
 
@@ -95,14 +96,14 @@ def test_a_difference_is_that_of_the_pairs_that_both_have() -> None:
         }
 
     base, other = runs(s0=0.5, s1=0.7, s2=0.9), runs(s0=0.6, s1=0.9)
-    first, changed, flip = recipes.ablation_rows({"tiny": base, "tiny-cutout=4": other})
+    first, changed, flip = accuracy.ablation_rows({"tiny": base, "tiny-cutout=4": other})
     assert first["name"] == "none, tiny" and first["accuracy"]["mean"] == pytest.approx(0.7)
     assert changed["name"] == "cutout=4" and changed["difference"]["n"] == 2
     assert changed["difference"]["mean"] == pytest.approx(0.15)  # of +0.1 and +0.2
     assert flip["name"] == "test_flip" and flip["difference"]["mean"] == pytest.approx(0.25)
 
 
-def test_it_goes_on_where_it_stopped(base, dataset_dir, tmp_path, tiny, monkeypatch, capsys) -> None:
+def test_it_continues_where_it_stopped(base, dataset_dir, tmp_path, tiny, monkeypatch, capsys) -> None:
     """A first visit ends in the middle of the third run; the second trains what is left of it and no more."""
     take = TrainStep.__call__
     steps: list[int] = []
@@ -115,21 +116,21 @@ def test_it_goes_on_where_it_stopped(base, dataset_dir, tmp_path, tiny, monkeypa
 
     monkeypatch.setattr(TrainStep, "__call__", stepped)
     with pytest.raises(SystemExit) as stopped:
-        recipes.main(options(base, dataset_dir, tmp_path))
-    assert stopped.value.code == 143 and "the same command goes on" in capsys.readouterr().err
+        accuracy.main(options(base, dataset_dir, tmp_path))
+    assert stopped.value.code == 143 and "the same command resumes" in capsys.readouterr().err
     assert len(result(tmp_path, "ablations-tiny")["runs"]) == 2
-    recipes.main(options(base, dataset_dir, tmp_path))
+    accuracy.main(options(base, dataset_dir, tmp_path))
     assert len(steps) == 6 * 6 and len(tiny) == 3 + 4
     values = result(tmp_path, "ablations-tiny")
     assert [run["resumed"] for run in values["runs"] if run["variant"] == "tiny-ema_epochs=0.5"] == [1, 0]
     assert not list((tmp_path / "runs").rglob("*.pt"))
-    recipes.main(options(base, dataset_dir, tmp_path))
+    accuracy.main(options(base, dataset_dir, tmp_path))
     assert len(steps) == 6 * 6 and len(tiny) == 3 + 4
 
 
 def test_the_test_images_are_not_among_those_of_an_ablation(dataset_dir) -> None:
     whole = cifar.read(dataset_dir)
-    split = recipes.held_out(whole)
+    split = accuracy.held_out(whole)
     kept = np.concatenate([split.train.images, split.test.images])
     assert np.array_equal(kept, whole.train.images) and len(split.test.labels) == 6
     assert split.mean == dataset.channel_statistics(split.train.images)[0] != whole.mean
@@ -146,7 +147,7 @@ def test_a_finished_run_put_there_is_read_and_not_trained(base, dataset_dir, tmp
     machine = json.loads((folder / "machine.json").read_text())
     elsewhere = machine | {"cpu_model": "Other", "git_commit": "0123456789"}
     (folder / "machine.json").write_text(json.dumps(elsewhere))
-    recipes.main(options(base, dataset_dir, tmp_path, mode="final", presets=(str(base),)))
+    accuracy.main(options(base, dataset_dir, tmp_path, mode="final", presets=(str(base),)))
     assert [recipe.seed for recipe in tiny] == [1, 0]
     assert load_checkpoint(folder / "last.pt")  # nobody else's checkpoints are removed
     values = result(tmp_path, "final-tiny")
@@ -163,30 +164,30 @@ def test_a_finished_run_put_there_is_read_and_not_trained(base, dataset_dir, tmp
     ("spoil", "said"), [({"cutout": 4}, "--cutout 4 instead of 8"), ({"seed": 3}, "--seed 3 instead of 0")]
 )
 def test_a_run_of_another_recipe_is_refused_by_name(spoil, said, base, dataset_dir, tmp_path) -> None:
-    recipes.main(options(base, dataset_dir, tmp_path, changes=("cutout=4",), seeds=1))
+    accuracy.main(options(base, dataset_dir, tmp_path, changes=("cutout=4",), seeds=1))
     [path] = (tmp_path / "runs" / "ablations" / "tiny" / "seed-0").glob("*/recipe.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | spoil))
     with pytest.raises(UserError, match=said):
-        recipes.main(options(base, dataset_dir, tmp_path, changes=("cutout=4",), seeds=1))
+        accuracy.main(options(base, dataset_dir, tmp_path, changes=("cutout=4",), seeds=1))
 
 
 def test_a_run_on_other_images_is_refused(base, dataset_dir, tmp_path) -> None:
-    recipes.main(options(base, dataset_dir, tmp_path, changes=("cutout=4",), seeds=1))
+    accuracy.main(options(base, dataset_dir, tmp_path, changes=("cutout=4",), seeds=1))
     [path] = (tmp_path / "runs" / "ablations" / "tiny" / "seed-0").glob("*/result.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dataset": "synthetic"}))
     with pytest.raises(UserError, match="its images are synthetic, not synthetic, the last 6"):
-        recipes.main(options(base, dataset_dir, tmp_path, changes=("cutout=4",), seeds=1))
+        accuracy.main(options(base, dataset_dir, tmp_path, changes=("cutout=4",), seeds=1))
 
 
 def test_every_preset_has_its_fields_ablated_and_no_value_is_tried_against_itself() -> None:
     for name in ("default", "fast"):
-        found = recipes.variants(Options(base=name))
+        found = accuracy.variants(Options(base=name))
         assert next(iter(found)) == name and len(set(map(repr, found.values()))) == len(found)
         fields = {key.removeprefix(f"{name}-").split("=")[0] for key in list(found)[1:]}
-        assert fields == set(recipes.CHANGES)
+        assert fields == set(accuracy.CHANGES)
         assert all(recipe.test_flip for recipe in found.values())
-    final = recipes.variants(Options(mode="final", epochs=3))
-    assert list(final) == ["assignment", "default", "fast", "record"]
+    final = accuracy.variants(Options(mode="final", epochs=3))
+    assert list(final) == ["assignment", "default", "fast", "speedrun"]
     assert final["assignment"] == dataclasses.replace(PRESETS["assignment"], test_flip=True, epochs=3)
 
 
@@ -200,14 +201,4 @@ def test_every_preset_has_its_fields_ablated_and_no_value_is_tried_against_itsel
 )
 def test_a_change_that_is_none_is_one_line(changes, said) -> None:
     with pytest.raises(UserError, match=said):
-        recipes.variants(Options(changes=changes))
-
-
-def test_intervals_are_students() -> None:
-    """Against the tables of every textbook."""
-    tabled = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 30: 2.042, 199: 1.972}
-    assert {df: round(recipes.t_quantile(df), 3) for df in tabled} == tabled
-    summary = recipes.summarize([1.0, 2.0, 3.0])
-    assert (summary["mean"], summary["n"]) == (2, 3)
-    assert summary["interval"] == pytest.approx([2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5], rel=1e-4)
-    assert recipes.summarize([1.0])["interval"] is None
+        accuracy.variants(Options(changes=changes))

@@ -1,6 +1,6 @@
 """Images per second from JPEG files: the first read of a folder, and the epochs from what it leaves.
 
-    python -m benchmarks.folder [--rounds 3] [--cores 2] [--data PATH]
+    python -m benchmarks.research.folder [--rounds 3] [--cores 2] [--data PATH]
 
 Two questions, each beside what decodes in every epoch: torchvision's ImageFolder under torch's DataLoader,
 and DALI's own reader and decoder, by nvJPEG too where there is an NVIDIA GPU. The first read lists, decodes
@@ -13,7 +13,7 @@ Without --data the folder is generated: textures as JPEG of quality 75, small on
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -25,9 +25,10 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.loader import endless, on_cores, rate
-from benchmarks.report import interleave, run, save, show, spread
-from fasttrain.data.build import build_loader, pick_loader
+from benchmarks.harness import Workload, interleave, on_cores, run, save, say, show
+from benchmarks.loaders import rate
+from benchmarks.stats import spread
+from benchmarks.workloads import endless, train_loader
 from fasttrain.data.sources import folder, synthetic
 from fasttrain.data.sources.image import decode
 from fasttrain.recipe import Recipe
@@ -79,7 +80,7 @@ def write_folder(root: Path, images: int, size: tuple[int, int]) -> Path:
     return root
 
 
-def read_anew(root: Path, resolution: int) -> Callable[[], float]:
+def read_anew(root: Path, resolution: int) -> Workload:
     """Images per second of first reads, each into a cache of its own."""
     number = count()
 
@@ -92,7 +93,7 @@ def read_anew(root: Path, resolution: int) -> Callable[[], float]:
     return sample
 
 
-def from_cache(root: Path, cache: Path, options: Options) -> Callable[[], float]:
+def from_cache(root: Path, cache: Path, options: Options) -> Workload:
     """Images per second of our loader, once the folder is decoded."""
     dataset = folder.read(root, cache, resolution=options.resolution)
     recipe = Recipe(
@@ -100,12 +101,11 @@ def from_cache(root: Path, cache: Path, options: Options) -> Callable[[], float]
         batch_size=min(BATCH_SIZE, len(dataset.train.labels)),
         loader_threads=options.cores,
     )
-    kind = pick_loader("auto", CPU, print)
-    stream = endless(build_loader(dataset, recipe, train=True, kind=kind, device=CPU))
+    stream = endless(train_loader(dataset, recipe, CPU))
     return lambda: rate(stream, CPU, options.seconds)
 
 
-def dali_reader(root: Path, options: Options, device: torch.device) -> Callable[[], float]:
+def dali_reader(root: Path, options: Options, device: torch.device) -> Workload:
     """Images per second of DALI's reader and decoder: nvJPEG on an NVIDIA GPU, libjpeg-turbo on a CPU."""
     stream = dali_batches(sorted((root / "train").glob("*/*")), options, device)
     next(stream)  # builds the pipeline, which raises ImportError where DALI is not installed
@@ -157,7 +157,7 @@ def pixel_differences(root: Path, options: Options, device: torch.device) -> dic
     return {"share": float((difference > 0).mean()), "largest": int(difference.max())}
 
 
-def image_folder(root: Path, options: Options) -> Callable[[], float]:
+def image_folder(root: Path, options: Options) -> Workload:
     """Images per second of one epoch of torchvision's. Raises ImportError where it is not installed."""
     peers.load("torchvision")
     from torch.utils.data import DataLoader
@@ -192,7 +192,7 @@ def measure(options: Options, root: Path) -> dict[str, Any]:
     torch.set_num_threads(options.cores)
     missing: dict[str, str] = {}
     differences: dict[str, dict[str, float]] = {}
-    workloads: dict[str, Callable[[], float]] = {}
+    workloads: dict[str, Workload] = {}
     try:  # first: its workers are forked, which hangs once DALI's threads are there
         workloads[THEIRS] = image_folder(root, options)
     except ImportError as error:
@@ -253,12 +253,12 @@ def main(options: Options) -> None:
     )
     for images, ways in differences.items():
         for way, difference in ways.items():
-            print(
+            say(
                 f"{images}, {way}: {difference['share']:.1%} of the bytes differ from what training and "
                 f"predict see, by {difference['largest']} at most"
             )
     for name, reason in missing.items():
-        print(f"{name}: {reason}")
+        say(f"{name}: {reason}")
     print(path)
 
 

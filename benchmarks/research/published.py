@@ -1,13 +1,13 @@
 """What these images cost a recipe whose accuracy on the original CIFAR-10 is known.
 
-    python -m benchmarks.published --data-dir data [--seeds 5]
+    python -m benchmarks.research.published --data-dir data [--seeds 5]
 
 airbench94 of cifar10-airbench (`pip install airbench`) has its own network, optimizer and augmentation. On
 the original images its author had 94.01% on average of 1,000 runs, predictions averaged over mirrored and
-shifted images. What it reaches on other images, as on CIFAR-10 encoded as JPEGs, differs from that by the
-images alone, but for the precision: on a GPU it trains in float16, as published, on a CPU in float32.
+shifted images. On other images, such as CIFAR-10 encoded as JPEGs, the difference comes from the images only,
+apart from the precision: on a GPU it trains in float16, as published, on a CPU in float32.
 
-Every training leaves a file in OUT; run it again to go on where it stopped.
+Every training leaves a file in OUT; run it again to continue where it stopped.
 """
 
 import contextlib
@@ -25,9 +25,10 @@ import torch
 from torch import nn
 
 from benchmarks import peers
+from benchmarks.accuracy import points
 from benchmarks.airbench import Sample, theirs, write_images
-from benchmarks.recipes import points, require_counts, summarize
-from benchmarks.report import run, save, show
+from benchmarks.harness import require_counts, run, save, show
+from benchmarks.stats import mean_interval
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.load import load_dataset
 from fasttrain.errors import UserError
@@ -118,11 +119,11 @@ def trained(package: Any, dataset: Dataset, seed: int, device: torch.device) -> 
 
 def collect(dataset: Dataset, samples: list[Sample]) -> dict[str, Any]:
     """What the JSON file holds: the two accuracies, and what is missing to the original images' figure."""
-    with_averages = summarize([sample["accuracy_tta"] for sample in samples])
+    with_averages = mean_interval([sample["accuracy_tta"] for sample in samples])
     published = ON_THE_ORIGINALS["accuracy_tta"]
     return {
         "dataset": dataset.name,
-        "accuracy": summarize([sample["accuracy"] for sample in samples]),
+        "accuracy": mean_interval([sample["accuracy"] for sample in samples]),
         "accuracy_tta": with_averages,
         "published": ON_THE_ORIGINALS,
         "cost": {
@@ -165,7 +166,7 @@ def main(options: Options) -> None:
         raise UserError(f"airbench: not installed ({error}): pip install -e '.[bench]'") from error
     if device.type == "cpu":
         keep_freed_memory()
-    dataset = load_dataset(options.data, options.data_dir, print)
+    dataset = load_dataset(options.data, options.data_dir)
     options.out.mkdir(parents=True, exist_ok=True)
     samples = []
     for seed in range(options.seeds):

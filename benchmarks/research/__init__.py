@@ -1,0 +1,1 @@
+"""Questions that were asked once; nothing here is part of `make bench`."""

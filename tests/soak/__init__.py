@@ -1,0 +1,1 @@
+"""Killed runs, corrupt files and memory, for minutes: `make soak`."""

@@ -1,0 +1,218 @@
+"""Files are damaged and read: each must be refused in one line, or be read as if nothing had changed."""
+
+import copy
+import json
+import random
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain import trainer
+from fasttrain.checkpoint.file import LAST
+from fasttrain.checkpoint.fingerprint import fingerprint
+from fasttrain.checkpoint.state import RunState
+from fasttrain.data.build import build_loader
+from fasttrain.data.dataset import Dataset
+from fasttrain.data.sources import cifar, synthetic
+from fasttrain.errors import UserError
+from fasttrain.model import build_model
+from fasttrain.recipe import Recipe, load_recipe
+from fasttrain.report.run import load_run
+from fasttrain.runtime import Runtime
+from fasttrain.step import TrainStep
+from fasttrain.system.machine import describe
+from tests.soak.kill import same
+
+CPU = torch.device("cpu")
+RUNTIME = Runtime(device=CPU, precision="fp32", loader="tensor")
+HANG_SECONDS = 60
+"""Reading a damaged file that takes longer counts as a hang."""
+NARROW = 2
+"""Width of the network: its weights do not matter here, and this is a thousandth of the work."""
+
+
+def tiny_run(dataset: Dataset, recipe: Recipe, steps: int) -> RunState:
+    """A run that has trained for some steps of its first epoch."""
+    torch.manual_seed(recipe.seed)
+    loader = build_loader(dataset, recipe, train=True, loader="tensor", device=CPU)
+    step = TrainStep(
+        build_model(recipe, len(dataset.classes), mean=dataset.mean, std=dataset.std),
+        recipe,
+        RUNTIME,
+        max_lr=0.01,
+        total_steps=recipe.epochs * len(loader),
+    )
+    identity = fingerprint(recipe, dataset, RUNTIME, world_size=1)
+    state = RunState(step, loader, dataset, fingerprint=identity, machine=describe(CPU))
+    for _, (images_NCHW, labels_N) in zip(range(steps), loader, strict=False):  # draws no batch too many
+        step(images_NCHW, labels_N)
+    return state
+
+
+def damage_bytes(content: bytes, rng: random.Random) -> bytes:
+    """Flip, cut, blank, repeat or replace a part."""
+    first = rng.randrange(len(content) + 1)
+    last = min(len(content), first + rng.choice((1, 1, 1, 2, 8, 100, 4000)))
+    kind = rng.choice(("flip", "flip", "flip", "cut", "drop", "blank", "repeat", "noise", "nest"))
+    if kind == "flip" and first < len(content):
+        changed = bytearray(content)
+        changed[first] ^= 1 << rng.randrange(8)
+        return bytes(changed)
+    middle = {
+        "blank": bytes(last - first),
+        "repeat": content[first:last] * 2,
+        "noise": rng.randbytes(last - first),
+        "nest": b"[" * 100_000,
+    }.get(kind, b"")
+    return content[:first] + middle + (b"" if kind == "cut" else content[last:])
+
+
+def damage_value(state: Any, rng: random.Random) -> Any:
+    """A copy in which one leaf of nested dicts and lists is gone, or of another type, shape or sign."""
+    if isinstance(state, dict) and state:
+        key = rng.choice(list(state))
+        if rng.random() < 0.15:
+            return {name: value for name, value in state.items() if name != key}
+        return state | {key: damage_value(state[key], rng)}
+    if isinstance(state, list) and state and rng.random() < 0.9:
+        index = rng.randrange(len(state))
+        return [*state[:index], damage_value(state[index], rng), *state[index + 1 :]]
+    if isinstance(state, Tensor) and rng.random() < 0.7:
+        poisoned = state.float().flatten().clone()
+        if len(poisoned):
+            poisoned[rng.randrange(len(poisoned))] = rng.choice((float("nan"), float("inf")))
+        return rng.choice((state[..., None], state.double(), poisoned.reshape(state.shape)))
+    return rng.choice(
+        (None, "text", float("nan"), float("-inf"), -1, -0.5, [], {}, [[]], torch.ones(3), b"\0")
+    )
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError within the block when it takes longer. For the main thread."""
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError(f"no answer in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class BadInputs:
+    """Damages one file of a kind at a time; each method returns what a correct program makes of it.
+
+    A reader either raises UserError, or returns True where the damage changed nothing that counts.
+    """
+
+    def __init__(self, work: Path, rng: random.Random) -> None:
+        self.work, self.rng = work, rng
+        synthetic.generate(work / "images", train_count=20, test_count=5)
+        self.dataset = cifar.read(work / "images")
+        self.recipe = Recipe(name="soak", epochs=2, batch_size=4, width=NARROW, dropout=0.1, loader="tensor")
+        self.state = copy.deepcopy(tiny_run(self.dataset, self.recipe, 3).state_dict()) | {"ranks": []}
+        torch.save(self.state, work / LAST)
+        self.run = tiny_run(self.dataset, self.recipe, 0)
+        self.content = (work / LAST).read_bytes()
+        self.folder = finished_run(work)
+
+    def checkpoint_bytes(self) -> bool:
+        (self.work / LAST).write_bytes(damage_bytes(self.content, self.rng))
+        return self._loads_the_same()
+
+    def checkpoint_values(self) -> bool:
+        torch.save(damage_value(self.state, self.rng), self.work / LAST)
+        return self._loads_the_same()
+
+    def _loads_the_same(self) -> bool:
+        self.run.load(self.work / LAST)
+        restored = self.run.state_dict()
+        untouched = {
+            key: value for key, value in self.state.items() if key not in ("progress", "optimizer", "ranks")
+        }
+        return (
+            all(same(restored[key], value) for key, value in untouched.items())
+            and same(restored["optimizer"]["state"], self.state["optimizer"]["state"])
+            and restored["progress"]["epochs"] == self.state["progress"]["epochs"]
+        )
+
+    def recipe_file(self) -> bool:
+        path = self.work / "recipe.json"
+        path.write_bytes(damage_bytes(json.dumps(self.recipe.to_dict()).encode(), self.rng))
+        read = load_recipe(str(path))  # another value may be a recipe too, but then a valid one
+        return Recipe(**read.to_dict()) == read
+
+    def run_files(self) -> bool:
+        names = ("recipe.json", "machine.json", "metrics.jsonl", "result.json")
+        damaged = self.work / "damaged"
+        shutil.rmtree(damaged, ignore_errors=True)
+        shutil.copytree(self.folder, damaged)
+        path = damaged / self.rng.choice(names)
+        path.write_bytes(damage_bytes(path.read_bytes(), self.rng))
+        read = load_run(damaged)
+        return read.steps_per_epoch >= 0 and bool(read.hardware)
+
+    def records(self) -> bool:
+        damaged = self.work / "records"
+        shutil.rmtree(damaged, ignore_errors=True)
+        shutil.copytree(self.work / "images", damaged)
+        path = self.rng.choice([path for path in sorted(damaged.rglob("*")) if path.is_file()])
+        path.write_bytes(damage_bytes(path.read_bytes(), self.rng))
+        read = cifar.read(damaged)  # a set that names itself has no checksums to be held against ...
+        identity = ("dataset", "the images' SHA-256")
+        now = fingerprint(self.recipe, read, RUNTIME, world_size=1)
+        unchanged = all(now[key] == self.run.fingerprint[key] for key in identity)
+        same_statistics = (read.mean, read.std) == (self.dataset.mean, self.dataset.std)
+        return same_statistics or not unchanged  # ... but no run is resumed on other images
+
+
+def finished_run(work: Path) -> Path:
+    """The folder of a finished run; its files are the ones that a reader of runs meets."""
+    original = trainer.measure_matmul_tflops
+    trainer.measure_matmul_tflops = lambda *_, **__: 1.0
+    try:
+        recipe = Recipe(name="soak", epochs=2, batch_size=4, width=NARROW, loader="tensor")
+        trainer.train(recipe, data_dir=work / "images", out=work / "runs", device="cpu", report=False)
+    finally:
+        trainer.measure_matmul_tflops = original
+    [folder] = (work / "runs").iterdir()
+    return folder
+
+
+def bad_input_campaign(work: Path, count: int, rng: random.Random) -> dict[str, Any]:
+    """Damage `count` files; returns how many were refused, how many changed nothing, and what went wrong."""
+    inputs = BadInputs(work, rng)
+    kinds = (
+        inputs.checkpoint_bytes,
+        inputs.checkpoint_values,
+        inputs.recipe_file,
+        inputs.run_files,
+        inputs.records,
+    )
+    results: dict[str, Any] = {"tried": 0, "refused": 0, "harmless": 0, "wrong": []}
+    for turn in range(count):
+        kind = kinds[turn % len(kinds)]
+        results["tried"] += 1
+        try:
+            with time_limit(HANG_SECONDS):
+                if kind():
+                    results["harmless"] += 1
+                else:
+                    results["wrong"].append(f"{kind.__name__} {turn}: accepted in silence")
+        except UserError as error:
+            if "\n" in str(error):
+                results["wrong"].append(f"{kind.__name__} {turn}: more than one line")
+            results["refused"] += 1
+        except Exception as error:
+            results["wrong"].append(f"{kind.__name__} {turn}: {type(error).__name__}: {error}")
+    return results

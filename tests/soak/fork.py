@@ -1,0 +1,48 @@
+"""Trainings in forks of this process, which have all imports behind them."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fasttrain import cli as command_line
+from fasttrain import trainer
+
+
+def start(action: Callable[[], int], log: Path) -> int:
+    """Run `action` in a fork of this process; returns its process id."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    process = os.fork()
+    if process:
+        return process
+    status = 70
+    try:
+        with log.open("a") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        # Both take seconds, and a run's weights depend on neither.
+        trainer.measure_matmul_tflops = lambda *_, **__: 1.0
+        trainer._write_report = lambda *_: None
+        command_line.STARTED = time.perf_counter()
+        status = action()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+def finish(process: int, deadline: float | None = None) -> int | None:
+    """Wait for a process; returns its status, negative for a signal, or None if the deadline passes."""
+    while True:
+        done, status = os.waitpid(process, 0 if deadline is None else os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if deadline is not None and time.perf_counter() >= deadline:
+            return None
+        time.sleep(0.005)
+
+
+def last_line(path: Path) -> str:
+    return path.read_text().strip().splitlines()[-1]
