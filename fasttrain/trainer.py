@@ -33,7 +33,7 @@ from fasttrain.report.html import first_images, write_report
 from fasttrain.report.run import Run, load_run
 from fasttrain.runtime import Runtime, import_in_background
 from fasttrain.step import TrainStep
-from fasttrain.system.files import hold_folder
+from fasttrain.system.files import hold_folder, remove_temporaries
 from fasttrain.system.machine import describe, hardware_name, pick_device
 from fasttrain.system.memory import peak_memory_gib, report_full_memory
 from fasttrain.system.metrics import WaitTimer, watch
@@ -92,6 +92,8 @@ def train(recipe: Recipe, **options: Any) -> Run:
     log = RunLog(folder) if world.is_main else SilentLog(folder)
     held = hold_folder(folder) if world.is_main else contextlib.nullcontext()
     with world, held, report_full_memory(recipe.batch_size):
+        if world.is_main:
+            remove_temporaries(folder)  # what a killed process left half-written
         origin.require_unchanged(world)
         trainer = Trainer(recipe, opts, world, runtime, dataset, train_loader, test_loader, log)
         trainer.prepare(origin)

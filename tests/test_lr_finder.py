@@ -10,7 +10,6 @@ from matplotlib.image import imread
 
 from fasttrain import lr_finder, trainer
 from fasttrain.cli import main
-from fasttrain.data.build import pick_loader
 from fasttrain.errors import UserError
 from fasttrain.lr_finder import LrCurve, LrSearch, find_max_lr
 from fasttrain.optim import build_optimizer
@@ -89,7 +88,7 @@ def test_real_search_leaves_the_generators_alone(dataset) -> None:
     expected = torch.rand(3)
     torch.manual_seed(3)
     said: list[str] = []
-    found = search(dataset, SMALL, kind=pick_loader("auto", CPU, print), log=said.append)
+    found = search(dataset, SMALL, runtime=Runtime.resolve(SMALL, CPU), log=said.append)
     assert torch.equal(torch.rand(3), expected)
     assert len(found.curves) == 2 and found.curves[0].losses != found.curves[1].losses
     assert all(1e-5 <= lr <= 1e-1 for lr in found.suggestions)
