@@ -286,7 +286,7 @@ def test_the_report_leaves_generators_and_threads_alone(run: Path, dataset_dir: 
         ("recipe.json", None, "no run's folder"),
         ("recipe.json", '{"epoks": 3}', "unknown recipe key 'epoks'"),
         ("result.json", None, "has not finished"),
-        ("result.json", "[1, 2]", "result.json: torn or foreign"),
+        ("result.json", "[1, 2]", "result.json: corrupt"),
         ("result.json", "{}", "result.json: test_accuracy is missing"),
         ("machine.json", None, "machine.json: cannot be read"),
         ("metrics.jsonl", "", "metrics.jsonl: empty"),

@@ -553,7 +553,7 @@ def test_full_memory_is_one_line_with_a_smaller_batch(error, dataset_dir, tmp_pa
         raise error
 
     monkeypatch.setattr(TrainStep, "__call__", fail)
-    with pytest.raises(UserError, match=r"--batch-size 16: the memory is full; try --batch-size 8$"):
+    with pytest.raises(UserError, match=r"--batch-size 16: out of memory; try --batch-size 8$"):
         train(dataset_dir, tmp_path)
 
 
