@@ -93,7 +93,7 @@ def test_label_out_of_range_names_the_record(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[2 * 3073] = 10
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"test_batch\.bin: record 2 has label 10, expected 0 to 9"):
+    with pytest.raises(UserError, match=r"test_batch\.bin: image 2 has label 10, expected 0 to 9"):
         cifar.read(tmp_path)
     (path.parent / cifar.CIFAR10.classes_file).write_text("\n".join("abcdefghijk") + "\n\n")
     assert cifar.read(tmp_path).classes == tuple("abcdefghijk")
@@ -373,7 +373,7 @@ def test_wrong_bytes_lead_to_the_next_mirror(
     tmp_path: Path, archive: bytes, serve: Serve, change: Callable[[bytes], bytes]
 ) -> None:
     wrong = serve(change(archive))
-    advice = "not the release's.*cifar-10-batches-bin by hand.*--data synthetic"
+    advice = "not the release's.*cifar-10-batches-bin yourself.*--data synthetic"
     with pytest.raises(download.DownloadError, match=advice):
         download.download(tmp_path, [wrong.url])
     assert list(tmp_path.iterdir()) == []
@@ -449,7 +449,7 @@ def test_a_link_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         link = tarfile.TarInfo(f"{cifar.CIFAR10.folder}/data_batch_1.bin")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
         tar.addfile(link)
-    with pytest.raises(UserError, match="no plain file"):
+    with pytest.raises(UserError, match="not a regular file"):
         download._unpack(path, tmp_path / cifar.CIFAR10.folder, cifar.CIFAR10)
 
 
