@@ -15,7 +15,7 @@ from fasttrain.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One training recipe. The defaults are the preset `default`. Raises UserError for impossible values."""
+    """One training recipe. The defaults are the preset `default`."""
 
     name: str = "default"
     """Name of the recipe in run folders and results."""
@@ -60,7 +60,7 @@ class Recipe:
     div_factor: float = 25.0
     """First learning rate = max_lr / div_factor."""
     final_div_factor: float = 1000.0
-    """Last learning rate = first learning rate / final_div_factor; 1 means no annihilation."""
+    """Last learning rate = first learning rate / final_div_factor; 1 ends at the first rate."""
     cycle_momentum: bool = False
     """Lower Adam's beta1 from 0.95 to 0.85 while the learning rate rises, and raise it while that falls."""
 
