@@ -70,8 +70,10 @@ compare: setup  ## set runs side by side in compare.html: ARGS=their folders
 doctor: setup  ## say what this machine can do and what is missing: DEVICE=
 	$(fasttrain) doctor$(device_flags)$(if $(ARGS), $(ARGS))
 
+# One process a core; each takes its tests in order and, once done, some of another's. More than eight would wait
+# for memory. ARGS="-n 0" runs all tests in one process.
 test: setup  ## run the tests: ARGS="-k model"
-	"$(BIN)/python" -m pytest $(ARGS)
+	"$(BIN)/python" -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 check: setup  ## lint and type-check
 	"$(BIN)/python" -m ruff check

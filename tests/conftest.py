@@ -1,17 +1,24 @@
 """Tests marked `gpu` run where there is an NVIDIA GPU, and are skipped with a reason elsewhere."""
 
+import functools
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+
+# Set before anything imports torch, and inherited by every process that a test starts: the networks are tiny
+# and the tests run side by side, so a second thread would only take a core from another test.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from fasttrain.data import dataset
 from fasttrain.data.sources import cifar, synthetic
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch  # not above: the process that hands the tests out to others starts without it
+
     if torch.cuda.is_available():
         return
     for item in items:
@@ -23,6 +30,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def compile_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what is compiled out of the user's own folder."""
     monkeypatch.setenv("FASTTRAIN_CACHE", str(tmp_path_factory.getbasetemp() / "compiled"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_rate() -> Iterator[None]:
+    """Let a training measure the machine's rate on small matrices, in no time instead of a second or two."""
+    from fasttrain import trainer
+
+    measure = functools.partial(trainer.measure_matmul_tflops, seconds=0.01, side=512)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "measure_matmul_tflops", measure)
+        yield
 
 
 @pytest.fixture(scope="session")

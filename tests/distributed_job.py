@@ -14,16 +14,14 @@ import torch
 
 from fasttrain import trainer
 from fasttrain.data import dataset
-from fasttrain.data.build import build_loader
 from fasttrain.data.sources import cifar
 from fasttrain.distributed import World
 from fasttrain.errors import Interrupted
 from fasttrain.model import build_model
 from fasttrain.recipe import Recipe
-from fasttrain.runtime import Runtime
 from fasttrain.step import TrainStep
+from tests.helpers import CPU, loader_of, step_of
 
-CPU = torch.device("cpu")
 STEPS = 6
 STEP_RECIPE = Recipe(batch_size=16, width=4, compute_dtype="fp32", loader="tensor", max_lr=1e-3)
 RUN_RECIPE = dataclasses.replace(
@@ -38,15 +36,8 @@ def steps(dataset: dataset.Dataset, world: World, *, sync_batchnorm: bool) -> di
     model = build_model(STEP_RECIPE, len(dataset.classes), mean=dataset.mean, std=dataset.std)
     if sync_batchnorm:
         world.synchronize_batchnorm(model)
-    step = TrainStep(
-        model,
-        STEP_RECIPE,
-        Runtime(device=CPU),
-        max_lr=1e-3,
-        total_steps=STEPS,
-        world=world,
-    )
-    loader = build_loader(dataset, STEP_RECIPE, train=True, loader="tensor", device=CPU, shard=world.shard)
+    step = step_of(STEP_RECIPE, model=model, max_lr=1e-3, total_steps=STEPS, world=world)
+    loader = loader_of(dataset, STEP_RECIPE, shard=world.shard)
     while step.step < STEPS:
         for batch in loader:
             if step.step < STEPS:

@@ -1,14 +1,27 @@
-"""What several tests need: a checkpoint without a training, and another value for every field of a recipe."""
+"""What several tests need: steps, loaders and checkpoints without a training, and CIFAR-10 in small."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from fasttrain.checkpoint.file import REQUIRED
 from fasttrain.checkpoint.proof import proof_logits
+from fasttrain.data.build import build_loader
+from fasttrain.data.dataset import Dataset
+from fasttrain.data.loader import Loader
+from fasttrain.data.sources import cifar, download
+from fasttrain.distributed import World
 from fasttrain.model import CustomResNet, build_model
 from fasttrain.recipe import Recipe
+from fasttrain.runtime import Runtime
+from fasttrain.step import TrainStep
+
+CPU = torch.device("cpu")
 
 OTHER_VALUES: dict[str, Any] = {
     "name": "other",
@@ -77,3 +90,63 @@ def checkpoint_of(
         "metrics": {"images": 0},
         **more,
     }
+
+
+def step_of(
+    recipe: Recipe,
+    *,
+    model: CustomResNet | None = None,
+    max_lr: float = 0.01,
+    total_steps: int = 20,
+    world: World | None = None,
+    **runtime: Any,
+) -> TrainStep:
+    """A training step of this recipe, on the network that the recipe describes unless one is given."""
+    return TrainStep(
+        build_model(recipe, 10) if model is None else model,
+        recipe,
+        Runtime(**{"device": CPU, **runtime}),
+        max_lr=max_lr,
+        total_steps=total_steps,
+        world=world,
+    )
+
+
+def loader_of(
+    dataset: Dataset,
+    recipe: Recipe,
+    *,
+    train: bool = True,
+    loader: str = "tensor",
+    device: torch.device = CPU,
+    **options: Any,
+) -> Loader:
+    """Batches of this recipe: the training images', or the test images'."""
+    return build_loader(dataset, recipe, train=train, loader=loader, device=device, **options)  # type: ignore[arg-type]
+
+
+SMALL_RELEASE = 4
+"""Records of the first file of `write_release`; every later file has one more."""
+
+
+def records(count: int, seed: int) -> bytes:
+    """Random pixels and labels in the format of CIFAR-10."""
+    content = np.random.default_rng(seed).integers(0, 256, (count, cifar.CIFAR10.record_bytes), np.uint8)
+    content[:, 0] %= 10
+    return content.tobytes()
+
+
+def write_release(root: Path) -> Path:
+    """The files of CIFAR-10 with a few records each; returns their folder."""
+    folder = root / cifar.CIFAR10.folder
+    folder.mkdir(parents=True)
+    for seed, name in enumerate(cifar.CIFAR10.files):
+        (folder / name).write_bytes(records(SMALL_RELEASE + seed, seed))
+    return folder
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Change what is known of the release of CIFAR-10 for this test."""
+    changed = dataclasses.replace(cifar.CIFAR10, **changes)
+    for module in (cifar, download):
+        monkeypatch.setattr(module, "CIFAR10", changed)

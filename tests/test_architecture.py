@@ -110,7 +110,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 
 def test_rich_draws_only_where_a_person_looks() -> None:
-    """Commands print tables; libraries return what is in them. The rest are progress bars and the run's log."""
+    """Only commands print tables. The other two draw progress bars and the log of a run."""
     drawing = {
         name for name, path in MODULES.items() if any(i.split(".")[0] == "rich" for i in imports(path))
     }

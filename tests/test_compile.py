@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch._inductor.config
 
 from fasttrain import compile
 from fasttrain.compile import (
@@ -9,41 +10,11 @@ from fasttrain.compile import (
     compile_step,
     estimate_compile,
 )
-from fasttrain.model import CustomResNet, build_model
 from fasttrain.recipe import Recipe
-from fasttrain.runtime import Runtime, can_capture
-from fasttrain.step import TrainStep
 from fasttrain.system import compiler
-from fasttrain.system.compiler import pick_compile_mode
+from tests.helpers import step_of
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
-
-
-def test_compile_policy_is_eager_on_a_cpu_and_falls_back_in_one_line(monkeypatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(compiler, "compiler_available", lambda device: None)
-    assert pick_compile_mode("auto", CPU, said.append) is None
-    assert pick_compile_mode("off", GPU, said.append) is None
-    assert pick_compile_mode("auto", GPU, said.append) == "default"
-    assert pick_compile_mode("max-autotune", CPU, said.append) == "max-autotune"
-    assert not said
-    monkeypatch.setattr(compiler, "compiler_available", lambda device: "no C++ compiler: install g++")
-    assert pick_compile_mode("default", CPU, said.append) is None
-    assert len(said) == 1 and "install g++" in said[0] and "eager" in said[0]
-
-
-@pytest.mark.parametrize(
-    ("device", "mode", "fields", "expected"),
-    [
-        (GPU, None, {}, True),
-        (GPU, "default", {}, True),
-        (GPU, "reduce-overhead", {}, False),  # records graphs of its own
-        (GPU, "default", {"cuda_graph": False}, False),
-        (CPU, None, {}, False),
-    ],
-)
-def test_a_step_is_recorded_once_at_most_and_only_on_an_nvidia_gpu(device, mode, fields, expected) -> None:
-    assert can_capture(Recipe(**fields), device, mode) is expected
+CPU = torch.device("cpu")
 
 
 def test_compiling_has_to_be_able_to_pay_within_the_run() -> None:
@@ -116,10 +87,10 @@ def test_a_cache_that_cannot_be_used_stops_nothing(artifacts, monkeypatch, tmp_p
 def test_a_step_is_compiled_with_what_the_cache_holds(artifacts, monkeypatch) -> None:
     order: list[str] = []
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **_: compile_(model, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compile_(model, backend="eager"))
     monkeypatch.setattr(CompileCache, "load", lambda self: order.append("load"))
     monkeypatch.setattr(CompileCache, "save", lambda self, seconds: order.append("save"))
-    step = TrainStep(CustomResNet(width=8), Recipe(), Runtime(device=CPU), max_lr=0.01, total_steps=100)
+    step = step_of(Recipe(width=8), total_steps=100)
     images, labels = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), torch.arange(4)
     found = estimate_compile(step, CompileCache("a CPU"), 1.0, images, labels)
     assert found.steps == 100 and found.step_seconds > found.floor_seconds > 0
@@ -131,9 +102,13 @@ def test_a_step_is_compiled_with_what_the_cache_holds(artifacts, monkeypatch) ->
 
 def test_steps_of_another_shape_or_activation_have_a_cache_of_their_own() -> None:
     def files(batch_size: int = 8, **fields) -> str:
-        recipe = Recipe(**{"width": 8, **fields})
-        step = TrainStep(build_model(recipe, 10), recipe, Runtime(device=CPU), max_lr=0.01, total_steps=4)
+        step = step_of(Recipe(**{"width": 8, **fields}))
         return str(cache_of(step, "a GPU", "default", batch_size)._artifacts)
 
     others = (files(16), files(width=4), files(activation="gelu"), files(resolution=48))
     assert len({files(), *others}) == 5 and files() == files(seed=1)
+
+
+def test_a_missing_compiler_is_named_with_its_remedy() -> None:
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert "install g++" in (compiler.compiler_available(CPU) or "")

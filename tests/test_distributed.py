@@ -17,7 +17,6 @@ from fasttrain import trainer
 from fasttrain.checkpoint.file import load_checkpoint
 from fasttrain.checkpoint.manager import Pace
 from fasttrain.data import dataset
-from fasttrain.data.build import build_loader
 from fasttrain.data.sampler import Shard
 from fasttrain.data.sources import cifar, synthetic
 from fasttrain.distributed import World
@@ -25,7 +24,8 @@ from fasttrain.errors import UserError
 from fasttrain.evaluate import evaluate
 from fasttrain.model import build_model
 from fasttrain.runtime import Runtime
-from tests.distributed_job import CPU, FOUND_LR, RUN_RECIPE, STEP_RECIPE, steps
+from tests.distributed_job import FOUND_LR, RUN_RECIPE, STEP_RECIPE, steps
+from tests.helpers import CPU, loader_of
 
 ROOT = Path(__file__).resolve().parents[1]
 TEST_IMAGES = 41  # no two ranks can have equally many
@@ -78,7 +78,7 @@ def test_the_ranks_parts_are_the_whole_batch_to_the_last_bit(
     dataset = cifar.read(data)
 
     def epochs(shard: Shard) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        loader = build_loader(dataset, recipe, train=True, loader=kind, device=CPU, shard=shard)
+        loader = loader_of(dataset, recipe, loader=kind, shard=shard)
         return [(images.clone(), labels.clone()) for _ in range(2) for images, labels in loader]
 
     whole, parts = epochs(Shard()), [epochs(Shard(rank, size)) for rank in range(size)]
@@ -92,7 +92,7 @@ def test_every_test_image_is_on_one_rank(size: int, data: Path) -> None:
     dataset = cifar.read(data)
 
     def epoch(shard: Shard) -> torch.Tensor:
-        loader = build_loader(dataset, STEP_RECIPE, train=False, loader="tensor", device=CPU, shard=shard)
+        loader = loader_of(dataset, STEP_RECIPE, train=False, shard=shard)
         return torch.cat([images for images, _ in loader])
 
     assert torch.equal(torch.cat([epoch(Shard(rank, size)) for rank in range(size)]), epoch(Shard()))
@@ -195,7 +195,7 @@ def test_the_evaluation_is_that_of_one_process(job, data: Path) -> None:
     state = load_checkpoint(folder / "last.pt")
     model = build_model(RUN_RECIPE, len(state["classes"]))
     model.load_state_dict(state["model"])
-    loader = build_loader(cifar.read(data), STEP_RECIPE, train=False, loader="tensor", device=CPU)
+    loader = loader_of(cifar.read(data), STEP_RECIPE, train=False)
     test = evaluate(model, loader, RUNTIME, flip=True)
     [*_, row] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(test.labels_N) == TEST_IMAGES
@@ -263,7 +263,8 @@ def pid_of_rank(rank: int, torchrun: int) -> int:
 def test_a_killed_rank_ends_the_job_with_its_reason(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "runs"
     flags = ["--data-dir", data, "--out", out, "--device", "cpu", "--epochs", "1000", "--batch-size", "8"]
-    process = start("-m", "fasttrain", "train", *flags, "--save-every", "1")
+    flags += ["--width", "4", "--compute-dtype", "fp32", "--loader", "tensor", "--save-every", "1"]
+    process = start("-m", "fasttrain", "train", *flags)
     try:
         while not list(out.glob("*/previous.pt")):  # it trains
             assert process.poll() is None, process.communicate()

@@ -20,7 +20,7 @@ from fasttrain.tools.export import FORMATS, FormatKind, export
 from tests.helpers import checkpoint_of, experienced_network
 
 CPU = torch.device("cpu")
-RECIPE = Recipe(logit_scale=0.5)
+RECIPE = Recipe(logit_scale=0.5, width=8)
 
 
 @pytest.fixture(scope="module")

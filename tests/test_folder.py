@@ -379,7 +379,7 @@ def test_the_commands_take_a_folder_from_data_to_report(root: Path, tmp_path: Pa
     assert main(["data", *images]) == 0
     said = capsys.readouterr().out
     assert "folder:pets in" in said and "left out 1 of 21" in said and "cat" in said
-    out = ["--out", str(tmp_path / "runs"), "--device", "cpu"]
+    out = ["--out", str(tmp_path / "runs"), "--device", "cpu", "--width", "8"]
     assert main(["train", *images, *out, "--epochs", "1", "--batch-size", "17"]) == 2
     assert "folder:pets has 16 training images" in capsys.readouterr().err
     assert main(["train", *images, *out, "--epochs", "1", "--batch-size", "8"]) == 0

@@ -8,16 +8,18 @@ import pytest
 import torch
 
 from fasttrain.data import build, load
-from fasttrain.data.build import build_loader, pick_loader
+from fasttrain.data.build import pick_loader
 from fasttrain.data.dataset import Dataset, Split
 from fasttrain.data.load import load_dataset
+from fasttrain.data.loader import Loader
 from fasttrain.data.sampler import Sampler
 from fasttrain.data.sources import cifar, synthetic
 from fasttrain.data.sources.download import DownloadError
 from fasttrain.errors import UserError
 from fasttrain.recipe import Recipe
+from tests import helpers
+from tests.helpers import CPU
 
-CPU = torch.device("cpu")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 PLAIN = {"crop_padding": 0, "flip": False, "cutout": 0}
 KINDS = ["dali", "tensor"]
@@ -51,15 +53,10 @@ def ramp_dataset(count: int) -> Dataset:
 
 
 def loader_of(
-    kind: str,
-    dataset: Dataset,
-    *,
-    train: bool = True,
-    device: torch.device = CPU,
-    **fields,
-):
+    kind: str, dataset: Dataset, *, train: bool = True, device: torch.device = CPU, **fields
+) -> Loader:
     recipe = Recipe(**{"batch_size": 128, **fields})
-    return build_loader(dataset, recipe, train=train, loader=kind, device=device)
+    return helpers.loader_of(dataset, recipe, train=train, loader=kind, device=device)
 
 
 def epoch(batches) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import functools
 import math
@@ -8,7 +9,8 @@ import torch
 from matplotlib.image import imread
 
 from fasttrain import lr_finder, trainer
-from fasttrain.cli import main
+from fasttrain.__main__ import main
+from fasttrain.data.build import pick_loader
 from fasttrain.errors import UserError
 from fasttrain.lr_finder import LrCurve, LrSearch, find_max_lr
 from fasttrain.optim import build_optimizer
@@ -16,6 +18,7 @@ from fasttrain.recipe import Recipe
 from fasttrain.runtime import Runtime
 
 CPU = torch.device("cpu")
+SMALL = Recipe(batch_size=16, width=8)
 
 
 def curve(steepest_at: float, points: int = 100) -> LrCurve:
@@ -37,7 +40,7 @@ def search(dataset, recipe: Recipe, **options) -> LrSearch:
 
 def find_lr(dataset_dir: Path, *args: str) -> int:
     """`fasttrain find-lr`: 20 steps, twice, in batches of 16; returns its exit status."""
-    few = ["--batch-size", "16", "--num-iter", "20", "--repeats", "2", "--device", "cpu"]
+    few = ["--batch-size", "16", "--width", "8", "--num-iter", "20", "--repeats", "2", "--device", "cpu"]
     return main(["find-lr", "--data-dir", str(dataset_dir), *few, *args])
 
 
@@ -73,7 +76,7 @@ def test_groups_learn_at_their_multiple_of_the_rate_in_a_search_too(dataset, mon
         return optimizer
 
     monkeypatch.setattr(lr_finder, "build_optimizer", build)
-    found = search(dataset, Recipe(batch_size=16, width=8, optimizer="muon", muon_lr_scale=2.0), repeats=1)
+    found = search(dataset, dataclasses.replace(SMALL, optimizer="muon", muon_lr_scale=2.0), repeats=1)
     rates = found.curves[0].lrs
     # torch may call the hooks within Muon's step for AdamW's part too, which has a group less.
     steps = list(dict.fromkeys(tuple(step) for step in taken if len(step) == 3))
@@ -86,7 +89,7 @@ def test_real_search_leaves_the_generators_alone(dataset) -> None:
     expected = torch.rand(3)
     torch.manual_seed(3)
     said: list[str] = []
-    found = search(dataset, Recipe(batch_size=16), runtime=Runtime.resolve(Recipe(), CPU), log=said.append)
+    found = search(dataset, SMALL, kind=pick_loader("auto", CPU, print), log=said.append)
     assert torch.equal(torch.rand(3), expected)
     assert len(found.curves) == 2 and found.curves[0].losses != found.curves[1].losses
     assert all(1e-5 <= lr <= 1e-1 for lr in found.suggestions)
@@ -98,11 +101,10 @@ def test_a_search_leaves_no_trace_in_the_training_behind_it(dataset_dir: Path, t
     """The weights are, bit for bit, those of a run that was given the same rate."""
     quick = functools.partial(find_max_lr, start_lr=1e-4, end_lr=1e-2, num_iter=17, repeats=1)
     monkeypatch.setattr(trainer, "find_max_lr", quick)
-    monkeypatch.setattr(trainer, "measure_matmul_tflops", lambda *_, **__: 1.0)
     models = []
     max_lr: float | str = "auto"
     for name in ("asked", "told"):
-        recipe = Recipe(name=name, epochs=1, batch_size=32, max_lr=max_lr, dropout=0.1)
+        recipe = Recipe(name=name, epochs=1, batch_size=32, width=8, max_lr=max_lr, dropout=0.1)
         run = trainer.train(recipe, data_dir=dataset_dir, out=tmp_path, device="cpu", report=False)
         max_lr = run.result["max_lr"]
         models.append(torch.load(run.folder / "last.pt", weights_only=True)["model"])
@@ -111,7 +113,7 @@ def test_a_search_leaves_no_trace_in_the_training_behind_it(dataset_dir: Path, t
 
 
 def test_a_diverging_loss_ends_a_try_early(dataset) -> None:
-    [found] = search(dataset, Recipe(batch_size=16), start_lr=1e-3, end_lr=1e6, num_iter=60, repeats=1).curves
+    [found] = search(dataset, SMALL, start_lr=1e-3, end_lr=1e6, num_iter=60, repeats=1).curves
     assert found.diverged and len(found.lrs) == len(found.losses) < 60
     assert all(map(math.isfinite, found.losses)) and found.losses[-1] > 5 * min(found.losses)
 
@@ -123,7 +125,7 @@ def test_a_loss_that_is_no_number_ends_the_search_with_one_line(dataset, monkeyp
         lambda self, logits, labels: (_ for _ in ()).throw(lr_finder._Diverged),
     )
     with pytest.raises(UserError, match="--max-lr auto: the loss diverged"):
-        search(dataset, Recipe(batch_size=16))
+        search(dataset, SMALL)
 
 
 def test_a_finite_loss_is_cross_entropy_and_any_other_raises() -> None:

@@ -22,13 +22,14 @@ from fasttrain.tools.predict import find_images, predict, read_image
 from tests.helpers import checkpoint_of, experienced_network
 
 CLASSES = [f"class {label}" for label in range(5)]
+RECIPE = Recipe(width=8)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = experienced_network(Recipe(), len(CLASSES), mean=(0.1, 0.5, 0.9))
+    model = experienced_network(RECIPE, len(CLASSES), mean=(0.1, 0.5, 0.9))
     path = tmp_path_factory.mktemp("run") / "last.pt"
-    save_checkpoint(path, checkpoint_of(model, Recipe(), CLASSES))
+    save_checkpoint(path, checkpoint_of(model, RECIPE, CLASSES))
     return path
 
 
@@ -47,7 +48,7 @@ def test_probabilities_are_those_of_the_network_in_evaluation_mode(checkpoint: P
     found = predict(checkpoint, [images], top_k=2, device="cpu", batch_size=2)
     assert [one.path.relative_to(images).as_posix() for one in found] == ["a/c.WEBP", "b.png", "c.bmp"]
     state = load_checkpoint(checkpoint)
-    model = CustomResNet(len(CLASSES)).eval()
+    model = CustomResNet(len(CLASSES), width=8).eval()
     model.load_state_dict(state["model"])
     for one in found:
         pixels_CHW = torch.from_numpy(np.array(Image.open(one.path))).permute(2, 0, 1)

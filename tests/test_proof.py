@@ -176,11 +176,10 @@ from fasttrain.recipe import Recipe
 from tests.helpers import experienced_network
 print(proof_logits(experienced_network(Recipe(width=8))).tolist())
 """
-    logits = [
-        torch.tensor(json.loads(subprocess.check_output([sys.executable, "-c", code], env=os.environ | more)))
-        for more in ({}, {"ONEDNN_DEFAULT_FPMATH_MODE": "BF16"})
-    ]
-    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-6)
+    coarse = os.environ | {"ONEDNN_DEFAULT_FPMATH_MODE": "BF16"}
+    logits_NK = torch.tensor(json.loads(subprocess.check_output([sys.executable, "-c", code], env=coarse)))
+    expected_NK = proof_logits(experienced_network(Recipe(width=8)))
+    torch.testing.assert_close(logits_NK, expected_NK, rtol=1e-5, atol=1e-6)
 
 
 def test_a_proof_takes_few_launches_and_waits_for_nothing() -> None:

@@ -25,6 +25,7 @@ from fasttrain.cli import main
 from fasttrain.data.sources import cifar
 from fasttrain.evaluate import Evaluation
 from fasttrain.lr_finder import LrCurve, LrSearch
+from fasttrain.model import CustomResNet
 from fasttrain.recipe import Recipe
 from fasttrain.report.compare import group_runs
 from fasttrain.report.html import _samples, _tests
@@ -48,7 +49,9 @@ SECTIONS = (
 def run(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two epochs whose peak rate came from the LR finder, with a name that bites."""
     out = tmp_path_factory.mktemp("runs")
-    recipe = Recipe(name="tiny", epochs=2, batch_size=16, max_lr="auto", cycle_momentum=True, loader="tensor")
+    recipe = Recipe(
+        name="tiny", epochs=2, batch_size=16, width=8, max_lr="auto", cycle_momentum=True, loader="tensor"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_module, "find_max_lr", lambda *_, **__: SEARCH)
         train(recipe, data_dir=dataset_dir, out=out, device="cpu")
@@ -100,10 +103,11 @@ def test_train_leaves_a_page_with_every_section(run: Path) -> None:
     page = Page(run / "report.html")
     assert [name for name in SECTIONS if name not in page.headings] == []
     result = json.loads((run / "result.json").read_text())
+    parameters = sum(parameter.numel() for parameter in CustomResNet(width=8).parameters())
     assert f"{result['test_accuracy']:.2%} final test accuracy" in page.text
     assert "the figure to quote" in page.text
     assert "“synthetic” and not the original CIFAR-10" in page.text
-    assert "6,573,130" in page.text and "40 images" in page.text
+    assert f"{parameters:,}" in page.text and "40 images" in page.text
     assert "pct_start 0.208333 " in page.text  # and not 0.20833333333333334
     assert "measured again" not in page.text  # its figures are the training's own
     assert {"last.pt", "best.pt", "metrics.jsonl", "lr_find.json"} <= set(page.links)
@@ -262,7 +266,8 @@ def test_a_failing_report_does_not_fail_the_training(
         raise RuntimeError("no\nink")
 
     monkeypatch.setattr(train_module, "write_report", fail)
-    train(Recipe(epochs=1, batch_size=32, loader="tensor"), data_dir=dataset_dir, out=tmp_path, device="cpu")
+    recipe = Recipe(epochs=1, batch_size=32, width=8, loader="tensor")
+    train(recipe, data_dir=dataset_dir, out=tmp_path, device="cpu")
     [folder] = tmp_path.iterdir()
     assert (folder / "result.json").exists() and not (folder / "report.html").exists()
     assert capsys.readouterr().out.count("no report.html (no ink); try again: fasttrain report") == 1

@@ -68,4 +68,4 @@ def test_constraints_pin_every_dependency_exactly() -> None:
     pinned = {line.split("==")[0] for line in lines}
     project = (ROOT / "pyproject.toml").read_text()
     required = re.findall(r'^\s+"([a-z0-9-]+)[^"]*",$', project, re.MULTILINE)
-    assert required and set(required) | {"tensorboard", "pytest", "ruff", "mypy"} <= pinned
+    assert required and set(required) | {"tensorboard", "pytest", "pytest-xdist", "ruff", "mypy"} <= pinned

@@ -7,33 +7,26 @@ import torch
 from torch import nn
 
 from fasttrain import step as step_module
-from fasttrain.model import CustomResNet
 from fasttrain.optim import one_cycle
 from fasttrain.recipe import Recipe
-from fasttrain.runtime import Runtime
 from fasttrain.step import TrainStep, shrink
+from tests.helpers import CPU, step_of
 
-CPU = torch.device("cpu")
 GPU = pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)
 
 
-def batch(device: torch.device = CPU, count: int = 8):
+def batch(device: torch.device = CPU, count: int = 8, side: int = 32):
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8).to(device)
+    images = torch.randint(256, (count, 3, side, side), generator=generator, dtype=torch.uint8).to(device)
     labels = torch.randint(10, (count,), generator=generator).to(device)
     return images.to(memory_format=torch.channels_last), labels
 
 
-def build(precision="bf16", device=CPU, compile_mode=None, cuda_graph=False, width=64, **fields) -> TrainStep:
+def build(precision="bf16", device=CPU, compile_mode=None, cuda_graph=False, **fields) -> TrainStep:
+    """A step that begins alike every time; on a CPU, with a narrow network."""
     torch.manual_seed(0)
-    recipe = Recipe(**fields)
-    step = TrainStep(
-        CustomResNet(dropout=recipe.dropout, width=width),
-        recipe,
-        Runtime(device=device, precision=precision, cuda_graph=cuda_graph),
-        max_lr=0.01,
-        total_steps=20,
-    )
+    recipe = Recipe(**{"width": 16 if device == CPU else 64, **fields})
+    step = step_of(recipe, device=device, precision=precision, cuda_graph=cuda_graph)
     if compile_mode:
         step.compile(compile_mode)
     return step
@@ -269,7 +262,7 @@ def addresses(step: TrainStep) -> list[int]:
         {},
         {"cycle_momentum": True},
         {"optimizer": "muon"},
-        {"early_resolution": 16, "early_share": 0.15},  # 3 of 20 steps
+        {"resolution": 24, "early_resolution": 16, "early_share": 0.15},  # 3 of 20 steps
     ],
 )
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -282,9 +275,10 @@ def test_a_recorded_step_trains_as_an_eager_one(
         return torch.tensor(lr).item(), beta1
 
     monkeypatch.setattr(step_module, "one_cycle", rounded)
-    fields = {"dropout": 0.1, "width": 8, "ema_epochs": 4.0} | fields
+    # As little as can be: a CPU is slow in float16.
+    fields = {"dropout": 0.1, "width": 4, "resolution": 16, "ema_epochs": 4.0} | fields
     eager, recorded = (build(precision, cuda_graph=graph, **fields) for graph in (False, True))
-    images, labels = batch()
+    images, labels = batch(side=eager.recipe.resolution)
     losses = []
     for step in (eager, recorded):
         torch.manual_seed(1)  # the dropout's
@@ -414,13 +408,7 @@ def test_a_replayed_step_has_the_losses_of_an_eager_one_over_fifty_steps(precisi
     images, labels = batch(device, count=64)
     for graph in (False, True):
         torch.manual_seed(0)
-        step = TrainStep(
-            CustomResNet(),
-            Recipe(),
-            Runtime(device=device, precision=precision, cuda_graph=graph),
-            max_lr=0.01,
-            total_steps=50,
-        )
+        step = step_of(Recipe(), total_steps=50, device=device, precision=precision, cuda_graph=graph)
         if graph and compile_mode:
             step.compile(compile_mode)
         losses.append([])

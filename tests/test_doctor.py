@@ -1,0 +1,39 @@
+import sys
+
+import pytest
+
+from fasttrain.tools import doctor
+
+
+@pytest.fixture
+def quick_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "measure_matmul_tflops", lambda *_, **__: 1.0)
+    monkeypatch.setattr(doctor, "measure_copy_gbps", lambda device: 1.0)
+
+
+@pytest.mark.usefixtures("quick_rates")
+@pytest.mark.parametrize(
+    ("module", "fix"),
+    [
+        ("torchinfo", "pip install torchinfo"),
+        ("torch_lr_finder", "pip install torch-lr-finder"),
+        pytest.param(
+            "nvidia.dali",
+            "pip install nvidia-dali-cuda120",
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="DALI is made for Linux"),
+        ),
+    ],
+)
+def test_doctor_names_a_missing_package_and_its_fix(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: str, fix: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # Makes `import module` fail.
+    monkeypatch.setenv("COLUMNS", "200")
+    assert doctor.doctor("cpu") == 0, "training goes on without it"
+    assert fix in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick_rates")
+def test_doctor_fails_where_training_would(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.doctor("cuda:99") == 1
+    assert "cannot run" in capsys.readouterr().out
