@@ -4,7 +4,7 @@
     run = fasttrain.train(fasttrain.load_recipe("default"))
     run.plot()
 
-These names are imported from their modules when they are first used, so that importing the package is free.
+The public names are imported from their modules on first use, so that importing the package is fast.
 """
 
 import importlib

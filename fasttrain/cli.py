@@ -1,8 +1,8 @@
-"""The command line: `fasttrain COMMAND` or `python -m fasttrain COMMAND`. Parses, delegates, nothing else."""
+"""The command line: `fasttrain COMMAND` or `python -m fasttrain COMMAND`. Only parses and delegates."""
 
 import time
 
-STARTED = time.perf_counter()  # before the slow imports: a user waits for them too
+STARTED = time.perf_counter()  # before the slow imports: the user waits for them too
 
 import argparse  # noqa: E402
 import dataclasses  # noqa: E402
@@ -105,7 +105,7 @@ def predict(args: Sequence[str]) -> int:
     try:
         show(predictions, options.format)
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head -1` has seen enough; Python would complain again when it exits
+    except BrokenPipeError:  # `| head -1` has seen enough; Python would complain again on exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if skipped:
         print(f"files skipped: {len(skipped):,}", file=sys.stderr)
@@ -182,17 +182,17 @@ def doctor(args: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "train": (train, "train a network and leave a run's folder"),
+    "train": (train, "train a network and write a run's folder"),
     "find-lr": (find_lr, "suggest a peak learning rate"),
     "summary": (summary, "print the network layer by layer, and what it costs"),
     "evaluate": (evaluate, "measure a checkpoint on the test images"),
-    "predict": (predict, "classify images from anywhere with a checkpoint"),
+    "predict": (predict, "classify any images with a checkpoint"),
     "export": (export, "write a network for use elsewhere: safetensors, torch.export, ONNX"),
     "report": (report, "write a run's page, report.html"),
     "compare": (compare, "compare several runs on one page"),
     "profile": (profile, "show where the time of a training goes"),
     "data": (data, "fetch the data set and show what is there"),
-    "doctor": (doctor, "say what is installed and what is missing"),
+    "doctor": (doctor, "say what is installed, what is missing and how to fix it"),
 }
 
 
@@ -203,12 +203,12 @@ def _load(options: DataOptions, resolution: int) -> "Dataset":
 
 
 def _parse(options: type[T], command: str, args: Sequence[str], default: Any = tyro.MISSING_NONPROP) -> T:
-    """The dataclass filled from the flags; prints help or what is wrong and exits, as tyro does."""
+    """Fill the dataclass from the flags; like tyro, print help or the error and exit where that applies."""
     return tyro.cli(options, prog=f"fasttrain {command}", args=args, default=default)
 
 
 def _parse_recipe(options: type[R], command: str, args: Sequence[str]) -> R:
-    """Like _parse, but the chosen recipe supplies the defaults of all the recipe's flags."""
+    """Like _parse, but the chosen recipe provides the defaults of all recipe flags."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="auto")
     first.add_argument("--device", default="auto")
@@ -221,7 +221,7 @@ def _parse_recipe(options: type[R], command: str, args: Sequence[str]) -> R:
         from fasttrain.system.run_folder import RECIPE_FILE, find_unfinished
 
         if name != "auto":
-            raise UserError(f"--recipe {name}: a resumed run keeps its own; leave it out")
+            raise UserError(f"--recipe {name}: a resumed run keeps its recipe; leave this flag out")
         name = str(find_unfinished(known.resume, known.out) / RECIPE_FILE)
     elif name == "auto":
         name = "default" if asks_for_help or _on_gpu(known.device) else "laptop"
@@ -235,7 +235,10 @@ def _on_gpu(device: str) -> bool:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 2 for a user's mistake, 130 or 143 when interrupted."""
+    """Run one command; returns the exit status: 0, 2 for a user's mistake, 130 or 143 if interrupted.
+
+    args: by default those of the process.
+    """
     parser = argparse.ArgumentParser(
         prog="fasttrain",
         description="Train an image classifier fast, and know how fast that is.",
@@ -245,7 +248,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of the commands below")
     args = list(sys.argv[1:] if args is None else args)
     command = parser.parse_args(args[:1]).command
-    rank = os.environ.get("RANK", "0")  # where torchrun has started several
+    rank = os.environ.get("RANK", "0")  # set by torchrun
     place = command if rank == "0" else f"{command}, rank {rank}"
     try:
         return COMMANDS[command][0](args[1:])
@@ -253,10 +256,10 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"fasttrain {place}: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        if rank == "0":  # all stop alike
+        if rank == "0":  # all ranks stop for the same reason
             print(f"fasttrain {command}: {stop}", file=sys.stderr)
         return stop.status
     except KeyboardInterrupt:
-        advice = "; fasttrain train --resume auto resumes what was last saved" if command == "train" else ""
+        advice = "; to resume it: fasttrain train --resume auto" if command == "train" else ""
         print(f"fasttrain {command}: interrupted{advice}", file=sys.stderr)
         return 130

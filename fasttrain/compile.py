@@ -1,4 +1,4 @@
-"""Whether torch.compile pays within a run, and what it leaves for the next process."""
+"""Compilation of the training step: whether it pays within a run, and a cache for later processes."""
 
 import hashlib
 import json
@@ -18,19 +18,18 @@ from fasttrain.step import TrainStep
 from fasttrain.system.files import write_atomically, write_json
 
 COLD_SECONDS, WARM_SECONDS = 40.0, 6.0
-"""What compiling is taken to cost before this machine has shown it: anew, and from the cache."""
-
+"""Assumed cost of compiling until this machine has shown it: from scratch, and from the cache."""
 
 NOTHING_NEW = 1.0
-"""Seconds; a second network of one process compiles in less, since torch has its code already."""
+"""Seconds below which nothing new was compiled: a second network in one process reuses torch's code."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompileEstimate:
-    """Whether compiling can pay for itself within a run.
+    """An estimate of whether compiling can pay for itself within a run; true if it can.
 
-    steps: of the run. step_seconds: of one as it is. floor_seconds: of one at the rate of matrix products
-    alone, which no compiler goes below. compile_seconds: what compiling should take.
+    steps: steps left in the run. step_seconds: time of an eager step. floor_seconds: time of a step's matrix
+    products at the measured rate, the limit for any compiler. compile_seconds: expected time to compile.
     """
 
     steps: int
@@ -40,25 +39,26 @@ class CompileEstimate:
 
     @property
     def most_seconds(self) -> float:
-        """More than this cannot be gained."""
+        """The most seconds that compiling can save in the run."""
         return self.steps * max(0.0, self.step_seconds - self.floor_seconds)
 
     def __bool__(self) -> bool:
         return self.most_seconds > self.compile_seconds
 
     def __str__(self) -> str:
-        verdict = "compiling" if self else "running eager (--compile default compiles all the same)"
+        verdict = "compiling" if self else "running eager (--compile default compiles anyway)"
         return (
             f"torch.compile: at most {self.most_seconds:.1f} s to gain in {self.steps:,} steps, about "
-            f"{self.compile_seconds:.0f} s to compile: {verdict}"
+            f"{self.compile_seconds:.0f} s to compile; {verdict}"
         )
 
 
 class CompileCache:
-    """What torch.compile made for one kind of step, in a file that later processes begin with.
+    """The artifacts that torch.compile made for one kind of step, in a file for later processes.
 
-    Other than torch's own cache in the system's temporary folder, it can be carried to another machine of the
-    same kind. As a program's own files it is trusted: keep FASTTRAIN_CACHE where nobody else writes.
+    Unlike torch's own cache in the system's temporary folder, the file can be copied to another machine of
+    the same kind. Its content is run as code: keep FASTTRAIN_CACHE where no other user can write.
+    device_name, settings: whatever the compiled code depends on.
     """
 
     def __init__(self, device_name: str, *settings: object) -> None:
@@ -71,7 +71,7 @@ class CompileCache:
 
     @property
     def expected_seconds(self) -> float:
-        """What compiling should take now."""
+        """Expected time to compile, given the cache."""
         if not self._artifacts.exists():
             return COLD_SECONDS
         try:
@@ -80,7 +80,7 @@ class CompileCache:
             return WARM_SECONDS
 
     def load(self) -> None:
-        """Give torch what is in the file. One that torch cannot use is as good as none."""
+        """Load the file's artifacts into torch; a file that torch cannot use is ignored."""
         try:
             content = self._artifacts.read_bytes()
             self._loaded = torch.compiler.load_cache_artifacts(content) is not None
@@ -88,7 +88,7 @@ class CompileCache:
             self._loaded = False
 
     def save(self, seconds: float) -> None:
-        """Keep what this process compiled in so many seconds. A folder that cannot be written is no error."""
+        """Save what this process compiled in `seconds`; an error in writing the cache is ignored."""
         made = torch.compiler.save_cache_artifacts()
         if made is None or seconds < NOTHING_NEW:
             return
@@ -101,31 +101,31 @@ class CompileCache:
             return
 
 
-def cache_of(step: TrainStep, hardware: str, mode: str | None, batch_size: int) -> CompileCache:
-    """The cache of what torch.compile makes of steps like this one, on this hardware.
+def cache_of(step: TrainStep, hardware: str, compile_mode: str | None, batch_size: int) -> CompileCache:
+    """Return the cache for steps like this one, on this hardware.
 
-    batch_size: images that a step of this process takes.
+    batch_size: images per step in this process.
     """
     recipe = step.recipe
     shape = (batch_size, recipe.resolution, recipe.width, recipe.activation)
-    return CompileCache(hardware, step.compute_dtype, mode, *shape)
+    return CompileCache(hardware, step.compute_dtype, compile_mode, *shape)
 
 
 def compile_step(
     step: TrainStep,
-    mode: str | None,
+    compile_mode: str | None,
     cache: CompileCache,
     images_NCHW: Tensor,
     labels_N: Tensor,
 ) -> float:
-    """Compile a step with whatever the cache holds for it, and capture it where that is wanted.
+    """Compile a step, starting from the cache, and capture it as a CUDA graph if its runtime says so.
 
-    mode: None captures only. Returns the seconds that it took.
+    compile_mode: None for a step that is only captured. Returns the seconds taken.
     """
-    if mode is None:
+    if compile_mode is None:
         return step.warm_up(images_NCHW, labels_N)
     cache.load()
-    step.compile(mode)
+    step.compile(compile_mode)
     seconds = step.warm_up(images_NCHW, labels_N)
     if step.world.local_rank == 0:
         cache.save(seconds)
@@ -135,7 +135,7 @@ def compile_step(
 def pick_final_mode(
     step: TrainStep,
     recipe: Recipe,
-    mode: str | None,
+    compile_mode: str | None,
     cache: CompileCache,
     matmul_tflops: float,
     example: tuple[Tensor, Tensor],
@@ -143,25 +143,27 @@ def pick_final_mode(
     kept: str | None,
     log: Callable[[str], object],
 ) -> str | None:
-    """The mode to compile a run's steps in, None for eager.
+    """Choose the mode to compile a run's steps in; None means eager.
 
-    mode: what this machine can do. kept: what the run began with, or off; None for a new run. With auto a
-    new run compiles only if that can pay within its steps, which is logged in a line.
+    compile_mode: the mode that this machine allows. kept: the mode that the run was started with, or off;
+    None for a new run. With auto, a new run compiles only if that can pay within its steps, and logs the
+    estimate.
+    example: images_NCHW and labels_N to time a step on.
     """
     if kept is not None:
-        return None if kept == "off" else mode and kept
-    if mode is None or recipe.compile != "auto":
-        return mode
+        return None if kept == "off" else compile_mode and kept
+    if compile_mode is None or recipe.compile != "auto":
+        return compile_mode
     own = estimate_compile(step, cache, matmul_tflops, *example)
     estimate = step.world.broadcast(lambda: own)
     log(str(estimate))
-    return mode if estimate else None
+    return compile_mode if estimate else None
 
 
 def estimate_compile(
     step: TrainStep, cache: CompileCache, matmul_tflops: float, images_NCHW: Tensor, labels_N: Tensor
 ) -> CompileEstimate:
-    """What compiling this step can gain and should cost. Takes a few dozen steps, which leave no trace."""
+    """Estimate the gain and the cost of compiling this step, by timing a few dozen steps and undoing them."""
     flop = training_flop_per_image(step.model) * len(labels_N)
     return CompileEstimate(
         steps=step.total_steps - step.step,
@@ -172,7 +174,7 @@ def estimate_compile(
 
 
 def example_batch(batch_size: int, resolution: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A batch of the loaders' shape, dtype and strides, to compile and time on without taking one from them.
+    """Return a batch with the loaders' shape, dtype and strides, to compile and time a step on.
 
     Noise, not zeros: on zeros a GPU draws less power and computes faster.
     """
@@ -184,7 +186,7 @@ def example_batch(batch_size: int, resolution: int, device: torch.device) -> tup
 
 
 def cache_folder() -> Path:
-    """FASTTRAIN_CACHE, or fasttrain in the user's folder for caches."""
+    """Return FASTTRAIN_CACHE or, by default, fasttrain/ in the user's cache folder."""
     named = os.environ.get("FASTTRAIN_CACHE")
     if named:
         return Path(named).expanduser()

@@ -1,6 +1,7 @@
 """A training step captured once as a CUDA graph, so that one launch replays all of its kernels.
 
-Launched one by one, the few hundred kernels of a step cost the host more time than they take on a fast GPU.
+Launching the few hundred kernels of a step one by one takes the host longer than a fast GPU takes to run
+them.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 WARM_UP_CALLS = 3
-"""Calls before the capture: libraries pick their kernels, compilers compile, and optimizers allocate."""
+"""Calls before the capture, in which libraries choose kernels, compilers compile, and optimizers allocate."""
 
 
 def capture(
@@ -17,10 +18,10 @@ def capture(
 ) -> Callable[[Tensor, Tensor], None]:
     """Capture `work` on a batch like those to come; returns a function that replays it on any such batch.
 
-    The kernels are replayed with the addresses that they were captured with. So `work` must leave its results
-    in tensors that stay, and take whatever changes from step to step from tensors, never from Python numbers;
-    batches are copied to where the captured kernels look for them. `work` is called WARM_UP_CALLS times and
-    then captured, which computes nothing. It must not wait for the GPU.
+    Kernels are replayed with the addresses that they were captured with. So `work` must write its results to
+    persistent tensors, and read everything that changes from step to step from tensors, never from Python
+    numbers; each batch is copied to where the captured kernels read it. `work` is called WARM_UP_CALLS times
+    and then captured, which computes nothing. It must not wait for the GPU.
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html, "Whole-network capture".
     """
     images, labels = torch.empty_like(images_NCHW), torch.empty_like(labels_N)  # keeps channels_last
@@ -35,7 +36,7 @@ def capture(
     torch.cuda.current_stream(device).wait_stream(aside)
 
     graph = torch.cuda.CUDAGraph()
-    # thread_local: the threads of DALI and of the checkpoints may allocate memory in the meantime.
+    # thread_local: DALI's and the checkpoints' threads may allocate memory in the meantime.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         work(images, labels)
 
@@ -50,9 +51,9 @@ def capture(
 
 
 def require_like(batch: Tensor, captured: Tensor) -> None:
-    """Raise ValueError unless a batch is of the captured shape and type: copying would stretch or cast it."""
+    """Raise ValueError unless a batch has the captured shape and dtype: a copy would broadcast or cast it."""
     if (batch.shape, batch.dtype) != (captured.shape, captured.dtype):
         raise ValueError(
-            f"a batch of {tuple(batch.shape)} {batch.dtype} for a step that was captured with "
+            f"the batch is {tuple(batch.shape)} {batch.dtype}, but the step was captured with "
             f"{tuple(captured.shape)} {captured.dtype}"
         )

@@ -1,14 +1,16 @@
-"""One training on several processes, as torchrun starts them: ranks, reductions, and how they end together.
+"""One training on several processes started by torchrun: ranks, reductions, and how the ranks end together.
 
-A recipe's batch is the whole job's: every rank trains on its share, and DistributedDataParallel averages the
-gradients, so the learning rate stays what it was. A world of one has no process group and no cost.
+A recipe's batch size is that of all ranks together: every rank trains on its share, and
+DistributedDataParallel averages the gradients, so the learning rate stays the same. A world of one has no
+process group and no overhead.
 
     torchrun --nproc-per-node 8 -m fasttrain train
 
-A dead rank: torchrun notices within a second, names the rank and the signal or exit status, and sends SIGTERM
-to the others, SIGKILL 30 s later. They do not wait for that. gloo, which carries all that lies in the host's
-memory, fails as soon as the connection breaks; NCCL, which tells nobody, after ANSWER_SECONDS, when torch's
-watchdog ends the process. That also covers a rank that hangs, and a machine that is gone.
+When a rank dies, torchrun notices within a second, names the rank and the signal or exit status, and sends
+the others SIGTERM and, 30 s later, SIGKILL. The other ranks do not wait for that. gloo, which transfers
+everything in the host's memory, fails as soon as the connection breaks. NCCL reports nothing, so torch's
+watchdog ends the process after ANSWER_SECONDS. That also covers a rank that hangs and a machine that
+disappears.
 """
 
 import atexit
@@ -31,24 +33,21 @@ from fasttrain.system.signals import ignore_sigterm
 
 T = TypeVar("T")
 
-
 ANSWER_SECONDS = 20
-"""How long a rank waits for the others while they train."""
-
+"""How long a rank waits for the others during the training."""
 
 START_SECONDS = 3600
-"""The same before they train: the first rank may download the images, find a rate, compile."""
-
+"""How long a rank waits before the training: the first may download images, search a rate, or compile."""
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together, as one of them sees it; without arguments, a world of one.
+    """The processes that train together, seen from one of them; without arguments, a world of one.
 
-    local_rank: counted on its own machine. All methods but `print` and `parallel` are for all ranks at once,
-    in the same order. As a context it turns the loss of another rank into a UserError.
+    local_rank: the rank within its machine. All ranks must call all methods except `print` and `parallel`, in
+    the same order. As a context manager, it turns the loss of another rank into a UserError.
     """
 
     rank: int = 0
@@ -58,24 +57,25 @@ class World:
 
     @classmethod
     def join(cls, device: torch.device) -> "World":
-        """The world that torchrun's environment describes; without torchrun a world of one.
+        """Join the world that torchrun's environment describes; without torchrun, return a world of one.
 
-        device: cpu or cuda; each rank takes the GPU of its local rank. One training after the other may join.
-        Raises UserError if the environment is incomplete, or if the ranks cannot have this device.
+        device: cpu or cuda; each rank takes the GPU of its local rank. A process may join several times, for
+        one training after the other.
+        Raises UserError if the environment is incomplete, or if the ranks cannot use this device.
         """
         size = _environment("WORLD_SIZE", 1)
         if size == 1:
             return cls(device=device)
         rank, local_rank = _environment("RANK"), _environment("LOCAL_RANK")
         if device.type not in BACKENDS:
-            raise UserError(f"--device {device.type}: trains on one rank only; start it without torchrun")
+            raise UserError(f"--device {device.type}: trains on one rank only; start without torchrun")
         if device.type == "cuda":
             if device.index:
                 raise UserError(f"--device {device}: expected auto, cuda or cpu: each rank takes its own GPU")
             if local_rank >= torch.cuda.device_count():
                 raise UserError(
-                    f"--nproc-per-node: rank {rank} is number {local_rank} on its machine, which has "
-                    f"{torch.cuda.device_count()} GPUs; start as many ranks as there are GPUs"
+                    f"--nproc-per-node: rank {rank} has local rank {local_rank} on a machine with "
+                    f"{torch.cuda.device_count()} GPUs; start one rank per GPU"
                 )
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
@@ -87,34 +87,35 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank speaks and writes for all."""
+        """Whether this rank prints and writes for all."""
         return self.rank == 0
 
     @property
     def shard(self) -> Shard:
+        """This rank's part of every batch."""
         return Shard(self.rank, self.size)
 
     def print(self, line: str) -> None:
-        """Print, on the first rank only."""
+        """Print a line, only on the first rank."""
         if self.is_main:
             print(line)
 
     def share(self, batch_size: int) -> int:
-        """How many of a batch's images are this rank's. Raises UserError if they cannot be dealt out."""
+        """Return this rank's number of images per batch. Raises UserError if the batch cannot be divided."""
         share, left = divmod(batch_size, self.size)
         if left or share < 2:
             sizes = [size for size in (share * self.size, (share + 1) * self.size) if size >= 2 * self.size]
-            take = " or ".join(map(str, sizes or [2 * self.size]))
+            choices = " or ".join(map(str, sizes or [2 * self.size]))
             raise UserError(
                 f"--batch-size {batch_size}: expected the same number of images, at least 2, on each of "
-                f"{self.size} ranks; take {take}"
+                f"{self.size} ranks; use {choices}"
             )
         return share
 
     # ------------------------------------------------------------------------------------------ agreement
 
     def broadcast(self, work: Callable[[], T]) -> T:
-        """What `work` returns on the first rank, where alone it is called."""
+        """Call `work` only on the first rank, and return its result on every rank."""
         if self.size == 1:
             return work()
         box = [work() if self.is_main else None]
@@ -123,7 +124,7 @@ class World:
         return box[0]  # type: ignore[return-value]  # the first rank's
 
     def main_first(self, work: Callable[[], T]) -> T:
-        """What `work` returns, called on every machine's first rank before its others: it may write files."""
+        """Call `work` on each machine's first rank, then on its others, so that the first can write files."""
         if self.local_rank == 0:
             value = work()
             self.barrier()
@@ -132,7 +133,7 @@ class World:
         return work()
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in the order of the ranks, on all of them."""
+        """Return every rank's value, in the order of the ranks, on every rank."""
         values: list[Any] = [None] * self.size
         if self.size == 1:
             return [value]
@@ -141,11 +142,11 @@ class World:
         return values
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this."""
         self.all_reduce_max(0)
 
     def all_reduce_max(self, *values: int) -> list[int]:
-        """The largest of all ranks' values, place by place. Waits for the ranks, but not for the device."""
+        """Return the element-wise maximum over all ranks. Waits for the ranks, but not for the device."""
         if self.size == 1:
             return list(values)
         most = torch.tensor(values)
@@ -154,21 +155,21 @@ class World:
         return most.tolist()
 
     def require_same(self, facts: dict[str, Any]) -> None:
-        """Raise UserError, naming the difference, where another rank's facts are not the first one's."""
+        """Raise UserError, naming the differences, on every rank whose facts differ from the first rank's."""
         first = self.broadcast(lambda: facts)
         differing = [
             f"{key} is {value}, not {first[key]}" for key, value in facts.items() if value != first[key]
         ]
         if differing:
             raise UserError(
-                f"this rank would not train what rank 0 does: {', '.join(differing)}; "
+                f"this rank would not train the same as rank 0: {', '.join(differing)}; "
                 "give all ranks the same command, files and versions"
             )
 
     # ------------------------------------------------------------------------------------------ arithmetic
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """The sum of every rank's values, as a new tensor."""
+        """Return the sum over all ranks as a new tensor; a world of one returns `values` itself."""
         if self.size == 1:
             return values
         values = values.clone()
@@ -177,7 +178,7 @@ class World:
         return values
 
     def all_reduce_min(self, values: Tensor) -> Tensor:
-        """The smallest of all ranks' values, as a new tensor."""
+        """Return the minimum over all ranks as a new tensor; a world of one returns `values` itself."""
         if self.size == 1:
             return values
         values = values.clone()
@@ -186,15 +187,15 @@ class World:
         return values
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The network with gradients that are means over all ranks after every backward pass.
+        """Return the network with its gradients averaged over all ranks in every backward pass.
 
-        Parameters are the first rank's from the start. Buffers, which BatchNorm's statistics are, stay each
-        rank's own until broadcast_buffers.
+        Parameters are set to the first rank's at the start. Buffers, such as BatchNorm's statistics, remain
+        each rank's own until broadcast_buffers.
         """
         if self.size == 1:
             return model
         with warnings.catch_warnings():
-            # torch 2.13 would have it called forward_sync_buffers, which torch 2.11 does not know.
+            # torch 2.13 wants the name forward_sync_buffers, which torch 2.11 does not know.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             return nn.parallel.DistributedDataParallel(
                 model,
@@ -204,7 +205,7 @@ class World:
             )
 
     def broadcast_buffers(self, model: nn.Module) -> None:
-        """Give every rank the first one's buffers, so that all evaluate one network."""
+        """Copy the first rank's buffers to every rank, so that all of them evaluate the same network."""
         if self.size == 1:
             return
         with self.report_lost_rank():
@@ -212,30 +213,32 @@ class World:
                 dist.broadcast(buffer, src=0)
 
     def synchronize_batchnorm(self, model: nn.Module) -> None:
-        """Let BatchNorm take its mean and variance over the batches of all ranks, in place, same keys."""
+        """Make BatchNorm use the mean and variance over all ranks' batches; in place, with the same keys."""
         if self.size == 1:
             return
-        kind = nn.SyncBatchNorm if self.device.type == "cuda" else _SyncBatchNorm  # torch's is for GPUs only
+        # torch's own class is for GPUs only.
+        batchnorm = nn.SyncBatchNorm if self.device.type == "cuda" else _SyncBatchNorm
         for module in list(model.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.BatchNorm2d):
-                    synced = kind(child.num_features, child.eps, child.momentum).to(child.weight.device)
+                    synced = batchnorm(child.num_features, child.eps, child.momentum).to(child.weight.device)
                     synced.load_state_dict(child.state_dict())
                     setattr(module, name, synced)
 
     # ----------------------------------------------------------------------------------- beginning and end
 
     def begin(self) -> None:
-        """Wait until every rank is ready to train; from here on they answer each other promptly, or end."""
+        """Wait until every rank is ready to train; from then on they answer within ANSWER_SECONDS, or end."""
         if self.size == 1:
             return
         self.barrier()
         _set_timeout(ANSWER_SECONDS)
 
     def close(self) -> None:
-        """Part from the other ranks, when all are here.
+        """Leave the world once all ranks have called this.
 
-        The group itself goes when the process ends: while a network holds it, torch 2.13 can hang over it.
+        The process group is destroyed when the process ends: torch 2.13 can hang while a network still holds
+        it.
         """
         if self.size > 1:
             self.barrier()
@@ -248,14 +251,14 @@ class World:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, DivergedError | Interrupted):  # every rank is here
+        if isinstance(error, DivergedError | Interrupted):  # every rank raises these
             self.close()
         elif error is not None:
             self._raise_if_lost(error)
 
     @contextmanager
     def report_lost_rank(self) -> Iterator[None]:
-        """Within the block a broken connection is a UserError, and SIGTERM waits for it."""
+        """Within the block, a broken connection becomes a UserError; SIGTERM is then ignored."""
         try:
             yield
         except RuntimeError as error:
@@ -263,18 +266,18 @@ class World:
             raise
 
     def _raise_if_lost(self, error: BaseException) -> None:
-        said = str(error)
-        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in said.lower()):
+        text = str(error)
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text.lower()):
             ignore_sigterm()  # torchrun's, which follows: this rank ends by itself, and says why
-            reason = said.splitlines()[0].rpartition("] ")[2] if "] " in said else said.splitlines()[0]
+            reason = text.splitlines()[0].rpartition("] ")[2] if "] " in text else text.splitlines()[0]
             raise UserError(
-                f"lost another rank ({reason}): what ended that one stands above, or in "
-                "torchrun's summary; what was saved remains, see --resume"
+                f"lost another rank ({reason}): see above, or in torchrun's summary, why it ended; "
+                "to resume from the last checkpoint, use --resume"
             ) from error
 
 
 def _set_timeout(seconds: float) -> None:
-    # No public call changes a group's timeout, and a second group would mean a second communicator.
+    # No public function changes a group's timeout, and a second group would need a second communicator.
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
@@ -286,9 +289,9 @@ def _environment(name: str, default: int | None = None) -> int:
 
 
 def command(local: list[str]) -> list[str]:
-    """The words that start, on as many ranks as here, what these words of fasttrain's start on one.
+    """Return the command that runs fasttrain with the arguments `local` on as many ranks as now.
 
-    Several machines need the user's own words about where they meet as well.
+    On several machines the user has to add where they meet.
     """
     size, local_size = _environment("WORLD_SIZE", 1), os.environ.get("LOCAL_WORLD_SIZE", "1")
     if size == 1:
@@ -298,7 +301,7 @@ def command(local: list[str]) -> list[str]:
 
 
 class _MeanOverRanks(torch.autograd.Function):
-    """The mean of every rank's tensor; its gradient is the mean of their gradients."""
+    """The mean over all ranks; its gradient is the mean of the ranks' gradients."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -316,7 +319,7 @@ def _mean(values: Tensor) -> Tensor:
 
 
 class _SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the batches of all ranks, which are equally large. Source: as nn.SyncBatchNorm."""
+    """BatchNorm over the batches of all ranks, which have the same size, like nn.SyncBatchNorm."""
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         if not self.training:
@@ -330,7 +333,7 @@ class _SyncBatchNorm(nn.BatchNorm2d):
         return (centred * scale_C[:, None, None] + self.bias[:, None, None]).to(images_NCHW.dtype)
 
     def _follow(self, mean_C: Tensor, variance_C: Tensor, count: int) -> None:
-        """Move the running statistics; theirs is the variance of a sample, as nn.BatchNorm2d has it."""
+        """Update the running statistics with the unbiased variance, like nn.BatchNorm2d."""
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         assert self.num_batches_tracked is not None
         self.running_mean.lerp_(mean_C, self.momentum)

@@ -1,11 +1,11 @@
-"""The exceptions that a user is meant to see."""
+"""The exceptions that are meant for the user."""
 
 
 class UserError(Exception):
-    """A mistake that the user can mend, said in one line.
+    """A mistake that the user can fix, explained in one line.
 
-    The message names the file or flag, says what was expected and what to do. The command line prints it
-    without a traceback and exits with status 2.
+    The message names the file or flag, what is wrong, what was expected, and what to do. The command line
+    prints it without a traceback and exits with status 2.
     """
 
 
@@ -14,9 +14,9 @@ class DivergedError(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM ended a training after its state was saved; the message says how to go on.
+    """SIGINT or SIGTERM ended a training after its state was saved; the message says how to resume.
 
-    status: the exit status that shells know such an end by, 130 or 143.
+    status: the exit status that shells use for this signal, 130 or 143.
     """
 
     def __init__(self, message: str, signum: int) -> None:

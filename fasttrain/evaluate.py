@@ -1,4 +1,4 @@
-"""Accuracy over every test image exactly once; per class, and the most confident mistakes.
+"""Evaluation on every test image exactly once: accuracy, figures per class, and the most confident mistakes.
 
 Shape suffixes: N images, K classes.
 """
@@ -16,10 +16,10 @@ from fasttrain.system.precision import autocast
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """One class: its images, and shares from 0 to 1, None where there is nothing to divide by.
+    """The figures of one class; shares run from 0 to 1 and are None if there is nothing to divide by.
 
-    recall: of its images, those found. precision: of the images given this label, those that deserve it.
-    taken_for: the other class that most of its images were given, if any was.
+    images: images of this class. recall: share of them predicted as this class. precision: share of the
+    images predicted as this class that belong to it. taken_for: the most frequent wrong prediction, if any.
     """
 
     images: int
@@ -30,11 +30,11 @@ class ClassFigures:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the network said about every test image, in stored order; all tensors on the CPU.
+    """The network's predictions for every test image, in stored order; all tensors are on the CPU.
 
     loss: mean cross entropy without label smoothing. labels_N, predictions_N: int64.
-    confidences_N: float32, the probability that the network gave to its prediction.
-    flip_predictions_N: int64, from the mean logits of each image and its mirror image; None where not asked.
+    confidences_N: float32, the network's probability of its prediction.
+    flip_predictions_N: int64, from the mean logits of each image and its mirror image; None if not asked for.
     """
 
     loss: float
@@ -45,23 +45,23 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """Share of the images that are classified correctly, 0 to 1."""
+        """Share of the images that are classified correctly, from 0 to 1."""
         return (self.predictions_N == self.labels_N).double().mean().item()
 
     @property
     def accuracy_flip(self) -> float | None:
-        """The same for the predictions from both ways round: a second figure, never in place of the first."""
+        """Accuracy of flip_predictions_N: a second figure, never a replacement for the first."""
         if self.flip_predictions_N is None:
             return None
         return (self.flip_predictions_N == self.labels_N).double().mean().item()
 
     def confusion_KK(self, num_classes: int) -> Tensor:
-        """Counts: row = true class, column = predicted class."""
+        """Return the confusion matrix as int64 counts: row = true class, column = predicted class."""
         cells = self.labels_N * num_classes + self.predictions_N
         return cells.bincount(minlength=num_classes**2).reshape(num_classes, num_classes)
 
     def per_class(self, num_classes: int) -> list[ClassFigures]:
-        """Every class's figures, in the order of the labels."""
+        """Return every class's figures, in the order of the labels."""
         figures = []
         confusion_KK = self.confusion_KK(num_classes)
         for label, row_K in enumerate(confusion_KK):
@@ -79,13 +79,13 @@ class Evaluation:
         return figures
 
     def misclassified(self) -> Tensor:
-        """Indices of the wrongly classified images, the most confident mistake first."""
+        """Return the indices of the misclassified images, int64, the most confident mistake first."""
         wrong = (self.predictions_N != self.labels_N).nonzero().flatten()
         return wrong[self.confidences_N[wrong].argsort(descending=True, stable=True)]
 
 
 def concat(parts: Sequence[Evaluation]) -> Evaluation:
-    """One evaluation of what several ranks looked at, in stored order."""
+    """Join the evaluations of several ranks, given in the order of the ranks."""
     if len(parts) == 1:
         return parts[0]
     labels_N = torch.cat([part.labels_N for part in parts])
@@ -106,9 +106,9 @@ def evaluate(
     *,
     flip: bool = False,
 ) -> Evaluation:
-    """Run the network over one epoch of an evaluation loader; the model's mode is restored.
+    """Run the network on one epoch of an evaluation loader; restores the model's mode.
 
-    flip: look at every image's mirror image too, for the second accuracy; nothing else depends on it.
+    flip: classify every image's mirror image too, for the second accuracy; nothing else depends on it.
     Waits for the device once, at the end.
     """
     device, dtype = runtime.device, runtime.dtype

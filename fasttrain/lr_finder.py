@@ -1,4 +1,4 @@
-"""The learning-rate finder: torch-lr-finder on our loader, repeated, with a robust suggestion."""
+"""The learning-rate finder: torch-lr-finder on our loader, repeated for a robust suggestion."""
 
 import contextlib
 import dataclasses
@@ -24,18 +24,18 @@ from fasttrain.runtime import Runtime
 from fasttrain.system.rng import fork_rng
 
 SKIP_START, SKIP_END = 10, 5
-"""Points left out at a curve's ends, as in the library's own suggestion: noise, and the divergence."""
-
+"""Points left out at a curve's ends, as in the library's own suggestion: the noise, and the divergence."""
 
 SHORTEST = SKIP_START + SKIP_END + 2
-"""Points that a curve needs: two of those that are left make a slope."""
+"""The fewest points in a usable curve: a slope takes two of those that are left."""
 
 
 @dataclass(frozen=True)
 class LrCurve:
-    """Learning rates tried and the smoothed training loss at each.
+    """The learning rates of one try, and the smoothed training loss at each.
 
-    diverged: the curve ends early, where the loss grew fivefold over its minimum or was no number any more.
+    diverged: the curve ended early, because the loss exceeded five times its minimum or became NaN or
+    infinite.
     """
 
     lrs: list[float]
@@ -44,7 +44,7 @@ class LrCurve:
 
     @property
     def suggestion(self) -> float | None:
-        """The rate at which the loss falls fastest over log(lr); None if the curve is too short to tell."""
+        """The rate at which the loss falls fastest over log(lr); None if the curve is too short."""
         if len(self.lrs) < SHORTEST:
             return None
         lrs, losses = self.lrs[SKIP_START:-SKIP_END], self.losses[SKIP_START:-SKIP_END]
@@ -55,23 +55,24 @@ class LrCurve:
         steps = f"{len(self.lrs)} steps"
         end = f"diverged after {steps}" if self.diverged else steps
         if self.suggestion is None:
-            return f"nothing: {end}, too short to tell"
+            return f"no suggestion: {end}, too few to tell"
         return f"{self.suggestion:.3g} ({end})"
 
 
 @dataclass(frozen=True)
 class LrSearch:
-    """Curves of independent repeats, and the median of their suggestions."""
+    """The curves of independent tries, and their suggestions."""
 
     curves: list[LrCurve]
     suggestions: list[float]
 
     @property
     def suggestion(self) -> float:
+        """The median of the suggestions."""
         return statistics.median(self.suggestions)
 
     def __str__(self) -> str:
-        """The suggestion with its spread, and how many tries diverged or told nothing."""
+        """Format the suggestion with its spread, and how many tries diverged or were too short."""
         found = self.suggestions
         spread = f"median of {len(found)} tries, {min(found):.3g} to {max(found):.3g}"
         if len(found) == 1:
@@ -94,11 +95,10 @@ def find_max_lr(
 ) -> LrSearch:
     """Raise the learning rate exponentially over `num_iter` steps, `repeats` times, and suggest a peak.
 
-    Each repeat has a network, an optimizer and a loader of its own, seeded apart, so that nothing of the
-    training to come is touched; the global random generators are put back as they were. One suggestion
-    scatters by a factor of up to ten between seeds, hence the median. A repeat ends early where it diverges;
-    each is logged in a line.
-    Raises UserError for an impossible range or count, and if no repeat gives a curve long enough.
+    Each try has its own network, optimizer and loader, with its own seed, so that the training to come is not
+    affected; the global random generators are restored. Single suggestions vary by a factor of up to ten
+    between seeds, hence the median. A try ends early if it diverges; each is logged in one line.
+    Raises UserError for an impossible range or count, and if no try gives a curve that is long enough.
     Source: Smith 2017, arXiv:1506.01186; range and length as in the assignment.
     """
     if not 0 < start_lr < end_lr < math.inf:
@@ -106,7 +106,9 @@ def find_max_lr(
             f"--start-lr {start_lr:g} --end-lr {end_lr:g}: expected a start above 0, below the end"
         )
     if num_iter < SHORTEST:
-        raise UserError(f"--num-iter {num_iter}: expected at least {SHORTEST}: the curve's ends do not count")
+        raise UserError(
+            f"--num-iter {num_iter}: expected at least {SHORTEST}, as the curve's ends do not count"
+        )
     if repeats < 1:
         raise UserError(f"--repeats {repeats}: expected at least 1")
     curves = []
@@ -135,7 +137,7 @@ def _curve(
     from torch_lr_finder import LRFinder, TrainDataLoaderIter
 
     class EndlessBatches(TrainDataLoaderIter):
-        """Our loader under the library's interface: at an epoch's end it begins the next one by itself."""
+        """Our loader with the library's interface, which starts the next epoch when one ends."""
 
         def inputs_labels_from_batch(self, batch: Any) -> Any:
             return batch
@@ -145,7 +147,7 @@ def _curve(
     model = build_model(recipe, len(dataset.classes), mean=dataset.mean, std=dataset.std).to(device)
     loader = build_loader(dataset, recipe, train=True, device=device, loader=runtime.loader)
     optimizer = build_optimizer(model, recipe, lr=start_lr)
-    # The library gives all groups one rate; some learn at a multiple of it.
+    # The library gives all groups the same rate; some groups learn at a multiple of it.
     optimizer.register_step_pre_hook(
         lambda *_: set_schedule(optimizer, optimizer.param_groups[0]["lr"], None)
     )
@@ -160,11 +162,11 @@ def _curve(
             "dtype": dtype if dtype != torch.float32 else None,
             "enabled": dtype != torch.float32,
         },
-        # The library wants a scaler even where bf16 needs none: a disabled one passes everything on.
+        # The library wants a scaler even for bf16, which needs none: a disabled one passes everything on.
         grad_scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
     )
-    # The library stops on a loss that has grown fivefold, but goes on through NaN: there the criterion
-    # raises. Its words are not ours, and its progress bar is for a terminal alone.
+    # The library stops at five times the lowest loss, but continues on NaN, so the criterion raises there.
+    # Its messages are silenced, and so is its progress bar unless stderr is a terminal.
     with contextlib.ExitStack() as quiet:
         quiet.enter_context(contextlib.suppress(_Diverged))
         quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -176,7 +178,7 @@ def _curve(
 
 
 class _Diverged(Exception):
-    """The loss is no finite number any more."""
+    """The loss has become NaN or infinite."""
 
 
 class _FiniteLoss(nn.Module):

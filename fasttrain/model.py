@@ -16,14 +16,11 @@ from fasttrain.recipe import Recipe
 EPOCH_IMAGES = 50_000
 """CIFAR-10's training images, for the cost of an epoch."""
 
-
 POOLED_STEM_FROM = 128
-"""Resolution from which the first block pools as well, or an image would cost four times as much."""
-
+"""Resolution from which the first block pools too; otherwise an image would cost four times as much."""
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-"""Of a network that has not been told its training images' own."""
-
+"""Statistics of a network that has not been given those of its training images."""
 
 Activation = Literal["relu", "gelu"]
 
@@ -37,9 +34,9 @@ def _block(
     bn_momentum: float,
     activation: Activation,
 ) -> list[nn.Module]:
-    """Convolution, max pooling where asked for, BatchNorm, activation, dropout.
+    """Return convolution, max pooling (if asked for), BatchNorm, activation and dropout.
 
-    Pooling stands before BatchNorm and the activation, so that both touch a quarter of the elements.
+    Pooling comes before BatchNorm and the activation, so that these process a quarter of the elements.
     """
     layers: list[nn.Module] = [nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)]
     if pool:
@@ -49,29 +46,30 @@ def _block(
 
 
 class GlobalMaxPool2d(nn.Module):
-    """The maximum of each channel, of any size: (N, C, H, W) to (N, C, 1, 1)."""
+    """The maximum of each channel, for any resolution: (N, C, H, W) to (N, C, 1, 1)."""
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        # Not nn.AdaptiveMaxPool2d: on a GPU its gradient is summed in any order.
+        # Not nn.AdaptiveMaxPool2d: on a GPU its gradient is summed in no fixed order.
         return F.max_pool2d(images_NCHW, images_NCHW.shape[2:])
 
 
 class CustomResNet(nn.Module):
-    """A nine-layer residual network, made for 32x32 images: 6,573,130 parameters with ten classes.
+    """A nine-layer residual network, designed for 32x32 images: 6,573,130 parameters with ten classes.
 
     Takes images_NCHW (N, 3, resolution, resolution), pixels from 0 to 255 as uint8 or any floating point, and
-    returns logits_NK (N, num_classes). It normalises by itself, so that a checkpoint knows its own
-    preprocessing, loaders move a byte a channel, and a compiler can fuse it with what follows.
+    returns logits_NK (N, num_classes). The network normalises the pixels itself, so that a checkpoint
+    includes its preprocessing, loaders move one byte per channel, and a compiler can fuse the normalisation.
     width: channels of the first convolution; the others have two, four and eight times as many.
-    resolution: pixels of a side, at least 16. The last pooling spans what is left of the image, an eighth of
-    its side; from 128 on the first block pools too, and a sixteenth is left. The parameters stay the same. So
-    images of another size can be trained on for a while, as a recipe's early_resolution does.
-    mean, std: of each channel of the training images, for pixels from 0 to 1.
-    activation: after every BatchNorm; gelu is smooth (arXiv:1606.08415).
-    init: dirac lets the first filters of every convolution pass its input on, as many as it has channels.
-    bn_momentum: share of a batch in BatchNorm's running statistics. logit_scale: factor of the last layer's
-    outputs; a buffer like mean and std, so that the state alone gives the logits.
-    Parameters are float32 in channels_last; run it under autocast for half precision.
+    resolution: pixels of an image's side, at least 16. The last pooling spans what remains of the image: an
+    eighth of its side or, from 128 pixels on, where the first block pools too, a sixteenth. The parameters do
+    not depend on it, so the network can train on another resolution for a while (a recipe's
+    early_resolution).
+    mean, std: those of the training images per channel, for pixels from 0 to 1.
+    activation: the one after every BatchNorm; gelu is smooth (arXiv:1606.08415).
+    init: dirac makes the first filters of every convolution, one per input channel, pass the input through.
+    bn_momentum: share of a batch in BatchNorm's running statistics. logit_scale: factor for the last layer's
+    outputs; a buffer like mean and std, so that the logits follow from the state dict.
+    Parameters are float32 in channels_last; for half precision, run the network under autocast.
     Source: the assignment's table; the layout follows the ResNet-9 of D. Page, "How to Train Your ResNet".
     """
 
@@ -125,14 +123,14 @@ class CustomResNet(nn.Module):
 
     @torch.no_grad()
     def _init_dirac(self) -> None:
-        """After the default initialisation, so that all other weights are drawn as without it."""
+        """Set the Dirac filters after the default initialisation, so that no other weight depends on them."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.dirac_(module.weight[: module.in_channels])
 
     def normalize(self, images_NCHW: Tensor) -> Tensor:
-        """Pixels from 0 to 255 to float32 of mean 0 and standard deviation 1, in channels_last."""
-        # A row of pixels at a time: a CPU's loops over channels alone would be three long (30 times slower).
+        """Map pixels from 0 to 255 to float32 with mean 0 and standard deviation 1, in channels_last."""
+        # A row of pixels at a time: inner loops over just the three channels are 30 times slower on a CPU.
         width = images_NCHW.shape[3]
         rows_NHX = images_NCHW.permute(0, 2, 3, 1).flatten(2).float()
         rows_NHX = (rows_NHX - self.mean.repeat(width)).mul_(self.inverse_std.repeat(width))
@@ -142,7 +140,7 @@ class CustomResNet(nn.Module):
         return self.forward_normalized(self.normalize(images_NCHW))
 
     def forward_normalized(self, images_NCHW: Tensor) -> Tensor:
-        """The logits (N, num_classes) of images that are normalised already."""
+        """Return the logits (N, num_classes) of images that are already normalised."""
         x = self.prep(images_NCHW)
         x = self.layer1(x)
         x = x + self.res1(x)
@@ -155,10 +153,10 @@ class CustomResNet(nn.Module):
 def build_model(
     recipe: Recipe, num_classes: int, *, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
 ) -> CustomResNet:
-    """The network that a recipe describes. Nothing else constructs one, so that no setting gets lost.
+    """Build the network of a recipe. Networks are built only here, so that no setting gets lost.
 
-    mean, std: as CustomResNet takes them; loaded weights bring their own.
-    The weights are drawn from torch's global generator.
+    mean, std: as CustomResNet takes them; loaded weights include their own.
+    The weights are initialised with torch's global generator.
     """
     return CustomResNet(
         num_classes,
@@ -175,15 +173,15 @@ def build_model(
 
 
 def image_shape(resolution: int) -> tuple[int, int, int, int]:
+    """Return the shape of a batch of one image."""
     return 1, 3, resolution, resolution
 
 
 def multiply_adds(model: CustomResNet, resolution: int | None = None) -> int:
-    """Multiply-adds of the convolutions and the linear layer for one image, forward.
+    """Count the multiply-adds of the convolutions and the linear layer for one image's forward pass.
 
-    resolution: pixels of the image's side; the model's own, if not given.
-
-    A training step costs three times as many (forward, gradient of the input, gradient of the weights), and
+    resolution: pixels of the image's side; by default the model's.
+    A training step takes three times as many (forward, gradients of the input, gradients of the weights), and
     each is two floating-point operations.
     """
     total = 0
@@ -203,5 +201,5 @@ def multiply_adds(model: CustomResNet, resolution: int | None = None) -> int:
 
 
 def training_flop_per_image(model: CustomResNet, resolution: int | None = None) -> int:
-    """Floating-point operations of one training step for one image of so many pixels a side."""
+    """Count the floating-point operations of training on one image; resolution: as in multiply_adds."""
     return 2 * 3 * multiply_adds(model, resolution)

@@ -1,4 +1,4 @@
-"""The optimizers and the one-cycle schedule."""
+"""The optimizers, and the one-cycle schedule of learning rate and beta1."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from fasttrain.recipe import Recipe
 
 BASE_MOMENTUM, MAX_MOMENTUM = 0.85, 0.95
-"""Range of Adam's beta1 where the recipe cycles it, as in torch's OneCycleLR."""
+"""Range of Adam's beta1 if the recipe cycles it, as in torch's OneCycleLR."""
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
-    """Fused Adam or AdamW, or Muon; weight decay on convolution and linear weights only.
+    """Build fused Adam or AdamW, or Muon, with weight decay only on convolution and linear weights.
 
-    BatchNorm's parameters and biases are one-dimensional: decaying them shrinks no function of the network.
-    BatchNorm's biases are a group of their own where the recipe gives them another rate, and only there: a
-    fused kernel runs once per group, and a checkpoint knows the parameters by their place in the groups.
+    BatchNorm's parameters and all biases are one-dimensional: decaying them does not regularise the network.
+    BatchNorm's biases form a separate group only if the recipe gives them another rate, since a fused kernel
+    runs once per group, and a checkpoint identifies parameters by their position in the groups.
     Source: arXiv:1711.05101; Goyal et al. 2017, arXiv:1706.02677, section 5.3.
     """
     weights = [p for p in model.parameters() if p.dim() > 1]
@@ -34,18 +34,19 @@ def build_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.
         groups[0]["params"] = [p for p in weights if p.dim() != 4]
         filters = [p for p in weights if p.dim() == 4]
         groups.append({"params": filters, "weight_decay": 0.0, "lr_scale": recipe.muon_lr_scale})
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}[recipe.optimizer]
-    return kind(groups, lr=lr, fused=True)
+    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}[recipe.optimizer]
+    return optimizer_class(groups, lr=lr, fused=True)
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for the last group, which holds convolutions' filters; fused AdamW for the groups before it.
+    """Muon for the last group, the convolutions' filters; fused AdamW for the groups before it.
 
-    Filters are a matrix with a row for each. Its step is the momentum with its singular values
-    brought near 1, so that no direction lags, times the rate. Before it the matrix is scaled to the length of
-    one whose rows are orthonormal: BatchNorm undoes that, and the rate is the share of the weights renewed.
-    It never waits for the device and reads rates from tensors where they are tensors, so it can be recorded.
-    Matrix products have the precision that autocast asks for.
+    The filters of a convolution form a matrix with one row per filter. An update is the momentum with its
+    singular values brought near 1, so that no direction lags behind, times the rate. Before the update, the
+    matrix is scaled to the norm of one with orthonormal rows: BatchNorm cancels that, and the rate becomes
+    the share of the weights that is renewed.
+    It never waits for the device and reads rates that are tensors as tensors, so it can be captured.
+    Matrix products use the precision of the surrounding autocast.
     Source: K. Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", and the settings
     of cifar10-airbench's Muon trainer.
     """
@@ -54,10 +55,10 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, fused: bool) -> None:
         super().__init__(groups, lr=lr, fused=fused)
-        self._step_supports_amp_scaling = False  # a scaler unscales the gradients itself: Muon reads them too
+        self._step_supports_amp_scaling = False  # the scaler must unscale the gradients: Muon reads them
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        torch.optim.Optimizer.__setstate__(self, state)  # Adam's own looks for its count of steps everywhere
+        torch.optim.Optimizer.__setstate__(self, state)  # Adam's expects a step count in every state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -84,7 +85,7 @@ class Muon(torch.optim.AdamW):
 
 
 def state_example(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
-    """What the optimizer keeps of every parameter after a step, by its place: names and shapes alone."""
+    """Return a state like the optimizer's after a step, by parameter index; only names and shapes matter."""
     places = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
     by_muon = optimizer.param_groups[-1] if isinstance(optimizer, Muon) else None
     return {
@@ -96,9 +97,9 @@ def state_example(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tenso
 
 
 def orthogonalize(matrix_MN: Tensor) -> Tensor:
-    """The matrix with its singular values brought near 1, between about 0.7 and 1.2; float32.
+    """Return the matrix with its singular values brought near 1, to about 0.7 to 1.2; float32.
 
-    Three steps of a Newton-Schulz iteration whose polynomial is steep at 0: they only meet the values that
+    Three steps of a Newton-Schulz iteration whose polynomial is steep at 0: they only lift the values that
     matter, and cost a few products.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -115,10 +116,11 @@ def _batch_norm_biases(model: nn.Module) -> list[nn.Parameter]:
 
 
 def one_cycle(step: int, total_steps: int, max_lr: float, recipe: Recipe) -> tuple[float, float | None]:
-    """Learning rate and beta1 at this step: two straight lines, up to the peak and down again.
+    """Return learning rate and beta1 at a step, counted from 0: two straight lines, to the peak and back.
 
-    beta1 is None where the recipe does not cycle it. The same values as torch's OneCycleLR with
-    anneal_strategy="linear" and three_phase=False, as a pure function, so that a run can resume at any step.
+    beta1 is None if the recipe does not cycle it. The values are those of torch's OneCycleLR with
+    anneal_strategy="linear" and three_phase=False, from a pure function, so that a run can resume at any
+    step.
     Source: Smith and Topin 2017, arXiv:1708.07120.
     """
     peak = recipe.pct_start * total_steps - 1
@@ -137,9 +139,9 @@ def one_cycle(step: int, total_steps: int, max_lr: float, recipe: Recipe) -> tup
 def set_schedule(optimizer: torch.optim.Optimizer, lr: float, beta1: float | None) -> None:
     """Write the schedule's values into the optimizer, without waiting for the device.
 
-    lr: of the groups whose lr_scale is 1; the others take their multiple of it.
-    A rate that is a tensor is changed in place: a recorded step reads it there. Otherwise they are plain
-    floats, which fused kernels take as arguments.
+    lr: the rate of groups with an lr_scale of 1; the others get their multiple of it.
+    A rate that is a tensor is changed in place, where a captured step reads it. Other rates are plain floats,
+    which fused kernels take as arguments.
     """
     for group in optimizer.param_groups:
         rate = lr * group["lr_scale"]

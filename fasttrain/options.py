@@ -1,6 +1,6 @@
-"""The options of every command: one frozen dataclass each, from whose fields the flags are generated.
+"""The options of every command: one frozen dataclass each; the flags are generated from its fields.
 
-`fasttrain.train(recipe, **options)` takes the fields of TrainOptions too: each default stands here once.
+`fasttrain.train(recipe, **options)` takes the fields of TrainOptions, so each default is given only once.
 """
 
 from dataclasses import dataclass, field
@@ -20,21 +20,21 @@ DataName = Annotated[
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     data: DataName = "auto"
-    """auto: CIFAR-10 on disk, else downloaded, else a generated stand-in. cifar10 and cifar100 never
+    """auto: CIFAR-10 from the disk, else downloaded, else a generated stand-in. cifar10 and cifar100 never
     fall back. folder:PATH: your own images, a folder per class, in PATH/train and PATH/test or unsplit.
-    webdataset:PATTERN: your own images in tar files, as pets-{train,val}-{000..009}.tar."""
+    webdataset:PATTERN: your own images in tar files, such as pets-{train,val}-{000..009}.tar."""
     data_dir: Path | None = None
     """Folder of the data; by default $FASTTRAIN_DATA, else data/."""
     skip_bad: bool = False
-    """Leave out files of your own that cannot be decoded, and say how many; else they are refused."""
+    """Leave out files of your own that cannot be decoded, and say how many; by default they are refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShowDataOptions(DataOptions):
-    """Fetch the data set if need be, and show what is there: counts, classes, statistics, checksums."""
+    """Fetch the data set if necessary, and show what is there: counts, classes, statistics, checksums."""
 
     resolution: int = Recipe.resolution
-    """Pixels of a side that your own images are scaled to, as the training will."""
+    """Width and height that your own images are scaled to, in pixels, as in the training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,43 +52,43 @@ class RunOptions(DataOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(RunOptions):
-    """How a recipe is trained: on which images, where, and what is kept. None of it changes the recipe."""
+    """How to train a recipe: on which images, where, and what to keep. None of it changes the recipe."""
 
     out: Path = Path("runs")
-    """Where run folders are made."""
+    """Where to create the run's folder."""
     resume: str | None = None
     """Resume an unfinished run: its folder, a checkpoint in it, or auto for the newest under --out."""
     save_every: str = "60s"
     """Steps (500) or seconds (60s) between two checkpoints; an epoch of 10 s or more also ends with one."""
     on_nan: Literal["stop", "rollback"] = "stop"
-    """On a loss of NaN or inf: stop, or roll back and halve the learning rate (at most 3 times)."""
+    """On NaN or inf: stop, or roll back and halve the learning rate (at most 3 times)."""
     tensorboard: bool = False
-    """Leave event files in the run's folder: every epoch's metrics, and a grid of augmented images."""
+    """Write event files to the run's folder: every epoch's metrics, and a grid of augmented images."""
     report: tyro.conf.Suppress[bool] = True
-    """Write report.html too; the seconds that takes are not in wall_seconds."""
+    """Write report.html too; wall_seconds does not include the time for it."""
     started: tyro.conf.Suppress[float | None] = None
-    """time.perf_counter() when the process began, for wall_seconds; by default when train() is called."""
+    """time.perf_counter() at the start of the process, for wall_seconds; by default at train()'s call."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCommand(TrainOptions, RecipeOptions):
-    """Train a network and leave a run's folder: figures, log and checkpoints."""
+    """Train a network and write a run's folder: figures, log and checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FindLrOptions(RunOptions, RecipeOptions):
-    """Suggest a peak learning rate: the loss over rising rates, repeated."""
+    """Suggest a peak learning rate from the loss over rising rates, in several tries."""
 
     start_lr: float = 1e-2
-    """Lowest rate tried."""
+    """Lowest rate to try."""
     end_lr: float = 10.0
-    """Highest rate tried."""
+    """Highest rate to try."""
     num_iter: int = 200
     """Steps from the lowest to the highest."""
     repeats: int = 3
     """Independent tries; the suggestion is their median."""
     plot: Path = Path("lr_find.png")
-    """The picture of the curves to write."""
+    """Where to write the plot of the curves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class EvaluateOptions(DataOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions:
-    """Classify images from anywhere with a checkpoint, each scaled to its resolution."""
+    """Classify any images with a checkpoint; they are scaled to the network's resolution."""
 
     checkpoint: tyro.conf.Positional[Path]
     """A run's last.pt or best.pt."""
@@ -116,7 +116,7 @@ class PredictOptions:
     top_k: int = 3
     """How many classes to name per image."""
     format: Literal["table", "json", "csv"] = "table"
-    """json: an object per line and image. csv: a row per image and class."""
+    """json: a line with an object per image. csv: a row per image and class."""
     skip_bad: bool = False
     """Skip files that cannot be decoded, and name them on stderr."""
     device: str = "auto"
@@ -127,30 +127,30 @@ class PredictOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """Write a checkpoint's network for use elsewhere, float32, verified against the checkpoint."""
+    """Write a checkpoint's network for use elsewhere, in float32, verified against the checkpoint."""
 
     checkpoint: tyro.conf.Positional[Path]
     """A run's last.pt or best.pt."""
     format: Literal["safetensors", "torch-export", "onnx"]
     """safetensors: the weights. torch-export, onnx: the graph too, for any number of images."""
     out: Path
-    """The file to write: .safetensors, .pt2 or .onnx. What it needs is told beside it, in a .json."""
+    """The file to write: .safetensors, .pt2 or .onnx. A .json next to it describes input and output."""
     input: Literal["pixels", "normalized"] = "pixels"
-    """pixels: uint8, and the network normalises them. normalized: float32, and the caller has."""
+    """pixels: uint8, normalised by the network. normalized: float32, normalised by the caller."""
     data: Annotated[str, tyro.conf.arg(metavar="auto|folder:PATH|webdataset:PATTERN")] = "auto"
-    """The test images to verify on. auto: what --data-dir holds, else random pixels."""
+    """The test images to verify on. auto: those in --data-dir, else random pixels."""
     data_dir: Path | None = None
     """Folder of the test images to verify on; by default $FASTTRAIN_DATA, else data/. Never downloaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """Write a finished run's report.html anew: one page, with every picture inside it."""
+    """Write a finished run's report.html again: one page, with every picture embedded."""
 
     run: tyro.conf.Positional[Path]
-    """The run's folder, as runs/..."""
+    """The run's folder, such as runs/..."""
     data: Annotated[str, tyro.conf.arg(metavar="auto|folder:PATH|webdataset:PATTERN")] = "auto"
-    """auto: what --data-dir holds. folder:PATH, webdataset:PATTERN: the images of a run on those."""
+    """auto: the images in --data-dir. folder:PATH, webdataset:PATTERN: for a run on your own images."""
     data_dir: Path | None = None
     """Folder of the data; by default $FASTTRAIN_DATA, else data/. Nothing is downloaded."""
     skip_bad: bool = False
@@ -164,7 +164,7 @@ class CompareOptions:
     """Compare finished runs on one page; runs that differ only in their seed form a group."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of the runs, as runs/..."""
+    """The runs' folders, such as runs/..."""
     out: Path = Path("compare.html")
     """The page to write."""
 
@@ -174,14 +174,14 @@ class SummaryOptions:
     """Print the network layer by layer, the shape after every block, its cost, and an epoch's least time."""
 
     device: str = "auto"
-    """Where the matmul rate is measured: auto, cpu, cuda, cuda:1, ..."""
+    """Where to measure the matmul rate: auto, cpu, cuda, cuda:1, ..."""
     resolution: int = Recipe.resolution
-    """Pixels of an image's side."""
+    """Width and height of the images in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
-    """Say what is installed, what will be used, what is missing and how to mend it."""
+    """Say what is installed, what will be used, what is missing and how to fix it."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
@@ -189,16 +189,16 @@ class DoctorOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileOptions(RunOptions, RecipeOptions):
-    """Show where the time goes: train a few steps under torch.profiler, loader and all."""
+    """Show where the time goes: train a few steps under torch.profiler, including the loader."""
 
     out: Path = Path("runs/profile")
-    """Folder of trace.json, operators.txt and profile.json; older ones in it are replaced."""
+    """Folder for trace.json, operators.txt and profile.json; older ones are replaced."""
     wait: int = 1
-    """Steps before the profiler looks."""
+    """Steps before the profiler starts."""
     warmup: int = 2
-    """Steps that warm it up."""
+    """Steps that warm up the profiler."""
     active: int | None = None
-    """Steps that count; by default 20 on a GPU and 3 without one."""
+    """Steps to profile; by default 20 on a GPU and 3 on a CPU."""
     operators: int = 20
     """How many operators to list."""
 

@@ -1,7 +1,7 @@
-"""What is trained and how: one frozen dataclass, its checks, and the named presets.
+"""The training recipe: one frozen dataclass, its checks, and the named presets.
 
-Every default stands here once. Command-line flags are generated from the fields, `recipe.json` in a run's
-folder is this dataclass written out, and an unknown key or an impossible value is refused by name.
+Every default is given once, here. Command-line flags are generated from the fields, `recipe.json` in a run's
+folder holds this dataclass, and an error names every unknown key or impossible value.
 """
 
 import dataclasses
@@ -18,79 +18,79 @@ class Recipe:
     """One training recipe. The defaults are the preset `default`."""
 
     name: str = "default"
-    """Label of the recipe in run folders and results."""
+    """Name of the recipe in run folders and results."""
     epochs: int = 24
     """Passes over the training images."""
     batch_size: int = 512
-    """Images per step, of all ranks together; the last, smaller batch of an epoch is dropped."""
+    """Images per step, over all ranks; the last, smaller batch of an epoch is dropped."""
     seed: int = 0
-    """Seeds the weights, the order of the images and the augmentation."""
+    """Seed of the weights, the order of the images and the augmentation."""
 
     optimizer: Literal["adam", "adamw", "muon"] = "adamw"
-    """adam: weight decay is added to the gradient. adamw: it is decoupled (arXiv:1711.05101). muon: adamw,
-    but for convolutions, whose momentum is orthogonalised."""
+    """adam: weight decay is added to the gradient. adamw: it is decoupled (arXiv:1711.05101). muon:
+    orthogonalised momentum for convolutions, adamw for everything else."""
     max_lr: float | Literal["auto"] = 0.01
-    """Peak of the one-cycle schedule; auto asks the LR finder before the training."""
+    """Peak learning rate of the one-cycle schedule; auto runs the LR finder before the training."""
     weight_decay: float = 0.2
     """Weight decay on convolution and linear weights; BatchNorm and biases have none."""
     label_smoothing: float = 0.1
     """Share of the target spread evenly over all classes (arXiv:1512.00567)."""
     dropout: float = 0.0
-    """Dropout after every activation; the modules stay in the network at 0."""
+    """Dropout after every activation; at 0 the modules stay in the network."""
 
     width: int = 64
     """Channels of the network's first convolution; the others have two, four and eight times as many."""
     activation: Literal["relu", "gelu"] = "relu"
-    """What stands after every BatchNorm; gelu is smooth (arXiv:1606.08415)."""
+    """Activation after every BatchNorm; gelu is smooth (arXiv:1606.08415)."""
     init: Literal["default", "dirac"] = "default"
-    """dirac: of every convolution, the first filters pass its input channels on (arXiv:1706.00388)."""
+    """dirac: the first filters of every convolution pass its input channels through (arXiv:1706.00388)."""
     bn_momentum: float = 0.1
     """Share of each batch in BatchNorm's running mean and variance."""
     bn_bias_lr_scale: float = 1.0
-    """BatchNorm's biases learn at the schedule's rate times this."""
+    """Learning rate of BatchNorm's biases, as a multiple of the schedule's."""
     muon_lr_scale: float = 10.0
-    """With muon, convolutions learn at the schedule's rate times this: a step renews that share."""
+    """With muon: learning rate of convolutions, as a multiple of the schedule's: a step renews that share."""
     logit_scale: float = 1.0
-    """The last layer's outputs are multiplied by this."""
+    """Factor for the last layer's outputs."""
     ema_epochs: float = 0.0
-    """Evaluate and ship an average of the weights over about the last so many epochs; 0 switches it off."""
+    """Evaluate and save an average of the weights over about this many last epochs; 0 turns it off."""
 
     pct_start: float = 5 / 24
     """Share of all steps before the peak of the schedule: 5/24 peaks at epoch 5 of 24."""
     div_factor: float = 25.0
     """First learning rate = max_lr / div_factor."""
     final_div_factor: float = 1000.0
-    """Last learning rate = first learning rate / final_div_factor; 1 means no annihilation."""
+    """Last learning rate = first learning rate / final_div_factor; 1 ends at the first rate."""
     cycle_momentum: bool = False
-    """Let Adam's beta1 run from 0.95 down to 0.85 and back while the learning rate rises and falls."""
+    """Lower Adam's beta1 from 0.95 to 0.85 while the learning rate rises, and raise it while that falls."""
 
     resolution: int = 32
-    """Pixels of a side that your own images are scaled to; CIFAR's have 32."""
+    """Width and height of the images in pixels; your own are scaled to it, CIFAR's have 32."""
     early_resolution: int = 0
-    """Pixels of a side that the images of the first steps are shrunk to; 0 switches it off."""
+    """Width and height that the first steps' images are shrunk to, in pixels; 0 turns it off."""
     early_share: float = 0.6
-    """With early_resolution: share of all steps that the shrunk images get."""
+    """With early_resolution: share of all steps that train on shrunk images."""
     crop_padding: int = 4
-    """Reflect-pad by this many pixels, then crop at a random offset; 0 switches it off."""
+    """Reflect-pad by this many pixels, then crop at a random offset; 0 turns it off."""
     flip: bool = True
-    """Mirror half of the images, as flip_order says."""
+    """Mirror half of the images; see flip_order."""
     flip_order: Literal["random", "alternating"] = "random"
-    """random: a coin per image and epoch. alternating: a first coin, then in turn (arXiv:2404.00498)."""
+    """random: a coin toss per image and epoch. alternating: one toss, then in turn (arXiv:2404.00498)."""
     cutout: int = 8
-    """Side of the square that is set to the mean at a random place; 0 switches it off."""
+    """Side in pixels of the square that is set to the mean at a random place; 0 turns it off."""
     test_flip: bool = False
-    """Give a second test accuracy, of the mean logits of each image and its mirror image."""
+    """Report a second test accuracy, from the mean logits of each image and its mirror image."""
 
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32", "tf32"] = "auto"
-    """Precision of the matrix products; auto takes bf16 where the hardware is fast in it."""
+    """Precision of the matrix products; auto takes bf16 if the hardware is fast in it."""
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = "auto"
-    """torch.compile's mode; auto compiles on a GPU where it can pay within the run, and not on a CPU."""
+    """torch.compile's mode; auto compiles on a GPU if it can pay off within the run, and never on a CPU."""
     cuda_graph: bool = True
-    """On an NVIDIA GPU, record the step once and replay it in one launch; not with several ranks."""
+    """On an NVIDIA GPU, capture the step once and replay it in one launch; not with several ranks."""
     sync_batchnorm: bool = False
-    """Let BatchNorm see the whole batch where several ranks share it; by default each sees its own part."""
+    """With several ranks: compute BatchNorm's statistics over the whole batch, not over each rank's part."""
     loader: Literal["auto", "dali", "tensor"] = "auto"
-    """The data path: DALI, or the pure-torch loader; auto takes DALI where it is installed."""
+    """The loader: DALI, or pure torch; auto takes DALI if it is installed."""
     loader_threads: int = 2
     """DALI's worker threads."""
 
@@ -138,18 +138,19 @@ class Recipe:
                 raise UserError(f"{flag(field)} {getattr(self, field)}: expected {expected}")
 
     def to_dict(self) -> dict[str, Any]:
+        """Return all fields and their values, ready for JSON."""
         return dataclasses.asdict(self)
 
     def training_resolution(self, step: int, total_steps: int) -> int:
-        """Pixels of a side that this step, counted from 0, trains on."""
+        """Return the resolution that a step, counted from 0, trains at."""
         early = self.early_resolution and step < self.early_share * total_steps
         return self.early_resolution if early else self.resolution
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
-        """The recipe with these fields; missing ones keep their defaults.
+        """Return the recipe with these fields; missing ones keep their defaults.
 
-        Raises UserError on a key that is no field of a recipe, and on an impossible value.
+        Raises UserError for an unknown key or an impossible value.
         """
         fields = [field.name for field in dataclasses.fields(cls)]
         for key in values:
@@ -159,12 +160,12 @@ class Recipe:
 
 
 def flag(field: str) -> str:
-    """The command line's flag of a field."""
+    """Return the command-line flag of a field."""
     return "--" + field.replace("_", "-")
 
 
 def _require_type(field: str, value: object, wanted: Any) -> None:
-    """Refuse a value of another type than the field's; an int will do for a float."""
+    """Raise UserError unless the value has the field's type; an int is accepted for a float."""
     options = get_args(wanted)
     literals = [option for option in options if isinstance(option, str)]
     for option in options:
@@ -178,11 +179,11 @@ def _require_type(field: str, value: object, wanted: Any) -> None:
         raise UserError(f"{flag(field)} {value!r}: expected {expected}")
 
 
-# The shortest schedule: more of what helps when there is little time, small batches for more steps, no cutout
-# and few positions of the crop, which need more of them, and a last layer that AdamW cannot throw about. The
-# cutout was chosen by ablation (python -m benchmarks.recipes); batches, crop and logit_scale follow a few
-# pairs of runs, the weight decay the number of steps. The other values are still the literature's
-# (arXiv:2404.00498): those tried so far could not be told from chance.
+# A short schedule: more of what helps when there is little time, small batches for more steps, no cutout and
+# a small crop padding, which both need more epochs, and a small logit scale, which keeps AdamW from changing
+# the last layer too fast. The cutout was chosen by ablation (python -m benchmarks.recipes); batch size, crop
+# and logit_scale by a few pairs of runs; the weight decay from the number of steps. The other values are
+# those of the literature (arXiv:2404.00498): no difference found so far could be distinguished from chance.
 _FAST = Recipe(
     name="fast",
     epochs=9,
@@ -204,7 +205,7 @@ PRESETS: dict[str, Recipe] = {
     for recipe in (
         # Decoupled weight decay, label smoothing, and a schedule that ends near zero.
         Recipe(),
-        # The training assignment that the project grew from, as it was.
+        # The training assignment that the project grew out of, unchanged.
         Recipe(
             name="assignment",
             optimizer="adam",
@@ -215,7 +216,7 @@ PRESETS: dict[str, Recipe] = {
             cycle_momentum=True,
         ),
         _FAST,
-        # `fast` with another optimizer, and another network, than those that the project is about.
+        # `fast` with another optimizer and another network than the assignment's.
         dataclasses.replace(
             _FAST,
             name="speedrun",
@@ -226,16 +227,16 @@ PRESETS: dict[str, Recipe] = {
             ema_epochs=0.25,
             pct_start=0.05,
         ),
-        # For a machine without a GPU: few epochs, and smaller batches so that they hold enough steps.
+        # For a machine without a GPU: few epochs, with smaller batches for enough steps.
         Recipe(name="laptop", epochs=3, batch_size=256, weight_decay=0.5, pct_start=0.3),
     )
 }
 
 
 def load_recipe(name_or_path: str) -> Recipe:
-    """The preset of this name, or the recipe in this JSON file.
+    """Return the preset of this name, or the recipe in this JSON file.
 
-    Raises UserError if there is no such preset or file, and if the file holds no valid recipe.
+    Raises UserError if there is no such preset or file, or if the file does not hold a valid recipe.
     """
     if name_or_path in PRESETS:
         return PRESETS[name_or_path]

@@ -14,16 +14,16 @@ from fasttrain.system.compiler import pick_compile_mode
 from fasttrain.system.precision import DTYPES, pick_precision, prepare
 
 OWN_GRAPHS = ("reduce-overhead", "max-autotune")
-"""Modes in which torch.compile captures CUDA graphs of its own."""
+"""Modes in which torch.compile captures its own CUDA graphs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """What was decided for this machine.
+    """The decisions for this machine.
 
-    precision: of the matrix products: bf16, fp16, fp32 or tf32. loader: dali or tensor.
-    compile_mode: of torch.compile; None for eager.
-    cuda_graph: capture the whole training step as a CUDA graph of ours.
+    precision: that of the matrix products: bf16, fp16, fp32 or tf32. loader: dali or tensor.
+    compile_mode: torch.compile's mode; None for eager.
+    cuda_graph: whether to capture the whole training step as a CUDA graph.
     """
 
     device: torch.device
@@ -43,12 +43,12 @@ class Runtime:
         num_ranks: int = 1,
         log: Callable[[str], object] = print,
     ) -> "Runtime":
-        """Decide what the recipe leaves to the machine, and set up this process for it.
+        """Decide everything that the recipe leaves to the machine, and set up this process for it.
 
-        precision: the one to compute in; by default what the recipe asks for.
-        compiles: whether steps will be compiled and captured, as those of a training are.
+        precision: the precision to compute in; by default chosen from the recipe's compute_dtype.
+        compiles: whether steps will be compiled and captured, as in a training.
         log: called with a line for everything that is missing and replaced.
-        Raises UserError if the device lacks what the recipe asks for by name.
+        Raises UserError if the device lacks something that the recipe asks for by name.
         """
         precision = precision or pick_precision(recipe.compute_dtype, device)
         prepare(device, precision)
@@ -63,24 +63,25 @@ class Runtime:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the matrix products; tf32 is a way to multiply float32."""
+        """The dtype of the matrix products; tf32 is a way to multiply float32."""
         return DTYPES[self.precision]
 
 
 def can_capture(recipe: Recipe, device: torch.device, compile_mode: str | None, num_ranks: int = 1) -> bool:
-    """Whether the whole step is captured as a CUDA graph: DistributedDataParallel's steps are not."""
+    """Return whether to capture the whole step as a CUDA graph; DistributedDataParallel's steps are not."""
     return recipe.cuda_graph and device.type == "cuda" and compile_mode not in OWN_GRAPHS and num_ranks == 1
 
 
 def import_in_background(*modules: str) -> None:
-    """Import what will be needed on a thread, while the images are read.
+    """Import modules on a thread, while the images are read.
 
-    The data path needs DALI, and the first optimizer torch._dynamo: half a second each, or more.
+    The data path needs DALI and the first optimizer needs torch._dynamo, which take half a second or more
+    each.
     """
 
     def work() -> None:
         for module in modules:
-            with contextlib.suppress(ImportError, OSError):  # whoever needs it says what is missing
+            with contextlib.suppress(ImportError, OSError):  # reported where it is needed
                 importlib.import_module(module)
 
     threading.Thread(target=work, name="imports").start()

@@ -1,4 +1,4 @@
-"""One training step: autocast, loss, backward, optimizer, schedule. Nothing in here waits for the device."""
+"""One training step: autocast, loss, backward, optimizer, schedule. A step never waits for the device."""
 
 import functools
 import time
@@ -23,13 +23,14 @@ from fasttrain.system.rng import fork_rng
 
 
 class TrainStep:
-    """Call it with a batch: it updates the model, and sums loss and correct predictions on the device.
+    """Called with a batch, it updates the model, and adds loss and correct predictions to sums on the device.
 
-    runtime: where and in which precision; fp16 gets a gradient scaler. With its cuda_graph the step is
-    captured once and replayed from then on.
-    world: the ranks that train together. Each calls it with its own part of the batch; gradients, metrics and
-    the search for a NaN are those of all.
-    average: of the weights, where the recipe asks for it.
+    runtime: device and precision; fp16 gets a gradient scaler. With its cuda_graph, the step is captured once
+    and replayed from then on.
+    max_lr: the schedule's peak. total_steps: the schedule's length.
+    world: the ranks that train together. Each rank passes its own part of the batch; gradients, metrics and
+    the detection of NaN cover all ranks.
+    average: the moving average of the weights, if the recipe asks for one.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class TrainStep:
         self._replay: Callable[[Tensor, Tensor], None] | None = None
         self._captured_resolution = 0
         # A captured update reads its rate from a tensor. Fused Adam takes beta1 only as a number, and a
-        # scaler counts on the host: where either changes from step to step, the update follows the replay.
+        # scaler counts on the host: if either changes from step to step, the update runs after the replay.
         self._updates_in_work = not self._captures or not (self.scaler.is_enabled() or recipe.cycle_momentum)
         if self._captures and self._updates_in_work:
             for group in self.optimizer.param_groups:
@@ -66,7 +67,7 @@ class TrainStep:
         self._compiled = False
         self._network = self.world.parallel(self.model)
         self._forward: Callable[[Tensor], Tensor] = self._network
-        self._sums = torch.zeros(3, device=device)  # loss, correct, steps until the loss stopped being finite
+        self._sums = torch.zeros(3, device=device)  # loss, correct, steps with a finite loss
         self._images = 0
         self._since = 0
         self._peek = _Peek(device)
@@ -78,16 +79,19 @@ class TrainStep:
 
     @property
     def resolution(self) -> int:
-        """The resolution that the next step trains on; it shrinks larger images."""
+        """The resolution that the next step trains at; it shrinks larger images."""
         return self.recipe.training_resolution(self.step, self.total_steps)
 
     @property
     def eval_model(self) -> CustomResNet:
-        """The network to evaluate and to save: the averaged one, if there is one, else the trained one."""
+        """The network to evaluate and save: the averaged one if there is one, else the trained one."""
         return self.average.model if self.average else self.model  # type: ignore[return-value]  # a copy
 
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> None:
-        """One optimizer step on one batch. Raises ValueError past the schedule's end."""
+        """Take one optimizer step on one batch. Raises ValueError after the schedule's last step.
+
+        images_NCHW: pixels from 0 to 255, uint8 in channels_last. labels_N: int64. Both on the device.
+        """
         if self.step >= self.total_steps:
             raise ValueError(f"step {self.step} is past the schedule's {self.total_steps} steps")
         resolution = self.resolution
@@ -105,7 +109,7 @@ class TrainStep:
         self.step += 1
 
     def take_metrics(self) -> tuple[float, float]:
-        """Mean loss and accuracy (0 to 1) since the last call. Waits for the device."""
+        """Return mean loss and accuracy (0 to 1) since the last call, of all ranks. Waits for the device."""
         means = _means(self.world.all_reduce_sum(self._sums[:2]), self._images * self.world.size)
         self._sums.zero_()
         self._images, self._since = 0, self.step
@@ -113,13 +117,13 @@ class TrainStep:
         return means
 
     def peek_metrics(self) -> tuple[float, float] | None:
-        """The same, as of a moment ago and without waiting; None where nothing has arrived yet."""
+        """Return the same for this rank, as of a moment ago, without waiting; None if unknown so far."""
         return self._peek(self._sums[:2], self._images)
 
     def diverged(self) -> int | None:
-        """The first step, counted from 1, with a NaN or infinite loss since take_metrics; None if none had.
+        """Return the first step, counted from 1, with a NaN or infinite loss since take_metrics, or None.
 
-        The last step, where only the weights that it left are not finite. Waits for the device.
+        If all losses were finite but the weights are not, return the last step. Waits for the device.
         """
         finite_steps = int(self.world.all_reduce_min(self._sums[2]).item())
         if finite_steps < self.step - self._since:
@@ -128,12 +132,12 @@ class TrainStep:
         return None if finite.all().item() else self.step
 
     def compile(self, mode: str) -> None:
-        """Take the network through torch.compile in this mode; warm_up or the first step pays for it."""
+        """Apply torch.compile to the network in this mode; the time is spent in warm_up or the first step."""
         self._forward = torch.compile(self._network, mode=mode, dynamic=False)
         self._compiled, self._replay = True, None
 
     def measure_seconds(self, images_NCHW: Tensor, labels_N: Tensor) -> float:
-        """Seconds of a step on whole images, the mean of twenty. Changes nothing; waits for the device."""
+        """Return the seconds of a step at full resolution, the mean of 20. Restores the state afterwards."""
         repeats, resolution = 20, self.recipe.resolution
         self.warm_up(images_NCHW, labels_N, resolution)
         work = self._replay or functools.partial(self._work, resolution=resolution)
@@ -147,25 +151,25 @@ class TrainStep:
             return (time.perf_counter() - start) / repeats
 
     def warm_up(self, images_NCHW: Tensor, labels_N: Tensor, resolution: int | None = None) -> float:
-        """Compile and capture on one batch like those to come; returns the seconds it took, 0 for neither.
+        """Compile and capture on a batch like those to come; returns the seconds taken, 0 for neither.
 
-        resolution: the one to capture; by default the next step's. Later ones are compiled now too, but
-        captured when their time comes: a capture takes a few steps and holds a step's memory.
+        resolution: the one to capture; by default the next step's. Later resolutions are compiled now too,
+        but captured when they are needed: a capture takes a few steps and holds a step's memory.
         Several ranks take a step in any case: DistributedDataParallel orders its sums by the first backward
         pass, and a resumed run has to add up in the same order as one that was never interrupted.
-        Leaves weights, statistics, the optimizer's state and random generators as they were.
+        Restores weights, statistics, the optimizer's state and random generators.
         """
         if not self._compiled and not self._captures and self.world.size == 1:
             return 0.0
         start = time.perf_counter()
         resolution = resolution or self.resolution
         with self._preserve_state(), warnings.catch_warnings():
-            # An optimizer made to be captured warns of the calls before the capture.
+            # A capturable optimizer warns about the calls before the capture.
             warnings.filterwarnings("ignore", message=".*capturable=True")
             if self._compiled and resolution != self.recipe.resolution:
                 self._work(images_NCHW, labels_N, self.recipe.resolution)
             if self._captures:
-                self._replay = None  # its memory is free for the next
+                self._replay = None  # frees its memory for the next capture
                 work = functools.partial(self._work, resolution=resolution)
                 self._replay = capture(work, images_NCHW, labels_N)
                 self._captured_resolution = resolution
@@ -176,10 +180,10 @@ class TrainStep:
         return time.perf_counter() - start if self._compiled or self._captures else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step and the next metrics depend on, except the model to evaluate."""
+        """Return everything that the next step and the next metrics depend on, except eval_model."""
         return {
             **({"trained_model": self.model.state_dict()} if self.average else {}),
-            # Before the first step a warm-up has left zeros there, or nothing: the same to the optimizer.
+            # Before the first step a warm-up may have left zeros: the same to the optimizer as no state.
             "optimizer": self.optimizer.state_dict() | ({} if self.step else {"state": {}}),
             "scheduler": {"step": self.step, "total_steps": self.total_steps, "max_lr": self.max_lr},
             "scaler": self.scaler.state_dict(),
@@ -187,12 +191,13 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what state_dict returned."""
         if self.average:
             self.model.load_state_dict(state["trained_model"])
         self.step = state["scheduler"]["step"]
         self.total_steps = state["scheduler"]["total_steps"]
         self.max_lr = state["scheduler"]["max_lr"]
-        # The groups' settings follow from the recipe and the step: nothing of them is taken from a file.
+        # The groups' settings follow from the recipe and the step: none of them are taken from a file.
         if self.step:
             self._lr, beta1 = one_cycle(self.step - 1, self.total_steps, self.max_lr, self.recipe)
             set_schedule(self.optimizer, self._lr, beta1)
@@ -206,29 +211,29 @@ class TrainStep:
         self._sums.copy_(state["metrics"]["sums"])
         self._images, self._since = state["metrics"]["images"], state["metrics"]["since"]
         self._peek.forget()
-        self._replay = None  # it holds the optimizer's former tensors: capture anew
+        self._replay = None  # it refers to the optimizer's former tensors: capture again
 
     def _work(self, images_NCHW: Tensor, labels_N: Tensor, resolution: int) -> None:
-        """What the device does in a step, except for an update that cannot be captured."""
+        """Do the device's part of a step, except for an update that cannot be captured."""
         logits_NK, loss = self._forward_backward(shrink(images_NCHW, resolution), labels_N)
         if self._updates_in_work:
             self._update()
         correct = (logits_NK.argmax(1) == labels_N).sum()
         loss_sum = loss * len(labels_N)
-        # Once the sum is NaN or infinite it never comes back: the finite steps count up to the first bad one.
+        # Once NaN or infinite, the sum stays so: the count of finite steps stops at the first bad one.
         self._sums += torch.stack([loss_sum, correct, (self._sums[0] + loss_sum).isfinite()])
 
     def _update(self) -> None:
-        with autocast(self.device, self.compute_dtype):  # of an optimizer's matrix products
+        with autocast(self.device, self.compute_dtype):  # for the optimizer's matrix products
             self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average:
             self.average.update()
 
     def _forward_backward(self, images_NCHW: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and mean loss, both detached, with the gradients left on the parameters."""
+        """Return logits and mean loss, both detached; the gradients are left on the parameters."""
         self.model.train()
-        # Here, not after the update: a replay's gradients stay where the capture wrote them.
+        # Here, not after the update: a replay writes gradients to the addresses of the capture.
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.compute_dtype):
             logits_NK = self._forward(images_NCHW)
@@ -238,8 +243,8 @@ class TrainStep:
 
     @contextmanager
     def _preserve_state(self) -> Iterator[None]:
-        """Put everything that a step changes back as it was, in the tensors where it was."""
-        begins = not self.optimizer.state
+        """Restore everything that a step changes after the block, in the same tensors."""
+        is_new = not self.optimizer.state
         kept = [*self.model.parameters(), *self.model.buffers(), self._sums, *self._optimizer_tensors()]
         kept += self.average.tensors if self.average else []
         copies, scaler = [tensor.detach().clone() for tensor in kept], self.scaler.state_dict()
@@ -248,8 +253,8 @@ class TrainStep:
         with torch.no_grad():
             for tensor, copy in zip(kept, copies, strict=True):
                 tensor.copy_(copy)
-            for tensor in self._optimizer_tensors() if begins else []:
-                tensor.zero_()  # as a first step would have made it
+            for tensor in self._optimizer_tensors() if is_new else []:
+                tensor.zero_()  # as the optimizer initialises it in its first step
         self.scaler.load_state_dict(scaler)
         if self._replay is None:
             self.optimizer.zero_grad(set_to_none=True)
@@ -259,23 +264,23 @@ class TrainStep:
 
 
 class _Peek:
-    """The sums as they were a moment ago, read without waiting for the device."""
+    """The sums as of a moment ago, read without waiting for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # A GPU copies into pinned memory while the host goes on; allocated once, since that may wait.
+        # A GPU copies into pinned memory while the host continues; allocated once, since that may wait.
         self._landing = torch.zeros(2, pin_memory=device.type == "cuda")
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew. Only where no copy is under way: after waiting for the device."""
+        """Start again. Only call this while no copy is under way: after waiting for the device."""
         self._under_way: tuple[torch.cuda.Event, int] | None = None
         self._newest: tuple[float, float] | None = None
 
     def __call__(self, sums: Tensor, images: int) -> tuple[float, float] | None:
-        """Means over the images of the newest copy that has arrived; starts the next one behind it.
+        """Return the means of the newest copy that has arrived, and start the next copy.
 
-        None where nothing has arrived yet, and on devices that can only be read by waiting for them.
+        None if nothing has arrived yet, and on devices that can only be read by waiting for them.
         """
         if not images or self._device.type not in ("cpu", "cuda"):
             return None
@@ -294,9 +299,9 @@ class _Peek:
 
 
 def shrink(images_NCHW: Tensor, resolution: int) -> Tensor:
-    """The images at this resolution, each pixel the mean of what it covers; unchanged if they have it.
+    """Shrink images to a resolution by antialiased bilinear filtering, as float32 from 0 to 255.
 
-    Returns float32 of the same range (0 to 255).
+    Images that have this resolution already are returned unchanged.
     """
     if images_NCHW.shape[3] == resolution:
         return images_NCHW
@@ -304,6 +309,6 @@ def shrink(images_NCHW: Tensor, resolution: int) -> Tensor:
 
 
 def _means(sums: Tensor, images: int) -> tuple[float, float]:
-    """Mean loss and accuracy (0 to 1); waits for the device that the sums are on."""
+    """Return mean loss and accuracy (0 to 1); waits for the device that holds the sums."""
     loss_sum, correct = sums.tolist()
     return loss_sum / max(images, 1), correct / max(images, 1)

@@ -51,35 +51,35 @@ from fasttrain.system.run_log import RunLog, SilentLog, require_tensorboard
 from fasttrain.system.signals import catch_signals
 
 FIRST_STEPS = 5
-"""Steps after which the laptop recipe says how long the full one would take."""
+"""Steps after which the laptop recipe estimates how long the full one would take."""
 
 MAX_ROLLBACKS = 3
-"""How often a diverged run may go back and halve its learning rate."""
+"""How often a diverged run may be rolled back and its learning rate halved."""
 
 
 def train(recipe: Recipe, **options: Any) -> Run:
-    """Train one recipe and leave a run's folder; returns what is in it.
+    """Train a recipe and write a run's folder; returns its content as a Run.
 
-    options: the fields of options.TrainOptions, where they are described; `data` may also be a Dataset.
-    Under torchrun each of its processes calls this alike, and they train as one: each on its share of every
-    batch, and the first writes the folder and speaks for all.
-    Raises UserError on anything that the user can mend, and Interrupted (a KeyboardInterrupt) after the first
-    SIGINT or SIGTERM, once the state is saved.
+    options: the fields of options.TrainOptions, which describes them; `data` may also be a Dataset.
+    Under torchrun, every process calls this with the same arguments, and they train together: each on its
+    share of every batch; the first writes the folder and prints.
+    Raises UserError for a mistake that the user can fix, and Interrupted (a KeyboardInterrupt) after the
+    first SIGINT or SIGTERM, once the state is saved.
     """
     opts = TrainOptions(**{"started": time.perf_counter(), **options})
-    SaveInterval.parse(opts.save_every)  # refuse a mistake before anything is done
+    SaveInterval.parse(opts.save_every)  # refuse a mistake before doing anything
     unfinished = None if opts.resume is None else find_unfinished(opts.resume, Path(opts.out))
     if opts.tensorboard:
         require_tensorboard()
     world = World.join(pick_device(opts.device))
     origin = world.broadcast(lambda: _resume_point(unfinished, opts))
     recipe = origin.recipe(recipe)
-    world.share(recipe.batch_size)  # refuse a batch that cannot be dealt out
+    world.share(recipe.batch_size)  # refuse a batch that cannot be divided
     precision = origin.precision or _agree_on_precision(recipe, world)
 
     import_in_background("nvidia.dali", "torch._dynamo")
     dataset = world.main_first(lambda: _load(opts, recipe, world))
-    # The fingerprint will ask for it: compute it while the images are padded.
+    # The fingerprint will need the hash: compute it while the images are padded.
     threading.Thread(target=lambda: dataset.content_hash, name="hash").start()
     runtime = Runtime.resolve(
         recipe, world.device, precision=precision, num_ranks=world.size, log=world.print
@@ -106,9 +106,9 @@ def train(recipe: Recipe, **options: Any) -> Run:
 
 
 class Trainer:
-    """One run, from its first step or from a checkpoint to its last epoch.
+    """One run, from its first step or a checkpoint to its last epoch.
 
-    prepare, fit and finish are called once each, in this order; state is there from prepare on.
+    Call prepare, fit and finish once each, in this order; `state` exists from prepare on.
     """
 
     state: RunState
@@ -129,7 +129,7 @@ class Trainer:
         self.machine = describe(world.device) | {"ranks": world.size}
 
     def prepare(self, origin: ResumePoint) -> None:
-        """Build the step, restore the checkpoint if there is one, compile and capture where that pays."""
+        """Build the step, restore the checkpoint if there is one, and compile and capture if that pays."""
         recipe, runtime, log = self.recipe, self.runtime, self.log
         if origin.folder is None:
             log.write(MACHINE_FILE, self.machine)
@@ -137,19 +137,20 @@ class Trainer:
         if self.options.tensorboard and self.world.is_main:
             log.open_tensorboard(first_images(self.dataset, recipe, runtime.device)[0])
         log.print(self._headline())
-        matmul_tflops = measure_matmul_tflops(runtime.device, runtime.dtype, seconds=0.1)  # users wait
+        # Briefly, since the user is waiting.
+        matmul_tflops = measure_matmul_tflops(runtime.device, runtime.dtype, seconds=0.1)
         step = self._build_step(is_resumed=bool(origin.checkpoints))
         share = self.world.share(recipe.batch_size)
         example = example_batch(share, recipe.resolution, runtime.device)
         cache = cache_of(step, hardware_name(self.machine), runtime.compile_mode, share)
-        mode = pick_final_mode(
+        compile_mode = pick_final_mode(
             *(step, recipe, runtime.compile_mode, cache, matmul_tflops, example),
             kept=origin.compile_mode,
             log=log.print,
         )
-        self.runtime = dataclasses.replace(runtime, compile_mode=mode)
+        self.runtime = dataclasses.replace(runtime, compile_mode=compile_mode)
         if not origin.checkpoints or is_lost(log.folder / MACHINE_FILE, log.print):
-            log.write(MACHINE_FILE, self.machine | {"compile": mode})
+            log.write(MACHINE_FILE, self.machine | {"compile": compile_mode})
         identity = fingerprint(recipe, self.dataset, self.runtime, self.world.size)
         self.world.require_same(identity)
         self.state = RunState(
@@ -160,16 +161,16 @@ class Trainer:
             if note := origin.precision_note(recipe.compute_dtype, runtime.device):
                 log.print(note)
         log.rewind(self.state.progress.epochs)
-        compile_seconds = compile_step(step, mode, cache, *example)
-        if mode:
-            log.print(f"compiled ({mode}) in {compile_seconds:.1f} s")
+        compile_seconds = compile_step(step, compile_mode, cache, *example)
+        if compile_mode:
+            log.print(f"compiled ({compile_mode}) in {compile_seconds:.1f} s")
         started = self.options.started or time.perf_counter()
         self.state.add_up(started, compile_seconds=compile_seconds, matmul_tflops=matmul_tflops)
 
     def fit(self) -> Evaluation | None:
-        """Train every epoch that is left; returns the last evaluation, None if none was needed.
+        """Train the remaining epochs; returns the last evaluation, or None if there was no need for one.
 
-        Raises DivergedError, and Interrupted after a signal.
+        Raises DivergedError on NaN or infinity, and Interrupted after a signal.
         """
         state, opts, test = self.state, self.options, None
         with (
@@ -200,7 +201,7 @@ class Trainer:
         return test
 
     def train_epoch(self, checkpoints: CheckpointManager) -> dict[str, float]:
-        """Train the epoch under way to its end, from its beginning or from where it was resumed."""
+        """Train the current epoch from its start, or from where it was resumed; returns its metrics."""
         state, step, loader = self.state, self.state.step, self.train_loader
         progress, epoch = state.progress, state.epoch + 1
         left = epoch * len(loader) - step.step
@@ -209,7 +210,7 @@ class Trainer:
         start = time.perf_counter() - progress.seconds
 
         def live_metrics() -> dict[str, float]:
-            """What can be said of the epoch so far without waiting for the device."""
+            """Return the figures of the epoch so far that are known without waiting for the device."""
             seconds = time.perf_counter() - start
             peeked = step.peek_metrics()
             return {
@@ -225,13 +226,13 @@ class Trainer:
                 if _is_laptop(self.recipe) and step.step == min(FIRST_STEPS, step.total_steps):
                     self._estimate_full_recipe((time.perf_counter() - start) / step.step)
                 if checkpoints.due():
-                    state.require_finite()  # waits for the device: the clock below is the device's
+                    state.require_finite()  # waits for the device, so that the clock below includes its work
                     progress.seconds = time.perf_counter() - start
                     progress.wait_seconds = timer.wait_seconds
                     checkpoints.save()
                     checkpoints.stop_if_asked()
         state.require_finite()
-        loss, accuracy = step.take_metrics()  # waits for the device: only now the epoch is over
+        loss, accuracy = step.take_metrics()  # waits for the device: only now is the epoch over
         seconds = time.perf_counter() - start
         return {
             "train_loss": loss,
@@ -243,7 +244,7 @@ class Trainer:
         }
 
     def test_epoch(self) -> tuple[Evaluation, dict[str, float]]:
-        """Evaluate every test image, each on one rank; the figures are those of all ranks."""
+        """Evaluate every test image, each on one rank; returns the evaluation and metrics of all ranks."""
         start = time.perf_counter()
         model = self.state.step.eval_model
         self.world.broadcast_buffers(model)
@@ -259,9 +260,9 @@ class Trainer:
         }
 
     def finish(self) -> Run:
-        """Write result.json, print what was reached, and read the run's folder."""
+        """Write result.json, print a summary, and return the run, read from its folder."""
         runtime, log = self.runtime, self.log
-        # A peak is a maximum: measured before and after, so that a busy moment does not flatter the training.
+        # The peak rate is the maximum of measurements before and after: a low one would overstate the MFU.
         matmul_tflops = max(
             self.state.progress.matmul_tflops, measure_matmul_tflops(runtime.device, runtime.dtype)
         )
@@ -282,12 +283,12 @@ class Trainer:
         log.write(RESULT_FILE, result)
         flip = ""
         if self.recipe.test_flip:
-            flip = f"; {result['test_accuracy_flip']:.2%} with each image's mirror image taken into account"
+            flip = f"; {result['test_accuracy_flip']:.2%} with each image's mirror image averaged in"
         log.print(
             f"{self.dataset.name}: test accuracy {result['test_accuracy']:.2%} after {self.recipe.epochs} "
             f"epochs (best {result['best_test_accuracy']:.2%} at epoch {result['best_epoch']}, chosen on the "
             f"test images){flip}; {result['train_seconds']:.1f} s of training, "
-            f"{result['wall_seconds']:.1f} s in all -> {log.folder}"
+            f"{result['wall_seconds']:.1f} s in total -> {log.folder}"
         )
         return self.world.broadcast(lambda: load_run(log.folder))
 
@@ -301,7 +302,7 @@ class Trainer:
         )
 
     def _build_step(self, *, is_resumed: bool) -> TrainStep:
-        """The network and all that trains it, seeded. A resumed run has its peak rate in the checkpoint."""
+        """Build the seeded network and its step. A resumed run takes the peak rate from its checkpoint."""
         recipe, world, dataset = self.recipe, self.world, self.dataset
         max_lr = recipe.max_lr
         if max_lr == "auto":
@@ -311,7 +312,7 @@ class Trainer:
         if recipe.sync_batchnorm:
             world.synchronize_batchnorm(model)
         if world.rank:
-            torch.manual_seed(recipe.seed + world.rank)  # or dropout would be the same on every rank
+            torch.manual_seed(recipe.seed + world.rank)  # otherwise dropout would be the same on every rank
         return TrainStep(
             model,
             recipe,
@@ -323,24 +324,24 @@ class Trainer:
 
     def _find_max_lr(self) -> float:
         log = self.log
-        log.print("max_lr auto: trying rising rates on networks of their own first")
+        log.print("max_lr auto: searching for the peak rate first, on separate networks")
         search = find_max_lr(self.dataset, self.recipe, self.runtime, log=log.print)
         log.write("lr_find.json", {"max_lr": search.suggestion, **dataclasses.asdict(search)})
         log.print(f"max_lr {search}")
         return search.suggestion
 
     def _roll_back(self, checkpoints: CheckpointManager, error: DivergedError) -> None:
-        """Restore the last checkpoint with half the rate, or raise the error if that is not wanted."""
+        """Restore the last checkpoint with half the rate, or raise the error if the options say stop."""
         state = self.state
         if self.options.on_nan == "stop" or state.progress.rollbacks == MAX_ROLLBACKS:
             raise error
         checkpoints.roll_back()
         self.log.rewind(state.progress.epochs)
         rate = f"{state.step.max_lr:.3g}"
-        self.log.print(f"{error} Back to step {state.step.step} with half the rate, {rate}")
+        self.log.print(f"{error} Rolled back to step {state.step.step} with half the rate, {rate}")
 
     def _estimate_full_recipe(self, seconds: float) -> None:
-        """Print what the full recipe would take, from the seconds of one of the first steps."""
+        """Print an estimate of the full recipe's time; seconds: those of one of the first steps."""
         full, step, images = PRESETS["default"], self.state.step, self.train_loader.sampler.count
         resolution = self.recipe.training_resolution(0, step.total_steps)
         seconds *= training_flop_per_image(step.model) / training_flop_per_image(step.model, resolution)
@@ -365,7 +366,7 @@ def _resume_point(unfinished: Path | None, opts: TrainOptions) -> ResumePoint:
 
 
 def _agree_on_precision(recipe: Recipe, world: World) -> str:
-    """The recipe's precision on this device. A CPU measures it: the first rank's answer counts for all."""
+    """Return the recipe's precision here. A CPU measures it, so all ranks use the first one's choice."""
     picked = pick_precision(recipe.compute_dtype, world.device)
     return world.broadcast(lambda: picked)
 
@@ -383,12 +384,12 @@ def _load(opts: TrainOptions, recipe: Recipe, world: World) -> Dataset:
 
 
 def _is_laptop(recipe: Recipe) -> bool:
-    """Whether the full recipe's time can be estimated from this one: another width has another cost."""
+    """Return whether to estimate the full recipe's time from this one, which needs the same width."""
     return recipe.name == "laptop" and recipe.width == PRESETS["default"].width
 
 
 def _write_report(run: Run, log: RunLog, dataset: Dataset, test: Evaluation, device: torch.device) -> None:
-    """Write report.html from the last epoch's evaluation. The run is finished: nothing here may fail it."""
+    """Write report.html from the last evaluation. An error is only printed, as the run is finished."""
     try:
         log.print(f"report -> {write_report(run, dataset, test, device=device)}")
     except Exception as error:

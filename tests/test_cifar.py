@@ -58,7 +58,7 @@ def test_label_out_of_range_names_the_record(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[2 * 3073] = 10
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"test_batch\.bin: record 2 has label 10, expected 0 to 9"):
+    with pytest.raises(UserError, match=r"test_batch\.bin: image 2 has label 10, expected 0 to 9"):
         cifar.read(tmp_path)
     (path.parent / cifar.CIFAR10.classes_file).write_text("\n".join("abcdefghijk") + "\n\n")
     assert cifar.read(tmp_path).classes == tuple("abcdefghijk")

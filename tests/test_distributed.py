@@ -102,9 +102,9 @@ def test_every_test_image_is_on_one_rank(size: int, data: Path) -> None:
 
 def test_a_batch_that_cannot_be_dealt_out_is_refused() -> None:
     assert World(size=4).share(512) == 128 and World().share(511) == 511
-    with pytest.raises(UserError, match=r"--batch-size 511: .* 4 ranks; take 508 or 512$"):
+    with pytest.raises(UserError, match=r"--batch-size 511: .* 4 ranks; use 508 or 512$"):
         World(size=4).share(511)
-    with pytest.raises(UserError, match=r"take 8$"):
+    with pytest.raises(UserError, match=r"use 8$"):
         World(size=4).share(4)
 
 

@@ -179,7 +179,7 @@ def test_wrong_bytes_lead_to_the_next_mirror(
     tmp_path: Path, archive: bytes, serve: Serve, change: Callable[[bytes], bytes]
 ) -> None:
     wrong = serve(change(archive))
-    advice = "not the release's.*cifar-10-batches-bin by hand.*--data synthetic"
+    advice = "not the release's.*cifar-10-batches-bin yourself.*--data synthetic"
     with pytest.raises(download.DownloadError, match=advice):
         download.download(tmp_path, [wrong.url])
     assert list(tmp_path.iterdir()) == []
@@ -255,7 +255,7 @@ def test_a_link_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         link = tarfile.TarInfo(f"{cifar.CIFAR10.folder}/data_batch_1.bin")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
         tar.addfile(link)
-    with pytest.raises(UserError, match="no plain file"):
+    with pytest.raises(UserError, match="not a regular file"):
         download._unpack(path, tmp_path / cifar.CIFAR10.folder, cifar.CIFAR10)
 
 

@@ -199,15 +199,15 @@ def damage(root: Path) -> dict[str, str]:
         "cut.jpg": "truncated",
         "cut.png": "truncated",
         "empty.jpg": "empty",
-        "text.jpg": "no JPEG, PNG, BMP or WebP",
+        "text.jpg": "not a JPEG, PNG, BMP or WebP",
         "bomb.png": "exceeds limit",
         "big.png": "10000x8000 pixels, over the limit of 67,108,864",
-        "other.gif": "no JPEG, PNG, BMP or WebP",
+        "other.gif": "not a JPEG, PNG, BMP or WebP",
         "inner": "a folder inside a class",
         "loop.png": "symbolic link",
         "gone.png": "No such file",
         "out.png": "leads out of the folder",
-        "pipe.png": "no plain file",
+        "pipe.png": "not a regular file",
     }
 
 
@@ -258,7 +258,7 @@ def test_folders_of_another_layout_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "none", "no such folder; expected folder:PATH")
     root = tmp_path / "one"
     write_class(root / "cat", 3)
-    refused(root, "1 folders of classes .* with 2 to 1000")
+    refused(root, "1 class folders .* with 2 to 1000")
     write_class(root / "dog", 1)
     refused(root, "the class dog has 1 usable images; expected at least two")
     (root / "dog" / "000.png").unlink()
@@ -278,7 +278,7 @@ def test_folders_of_another_layout_are_refused(tmp_path: Path) -> None:
     root = tmp_path / "many"
     for index in range(1001):
         (root / str(index)).mkdir(parents=True)
-    refused(root, "1001 folders of classes")
+    refused(root, "1001 class folders")
 
 
 def test_folders_that_are_links_must_stay_inside(root: Path) -> None:
@@ -391,7 +391,7 @@ def test_the_commands_take_a_folder_from_data_to_report(root: Path, tmp_path: Pa
     assert main(["report", str(run), *images, "--device", "cpu"]) == 0
     assert (run / "report.html").read_text().count("<img") == page.count("<img") > 10
     assert main(["report", str(run), "--data-dir", str(tmp_path), "--device", "cpu"]) == 0
-    assert "name them with --data folder:" in (run / "report.html").read_text()
+    assert "say where they are with --data folder:" in (run / "report.html").read_text()
     assert main(["report", str(run), "--data", "synthetic"]) == 2
     write_class(tmp_path / "other" / "cat", 2)
     write_class(tmp_path / "other" / "cow", 2)

@@ -63,7 +63,7 @@ def test_a_search_says_its_spread_and_which_tries_failed() -> None:
     )
     assert "no spread is known" in str(LrSearch(tries[:1], [0.01]))
     assert str(tries[1]) == f"{tries[1].suggestion:.3g} (diverged after 90 steps)"
-    assert str(tries[2]) == "nothing: diverged after 9 steps, too short to tell"
+    assert str(tries[2]) == "no suggestion: diverged after 9 steps, too few to tell"
 
 
 def test_groups_learn_at_their_multiple_of_the_rate_in_a_search_too(dataset, monkeypatch) -> None:

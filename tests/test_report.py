@@ -39,7 +39,7 @@ SEARCH = LrSearch(
     [0.003],
 )
 SECTIONS = (
-    *("Loss", "Accuracy", "Seconds per epoch", "Schedule", "LR finder", "What the network saw"),
+    *("Loss", "Accuracy", "Seconds per epoch", "Schedule", "LR finder", "Augmented training images"),
     *("Confusion matrix", "Precision and recall", "The most confident mistakes"),
     *("Recipe", "Machine", "Network", "Files"),
 )
@@ -239,7 +239,7 @@ def test_without_the_checkpoint_the_samples_stay(run: Path, dataset_dir: Path, t
     (folder / "lr_find.json").unlink()
     report(folder, data_dir=dataset_dir, device="cpu")
     page = Page(folder / "report.html")
-    assert "last.pt: no such file" in page.text and "the LR finder was not asked" in page.text
+    assert "last.pt: no such file" in page.text and "the LR finder was not used" in page.text
     assert len(page.loaded) == 4 * 2 + 24
 
 
@@ -288,14 +288,14 @@ def test_the_report_leaves_generators_and_threads_alone(run: Path, dataset_dir: 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("recipe.json", None, "no run's folder"),
+        ("recipe.json", None, "not a run's folder"),
         ("recipe.json", '{"epoks": 3}', "unknown recipe key 'epoks'"),
         ("result.json", None, "has not finished"),
-        ("result.json", "[1, 2]", "result.json: torn or foreign"),
+        ("result.json", "[1, 2]", "result.json: corrupt"),
         ("result.json", "{}", "result.json: test_accuracy is missing"),
         ("machine.json", None, "machine.json: cannot be read"),
         ("metrics.jsonl", "", "metrics.jsonl: empty"),
-        ("metrics.jsonl", '{"epoch": 1, "train_l', "metrics.jsonl line 1: torn"),
+        ("metrics.jsonl", '{"epoch": 1, "train_l', "metrics.jsonl line 1: corrupt"),
         ("metrics.jsonl", '{"epoch": "one"}', "metrics.jsonl line 1: epoch is 'one'"),
     ],
 )

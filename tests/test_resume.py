@@ -177,9 +177,9 @@ def test_a_resumed_run_keeps_its_precision_wherever_it_goes_on(
     choose(monkeypatch, "fp32")
     resume_it = ["train", "--resume", str(folder), "--data-dir", str(dataset_dir), "--device", "cpu"]
     assert main([*resume_it, "--compute-dtype", "fp32"]) == 2
-    assert "leave out --compute-dtype fp32 (begun with bf16)" in capsys.readouterr().err
+    assert "leave out --compute-dtype fp32 (started with bf16)" in capsys.readouterr().err
     assert main([*resume_it, "--compute-dtype", "bf16"] if named else resume_it) == 0
-    assert "resumed in bf16, as the run began; a new one would take fp32 here" in capsys.readouterr().out
+    assert "resumed in bf16, as started; a new run would use fp32 here" in capsys.readouterr().out
     assert same(outcome(folder), outcome(undisturbed))
     assert json.loads((folder / "result.json").read_text())["precision"] == "bf16"
     assert json.loads((folder / "recipe.json").read_text())["compute_dtype"] == "auto"
@@ -197,8 +197,8 @@ def test_a_machine_without_the_runs_precision_emulates_it(
     monkeypatch.setattr(precision, "has_native_bf16", lambda _: False)
     resume_it = ["train", "--resume", str(folder), "--data-dir", str(dataset_dir), "--device", "cpu"]
     assert main(resume_it) == 0
-    reason = "cpu only emulates it" if requested == "bf16" else "a new one would take fp32 here"
-    assert f"resumed in bf16, as the run began; {reason}" in capsys.readouterr().out
+    reason = "cpu only emulates it" if requested == "bf16" else "a new run would use fp32 here"
+    assert f"resumed in bf16, as started; {reason}" in capsys.readouterr().out
     assert same(outcome(folder), outcome(undisturbed))
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     result = evaluate_checkpoint(folder / "last.pt", lambda _: cifar.read(dataset_dir), device="cpu")
@@ -370,7 +370,7 @@ def test_flags_that_contradict_the_run_are_refused_by_name(
     folder = stop_at(dataset_dir, tmp_path, 1, monkeypatch)
     resume = ["train", "--resume", str(folder), "--data-dir", str(dataset_dir), "--device", "cpu"]
     assert main([*resume, "--epochs", "9", "--seed", "1"]) == 2
-    assert "leave out --epochs 9 (begun with 3), --seed 1 (begun with 0)" in capsys.readouterr().err
+    assert "leave out --epochs 9 (started with 3), --seed 1 (started with 0)" in capsys.readouterr().err
     assert main([*resume, "--recipe", "default"]) == 2
     assert "--recipe default" in capsys.readouterr().err
     assert main([*resume, "--save-every", "often"]) == 2
@@ -431,7 +431,7 @@ def test_a_tensor_in_the_place_of_a_flag_is_refused(dataset_dir, tmp_path, monke
     state["fingerprint"]["--max-lr"] = torch.ones(3)
     for name in ("last.pt", "previous.pt"):
         save_checkpoint(folder / name, state)
-    with pytest.raises(UserError, match=r"last\.pt: it does not say what run it is of"):
+    with pytest.raises(UserError, match=r"last\.pt: it does not say which run it belongs to"):
         train(dataset_dir, tmp_path, resume="auto")
 
 
@@ -553,7 +553,7 @@ def test_full_memory_is_one_line_with_a_smaller_batch(error, dataset_dir, tmp_pa
         raise error
 
     monkeypatch.setattr(TrainStep, "__call__", fail)
-    with pytest.raises(UserError, match=r"--batch-size 16: the memory is full; try --batch-size 8$"):
+    with pytest.raises(UserError, match=r"--batch-size 16: out of memory; try --batch-size 8$"):
         train(dataset_dir, tmp_path)
 
 

@@ -160,24 +160,24 @@ def damage(root: Path) -> tuple[str, dict[str, str]]:
         pass
     (root / "08.tar").mkdir()
     return "{00..08}.tar", {
-        "02.tar: no-label.png": "no label; expected no-label.cls beside it",
-        "02.tar: text.jpg": "no JPEG, PNG, BMP or WebP",
+        "02.tar: no-label.png": "no label; expected no-label.cls next to it",
+        "02.tar: text.jpg": "not a JPEG, PNG, BMP or WebP",
         "02.tar: empty.png": "empty",
-        "02.tar: both.png": "2 images of one key",
-        "02.tar: twice.png": "its key is there twice",
+        "02.tar: both.png": "2 images with one key",
+        "02.tar: twice.png": "its key occurs twice",
         "02.tar: odd.cls": "no label; expected the name or number of a class",
         "02.tar: long.cls": "no label; expected the name or number of a class",
         "02.tar: alone": "no image; expected one of jpg",
-        "02.tar: link.png": "no plain file",
-        "02.tar: pipe.png": "no plain file",
+        "02.tar: link.png": "not a regular file",
+        "02.tar: pipe.png": "not a regular file",
         "02.tar: folder.png": "empty",
         "03.tar: 0200.png": "truncated",
         "03.tar": "unexpected end of data",
-        "04.tar": "truncated or damaged after",
-        "05.tar": "no whole tar file",
+        "04.tar": "truncated or corrupt after",
+        "05.tar": "not a complete, uncompressed tar file",
         "06.tar": "empty",
-        "07.tar": "a compressed one",
-        "08.tar": "no plain file",
+        "07.tar": "uncompressed tar file",
+        "08.tar": "not a regular file",
     }
 
 
@@ -222,8 +222,8 @@ def test_a_class_that_no_training_sample_has_is_unknown(tmp_path: Path) -> None:
     ("pattern", "said"),
     [
         ("{00..02}.tar", "02.tar: no such shard; expected those that --data webdataset:"),
-        ("{1..0}.tar", r"\{1..0\} is no choice; expected \{000..009\} or \{train,val\}"),
-        ("{}.tar", r"\{\} is no choice"),
+        ("{1..0}.tar", r"\{1..0\} is not understood; expected \{000..009\} or \{train,val\}"),
+        ("{}.tar", r"\{\} is not understood"),
         ("{00.tar", "braces do not match"),
         ("{00,00}.tar", "name a shard twice"),
         ("{0..999999999}.tar", "names 1,000,000,000 shards"),

@@ -1,1 +1,1 @@
-"""Checkpoints: their file, what is in it, when one is written, and how a run goes on from one."""
+"""Checkpoints: their files and content, when they are written, and how a run resumes from one."""

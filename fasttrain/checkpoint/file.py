@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically on a thread of their own, read without trusting them."""
+"""Checkpoint files: written atomically, verified when read, and loaded without running code from them."""
 
 import io
 import zipfile
@@ -12,7 +12,6 @@ from fasttrain.errors import UserError
 from fasttrain.system.files import write_atomically
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
-
 
 REQUIRED = (
     "model",
@@ -31,17 +30,20 @@ REQUIRED = (
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint; an older one of the same name stays until the new one is whole."""
-    buffer = io.BytesIO()  # torch.save hides a full disk behind errors of its own; a plain write does not
+    """Write a checkpoint; an older one of the same name stays until the new one is complete.
+
+    Raises UserError if the folder cannot be written to or the disk is full.
+    """
+    buffer = io.BytesIO()  # torch.save hides a full disk behind other errors; a plain write does not
     torch.save(state, buffer)
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, tensors and plain values only (weights_only).
+    """Read a checkpoint onto the CPU: only tensors and plain values (weights_only).
 
     Raises UserError if there is no such file, if any byte of its content has changed since it was written, or
-    if it is not a checkpoint of this project.
+    if fasttrain did not write it.
     """
     expected = "expected a checkpoint that fasttrain wrote, such as runs/.../last.pt"
     try:
@@ -50,20 +52,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(content, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; {expected}") from error
-    except Exception as error:  # a torn or foreign file fails anywhere in zipfile, pickle or torch
+    except Exception as error:  # a corrupt file fails anywhere in zipfile, pickle or torch
         reason = type(error).__name__
         raise UserError(f"{path}: cannot be read as a checkpoint ({reason}); {expected}") from error
     missing = [key for key in REQUIRED if not isinstance(state, dict) or key not in state]
     if missing:
-        raise UserError(f"{path}: holds no {', '.join(missing)}; {expected}")
+        raise UserError(f"{path}: lacks {', '.join(missing)}; {expected}")
     model = state["model"]
-    if isinstance(model, dict) and "inverse_std" in model:  # a CustomResNet, maybe of before it scaled logits
+    if (
+        isinstance(model, dict) and "inverse_std" in model
+    ):  # a CustomResNet, perhaps from before it scaled its logits
         model.setdefault("logit_scale", torch.ones(()))
     return state
 
 
 def _verify_checksums(content: io.BytesIO) -> None:
-    """Hold a checkpoint's parts against the CRC-32 that torch.save stores and torch.load does not look at."""
+    """Check the CRC-32 of each part of a checkpoint: torch.save stores them, torch.load ignores them."""
     with zipfile.ZipFile(content) as archive:
         if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
             raise zipfile.BadZipFile("compressed, which torch.save never does")
@@ -73,7 +77,10 @@ def _verify_checksums(content: io.BytesIO) -> None:
 
 
 def require_like(value: Any, example: Any, place: str) -> None:
-    """Raise UserError unless a value from a file has the example's keys, types, shapes and finite figures."""
+    """Raise UserError unless a value from a file has the example's keys, types and shapes, all finite.
+
+    place: the value's name in the message.
+    """
     if isinstance(example, dict):
         fits = isinstance(value, dict) and value.keys() == example.keys()
         expected = f"the keys {', '.join(map(str, example))}"
@@ -84,7 +91,7 @@ def require_like(value: Any, example: Any, place: str) -> None:
         expected = f"finite {example.dtype} of shape {tuple(example.shape)}"
     elif isinstance(example, float):
         fits = type(value) in (int, float) and 0 <= value < float("inf")
-        expected = "a figure of 0 or more"
+        expected = "a number of 0 or more"
     elif isinstance(example, int):
         fits = type(value) is int and value >= 0
         expected = "a whole number of 0 or more"

@@ -1,4 +1,4 @@
-"""What decides a run's weights: a checkpoint of another fingerprint is refused."""
+"""The fingerprint of a run: everything that decides its weights. A checkpoint with another one is refused."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from fasttrain.runtime import Runtime
 
 
 def fingerprint(recipe: Recipe, dataset: Dataset, runtime: Runtime, world_size: int) -> dict[str, Any]:
-    """What decides a run's weights, under the names by which a difference is reported."""
+    """Return everything that decides a run's weights, by the names used to report a difference."""
     return recipe_flags(recipe) | {
         "dataset": dataset.name,
         "the images' SHA-256": dataset.content_hash,
@@ -23,8 +23,8 @@ def fingerprint(recipe: Recipe, dataset: Dataset, runtime: Runtime, world_size: 
 
 
 def differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
-    """What of `now` is not as in a checkpoint's fingerprint, in words."""
-    then = recipe_flags(Recipe()) | then  # a recipe has its defaults where it says nothing
+    """List, in words, where `now` differs from a checkpoint's fingerprint."""
+    then = recipe_flags(Recipe()) | then  # fields that a fingerprint lacks have their defaults
     return [
         f"{key} is {value} and was {then.get(key)}"
         for key, value in now.items()
@@ -33,4 +33,5 @@ def differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
 
 
 def recipe_flags(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe's values by the names of their flags."""
     return {flag(key): value for key, value in recipe.to_dict().items()}

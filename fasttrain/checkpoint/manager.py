@@ -1,4 +1,4 @@
-"""When a run is saved: every few steps or seconds, after epochs, on a signal; and how it is rolled back."""
+"""When to save a run: every few steps or seconds, after epochs, on a signal; and how to roll it back."""
 
 import math
 import re
@@ -15,35 +15,36 @@ from fasttrain.distributed import World
 from fasttrain.errors import Interrupted, UserError
 
 EPOCH_PAUSE = 10.0
-"""Seconds. An epoch that ends sooner after a checkpoint gets none of its own, unless it is the last one.
+"""Seconds after a checkpoint in which the end of an epoch writes no other, unless the epoch is the last.
 
-Writing one takes as long as an epoch does on a fast GPU.
+Writing a checkpoint takes as long as an epoch on a fast GPU.
 """
 
 
 @dataclass(frozen=True)
 class SaveInterval:
-    """How much training may pass between two checkpoints: a number of steps, or of seconds."""
+    """The most training between two checkpoints: a number of steps, or of seconds."""
 
     steps: float = math.inf
     seconds: float = math.inf
 
     @classmethod
     def parse(cls, text: str) -> "SaveInterval":
-        """From --save-every: 500 means steps, 60s seconds. Raises UserError for anything else."""
+        """Parse --save-every: 500 means steps, 60s means seconds. Raises UserError for anything else."""
         match = re.fullmatch(r"([0-9]+)(s?)", text)
         if not match or not int(match[1]):
-            raise UserError(f"--save-every {text}: expected steps, as 500, or seconds, as 60s")
+            raise UserError(f"--save-every {text}: expected steps, such as 500, or seconds, such as 60s")
         return cls(seconds=int(match[1])) if match[2] else cls(steps=int(match[1]))
 
     def over(self, steps: int, seconds: float) -> bool:
+        """Return whether the interval is over after this many steps and seconds."""
         return steps >= self.steps or seconds >= self.seconds
 
 
 class Pace:
-    """When to ask the other ranks something: about once a second, after the same step on all of them.
+    """When to ask the other ranks a question: about once a second, after the same step on every rank.
 
-    A world of one may ask after every step. `asked` takes the steps that every rank has answered.
+    A world of one rank asks after every step.
     """
 
     def __init__(self, world: World, step: int) -> None:
@@ -51,10 +52,11 @@ class Pace:
         self._time = time.perf_counter()
 
     def due(self, step: int) -> bool:
+        """Return whether to ask after this step."""
         return step >= self._next
 
     def ask(self, step: int, wish: bool) -> bool:
-        """Whether any rank wishes it."""
+        """Return whether `wish` is true on any rank. Every rank calls this after the same step."""
         steps_per_sec = (step - self._step) / max(time.perf_counter() - self._time, 1e-9)
         wishes, steps = self._world.all_reduce_max(wish, int(steps_per_sec) if self._world.size > 1 else 1)
         self._step, self._next, self._time = step, step + max(1, steps), time.perf_counter()
@@ -64,10 +66,10 @@ class Pace:
 class CheckpointManager:
     """Saves a run when it is due, when an epoch ends, and when a signal asks the training to stop.
 
-    All ranks save and stop after the same step: those that count steps agree anyway, and about seconds and
-    signals they ask each other once a second. Only the first rank writes.
+    All ranks save and stop after the same step: they agree on steps anyway, and ask each other about seconds
+    and signals once a second. Only the first rank writes.
     stop_signal: returns the number of the signal that asks the training to stop, or None.
-    resume_command: the words that the user is told to type.
+    resume_command: the command that resumes this run, shown to the user.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class CheckpointManager:
         self._remember()
 
     def due(self) -> bool:
-        """Whether to save after this step."""
+        """Return whether to save after this step."""
         step = self._run.step.step
         steps, seconds = step - self._step, time.perf_counter() - self._time
         if self._interval.over(steps, 0.0):
@@ -95,16 +97,19 @@ class CheckpointManager:
         )
 
     def save(self) -> None:
-        """Write the run's state in the background; as best.pt too after the best epoch so far."""
+        """Write the run's state in the background; after the best epoch so far, also as best.pt.
+
+        Raises UserError if the checkpoint before this one could not be written.
+        """
         state = self._state()
         if self._run.world.is_main:
             self._writer.write(state, best=self._after_best_epoch())
         self._remember()
 
     def end_of_epoch(self) -> None:
-        """Save the run after an epoch, or hold its state if it is the best one and a checkpoint is recent.
+        """Save the run after an epoch; if a checkpoint is recent, only hold the state of the best epoch.
 
-        Waits for the disk, so that serialising takes no time from the next epoch.
+        Waits for the disk, so that writing takes no time from the next epoch.
         """
         run, steps = self._run, self._run.step.step - self._step
         is_due = run.epoch == run.step.recipe.epochs or self._stop_signal() is not None
@@ -119,7 +124,7 @@ class CheckpointManager:
                 self._writer.hold_best(state)
 
     def stop_if_asked(self) -> None:
-        """After a signal to any rank, raise Interrupted once the run as it is now is on the disk."""
+        """If any rank has received a signal, save the run as it is now and raise Interrupted."""
         [signum] = self._run.world.all_reduce_max(self._stop_signal() or 0)
         if signum:
             step = self._run.step
@@ -133,7 +138,7 @@ class CheckpointManager:
             )
 
     def roll_back(self) -> None:
-        """Restore the last checkpoint, halve the peak learning rate, and save that."""
+        """Restore the last checkpoint, halve the peak learning rate, and save the result."""
         self._writer.wait()
         self._writer.forget_best()
         run = self._run
@@ -143,7 +148,7 @@ class CheckpointManager:
         self.save()
 
     def _remember(self) -> None:
-        """Count steps and seconds from here."""
+        """Start counting steps and seconds again from here."""
         self._step, self._epoch, self._time = self._run.step.step, self._run.epoch, time.perf_counter()
 
     def _after_best_epoch(self) -> bool:
@@ -152,6 +157,6 @@ class CheckpointManager:
         return epoch_is_over and run.progress.best_epoch is rows[-1]
 
     def _state(self) -> dict[str, Any]:
-        """The run's state on the first rank, with what the others have for themselves; {} on the others."""
+        """Return the run's state on the first rank, with the other ranks' own states; {} on the others."""
         _, *others = self._run.world.gather(self._run.own_state())
         return self._run.state_dict() | {"ranks": others} if self._run.world.is_main else {}

@@ -1,4 +1,4 @@
-"""The network of a checkpoint: rebuilt from its recipe, and checked against its proof."""
+"""The network in a checkpoint: rebuilt from its recipe, and checked against its proof."""
 
 import sys
 from collections.abc import Callable
@@ -21,12 +21,12 @@ from fasttrain.system.rng import fork_rng
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedModel:
-    """The network of a checkpoint, and what the checkpoint says of it.
+    """The network in a checkpoint, and what the checkpoint says about it.
 
-    model: in evaluation mode. classes: their names in the order of the logits. dataset: the images' name.
-    precision: what the training computed in: bf16, fp16, fp32 or tf32; None if the checkpoint does not say.
-    metrics: the row of metrics.jsonl that the training measured on these weights; None where they have been
-    trained further since.
+    model: in evaluation mode. classes: names, in the order of the logits. dataset: the data set's name.
+    precision: that of the training: bf16, fp16, fp32 or tf32; None if the checkpoint does not say.
+    metrics: the row of metrics.jsonl that the training measured on these weights; None if they have been
+    trained since.
     """
 
     model: CustomResNet
@@ -38,7 +38,7 @@ class TrainedModel:
     metrics: dict[str, float] | None
 
     def require_classes_of(self, dataset: Dataset) -> None:
-        """Raise UserError unless the data set's labels mean the classes that the network was trained on."""
+        """Raise UserError unless the data set has the classes that the network was trained on."""
         if list(dataset.classes) != self.classes:
             raise UserError(
                 f"it was trained on {self.dataset}, not on {dataset.name}, which has other classes; "
@@ -51,11 +51,11 @@ def _print_to_stderr(line: str) -> None:
 
 
 def load_model(
-    path: Path, device: torch.device, announce: Callable[[str], object] = _print_to_stderr
+    path: Path, device: torch.device, log: Callable[[str], object] = _print_to_stderr
 ) -> TrainedModel:
-    """Rebuild the network of a checkpoint, and check that it is the one that was saved.
+    """Rebuild the network in a checkpoint, and check that it is the one that was saved.
 
-    announce: called with one line if the checkpoint holds no proof.
+    log: called with one line if the checkpoint has no proof.
     Raises UserError if the file is not a checkpoint, or if the network's logits differ from the saved ones.
     """
     state = load_checkpoint(path)
@@ -75,22 +75,22 @@ def load_model(
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = type(error).__name__
         raise UserError(
-            f"{path}: expected a checkpoint as fasttrain writes it ({reason}); train it again"
+            f"{path}: not a checkpoint that fasttrain wrote ({reason}); train the network again"
         ) from error
     if "proof" not in state:
-        announce(unproven(path))
+        log(unproven(path))
     return trained
 
 
 def unproven(path: Path) -> str:
-    """The line about a checkpoint without a proof."""
+    """Return the line to log about a checkpoint without a proof."""
     return (
-        f"{path}: unproven: written before checkpoints held a proof; the network is rebuilt from its recipe"
+        f"{path}: unproven: written before checkpoints held a proof; rebuilding the network from its recipe"
     )
 
 
 def saved_precision(state: dict[str, Any]) -> str | None:
-    """The precision that the checkpoint's run computes in; None where it does not say."""
+    """Return the precision that the checkpoint's run computes in; None if the checkpoint does not say."""
     fingerprint = state.get("fingerprint")
     precision = fingerprint.get("precision") if isinstance(fingerprint, dict) else None
     return precision if isinstance(precision, str) and precision in DTYPES else None
@@ -106,7 +106,7 @@ def _metrics_of_these_weights(state: dict[str, Any]) -> dict[str, float] | None:
 def restore_model(
     state: dict[str, Any], recipe: Recipe, num_classes: int, device: torch.device
 ) -> CustomResNet:
-    """The network of a loaded checkpoint, in evaluation mode, checked against its proof if it has one.
+    """Rebuild the network in a loaded checkpoint, in evaluation mode; check its proof if there is one.
 
     Raises UserError if the weights do not fit, or if the network's logits differ from the saved ones.
     """
@@ -117,10 +117,10 @@ def restore_model(
 
 
 def model_with_weights(recipe: Recipe, num_classes: int, weights: dict[str, Tensor]) -> CustomResNet:
-    """The recipe's network with these weights, on the CPU and in evaluation mode.
+    """Build the recipe's network with these weights, on the CPU and in evaluation mode.
 
-    The weights hold the mean and standard deviation of the training images. Raises UserError if they do not
-    fit the network.
+    The weights include the mean and standard deviation of the training images. Raises UserError if they do
+    not fit the network.
     """
     with fork_rng(torch.device("cpu")):  # a new network draws its weights from the global generator
         model = build_model(recipe, num_classes)
@@ -129,5 +129,5 @@ def model_with_weights(recipe: Recipe, num_classes: int, weights: dict[str, Tens
     except (RuntimeError, TypeError) as error:
         first, *details = str(error).splitlines()
         reason = details[0].strip() if details else first  # torch names the weights from the second line on
-        raise UserError(f"its weights do not fit the network ({reason}); train it again") from error
+        raise UserError(f"its weights do not fit the network ({reason}); train the network again") from error
     return model.eval()

@@ -1,4 +1,4 @@
-"""Where a run is resumed from, and what it keeps of its first process."""
+"""Where to resume a run from, and the settings that it keeps from its first process."""
 
 import contextlib
 import dataclasses
@@ -25,10 +25,10 @@ from fasttrain.system.run_folder import RECIPE_FILE
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run is resumed from, and what its first process chose and later ones keep.
+    """Where to resume a run from, and the settings that its first process chose and later ones keep.
 
     A new run has no folder yet, no checkpoints, and no settings to keep.
-    resume: as --resume was given. checkpoints: the preferred one first.
+    resume: the value of --resume. checkpoints: the preferred one first.
     precision: bf16, fp16, fp32 or tf32. compile_mode: torch.compile's mode, or off.
     """
 
@@ -40,20 +40,20 @@ class ResumePoint:
 
     @classmethod
     def find(cls, folder: Path, resume: str | Path) -> "ResumePoint":
-        """The checkpoints of an unfinished run, and the settings in the first readable one of its recipe."""
+        """Find the checkpoints of an unfinished run, and take the settings from the first readable one."""
         checkpoints = find_checkpoints(folder, resume)
         for path in checkpoints:
             with contextlib.suppress(UserError):
-                state, begun = load_checkpoint(path), load_recipe(str(path.parent / RECIPE_FILE))
+                state, recipe = load_checkpoint(path), load_recipe(str(path.parent / RECIPE_FILE))
                 fingerprint = state.get("fingerprint")
-                if isinstance(fingerprint, dict) and not differences(recipe_flags(begun), fingerprint):
-                    mode = fingerprint.get("compile")
-                    mode = mode if isinstance(mode, str) else None
-                    return cls(folder, resume, checkpoints, saved_precision(state), mode)
+                if isinstance(fingerprint, dict) and not differences(recipe_flags(recipe), fingerprint):
+                    compile_mode = fingerprint.get("compile")
+                    compile_mode = compile_mode if isinstance(compile_mode, str) else None
+                    return cls(folder, resume, checkpoints, saved_precision(state), compile_mode)
         return cls(folder, resume, checkpoints)
 
     def require_unchanged(self, world: World) -> None:
-        """Raise UserError if the run's checkpoints are not those that were found any more."""
+        """Raise UserError if the run's checkpoints are no longer those that were found."""
         folder, resume = self.folder, self.resume
         if folder is None or resume is None:
             return
@@ -61,47 +61,48 @@ class ResumePoint:
             raise UserError(f"{folder}: another process has trained it in the meantime; resume it again")
 
     def recipe(self, recipe: Recipe) -> Recipe:
-        """The recipe that the run began with; the given one for a new run.
+        """Return the recipe that the run was started with; for a new run, the given one.
 
-        Raises UserError, naming the flags, if the given recipe differs from it. --compute-dtype may name the
+        Raises UserError, naming the flags, if the given recipe differs. --compute-dtype may also name the
         precision that the run computes in.
         """
         if self.folder is None:
             return recipe
-        begun = load_recipe(str(self.folder / RECIPE_FILE))
+        original = load_recipe(str(self.folder / RECIPE_FILE))
         if self.precision is not None and recipe.compute_dtype == self.precision:
-            recipe = dataclasses.replace(recipe, compute_dtype=begun.compute_dtype)
-        then = begun.to_dict()
+            recipe = dataclasses.replace(recipe, compute_dtype=original.compute_dtype)
+        then = original.to_dict()
         if self.precision is not None:
-            then["compute_dtype"] = self.precision  # what the error names, instead of auto
+            then["compute_dtype"] = self.precision  # for the error, instead of auto
         differing = [
-            f"{flag(key)} {value} (begun with {then[key]})"
+            f"{flag(key)} {value} (started with {then[key]})"
             for key, value in recipe.to_dict().items()
-            if value != getattr(begun, key)
+            if value != getattr(original, key)
         ]
         if differing:
             raise UserError(
                 f"--resume {self.folder}: a resumed run keeps its recipe; leave out {', '.join(differing)}"
             )
-        return begun
+        return original
 
     def precision_note(self, requested: str, device: torch.device) -> str | None:
-        """A line to print if a new run would take another precision on this device; None if not."""
+        """Return a line to log if a new run would use another precision on this device, else None.
+
+        requested: the recipe's compute_dtype.
+        """
         if self.precision is None:
             return None
         try:
             now = pick_precision(requested, device)
         except UserError:
-            return f"resumed in {self.precision}, as the run began; {device} only emulates it, which is slow"
+            return f"resumed in {self.precision}, as started; {device} only emulates it, which is slow"
         if now == self.precision:
             return None
-        return (
-            f"resumed in {self.precision}, as the run began; a new one would take {now} here, which is faster"
-        )
+        return f"resumed in {self.precision}, as started; a new run would use {now} here, which is faster"
 
 
 def find_checkpoints(folder: Path, resume: str | Path) -> tuple[Path, ...]:
-    """The checkpoints to resume from, the preferred one first; none where the run has to begin."""
+    """Return the checkpoints to resume from, the preferred one first; none if the run has to start over."""
     named = Path(resume)
     if named.is_file():
         return (named,)
@@ -109,9 +110,9 @@ def find_checkpoints(folder: Path, resume: str | Path) -> tuple[Path, ...]:
 
 
 def restore_latest(checkpoints: Sequence[Path], run: RunState, log: Callable[[str], object]) -> None:
-    """Restore the first of these checkpoints that is sound; the ones before it are reported and renamed.
+    """Restore the first sound one of these checkpoints; those before it are reported and renamed.
 
-    The first rank reads them and gives the others what it found. Raises UserError if none is sound.
+    The first rank reads them and sends the result to the others. Raises UserError if none is sound.
     """
     path, state = run.world.broadcast(lambda: _first_sound(checkpoints, run, log))
     changes = run.restore(state)
@@ -141,7 +142,7 @@ def _first_sound(
 
 
 def resume_command(folder: Path, options: TrainOptions) -> str:
-    """What to type to resume this run, without the options that have their default."""
+    """Return the command that resumes this run, without the options that have their default."""
     words = ["train", "--resume", str(folder)]
     for name in ("data", "data_dir", "skip_bad", "device", "save_every", "on_nan", "tensorboard"):
         value, default = getattr(options, name), getattr(TrainOptions, name)

@@ -1,4 +1,4 @@
-"""All that a run is at one moment: saved as a checkpoint, checked against the run that goes on from it."""
+"""The complete state of a run: saved as a checkpoint, and checked before a run resumes from it."""
 
 import dataclasses
 import time
@@ -25,8 +25,7 @@ from fasttrain.system.metrics import model_flops_utilization
 from fasttrain.system.rng import restore_rng, rng_state
 
 ENVIRONMENT = ("fasttrain", "torch", "dali", "numpy", "torch_threads")
-"""What machine.json says of the software; a change in it may round differently, but trains the same."""
-
+"""Keys of machine.json: software and settings that may change between resumes, and with them the rounding."""
 
 EPOCH_FIGURES = (
     *("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr"),
@@ -36,10 +35,11 @@ EPOCH_FIGURES = (
 
 @dataclass
 class Progress:
-    """What a run has to show so far.
+    """The progress of a run.
 
-    epochs: a row of figures per finished epoch. seconds, wait_seconds: of the epoch under way.
-    wall_seconds: up to the checkpoint, without what was lost or passed between two processes.
+    epochs: a row of figures per finished epoch. seconds, wait_seconds: those of the current epoch.
+    wall_seconds: up to the checkpoint, without lost work and the time between two processes.
+    matmul_tflops: the highest rate measured so far. resumed, rollbacks: how often.
     changes: what was different, in words, when the run was resumed.
     """
 
@@ -55,10 +55,11 @@ class Progress:
 
     @property
     def best_epoch(self) -> dict[str, float]:
-        """The row with the highest test accuracy, the first of equals."""
+        """The row with the highest test accuracy; the first of several."""
         return max(self.epochs, key=lambda row: row["test_accuracy"])
 
     def finish_epoch(self, row: dict[str, float]) -> None:
+        """Add a finished epoch's row, and start the next epoch's clocks at 0."""
         self.epochs.append(row)
         self.seconds = self.wait_seconds = 0.0
 
@@ -66,8 +67,8 @@ class Progress:
 class RunState:
     """A run's training step, loader and progress as one state.
 
-    fingerprint: from `fingerprint` below; a checkpoint with another one is refused.
-    machine: as machine.describe gives it; a change of its software or hardware is noted and said.
+    fingerprint: from checkpoint.fingerprint; a checkpoint with another one is refused.
+    machine: from machine.describe; a change of software or hardware is logged and recorded.
     """
 
     def __init__(
@@ -88,23 +89,26 @@ class RunState:
         self._started = time.perf_counter()
 
     def add_up(self, started: float, *, compile_seconds: float, matmul_tflops: float) -> None:
-        """Count what this process, begun at `started`, spent and found to what earlier ones did."""
+        """Add this process's figures to those of earlier ones; started: time.perf_counter() at its start."""
         self._started = started - self.progress.wall_seconds
         self.progress.compile_seconds += compile_seconds
         self.progress.matmul_tflops = max(self.progress.matmul_tflops, matmul_tflops)
 
     @property
     def wall_seconds(self) -> float:
-        """Seconds of all the run's processes, without what was lost or passed in between."""
+        """Seconds of all the run's processes, without lost work and the time between them."""
         return time.perf_counter() - self._started
 
     @property
     def epoch(self) -> int:
-        """Epochs that are finished, evaluation included."""
+        """Number of finished epochs, evaluation included."""
         return len(self.progress.epochs)
 
     def figures(self, matmul_tflops: float) -> dict[str, Any]:
-        """A finished run's part of result.json, all of its processes together."""
+        """Return a finished run's part of result.json, over all its processes.
+
+        matmul_tflops: the measured rate of one rank's device.
+        """
         progress, recipe = self.progress, self.step.recipe
         rows, best = progress.epochs, progress.best_epoch
         train_seconds = sum(row["seconds"] for row in rows)
@@ -136,12 +140,12 @@ class RunState:
         step = self.step.diverged()
         if step is not None:
             raise DivergedError(
-                f"epoch {self.epoch + 1}, step {step}: the loss or a weight is no finite number any more; "
-                "the last checkpoint is from before. Resume with --on-nan rollback, or take a lower --max-lr."
+                f"epoch {self.epoch + 1}, step {step}: the loss or a weight became NaN or infinite; "
+                "the last checkpoint is from before. Resume with --on-nan rollback, or use a lower --max-lr."
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds; the tensors are the live ones."""
+        """Return the content of a checkpoint; its tensors are the live ones, not copies."""
         recipe, dataset = self.step.recipe, self.dataset
         return {
             "model": self.step.eval_model.state_dict(),
@@ -161,18 +165,18 @@ class RunState:
         }
 
     def own_state(self) -> dict[str, Any]:
-        """What of it every rank has for itself; the first one's is in state_dict."""
+        """Return the part of the state that each rank has for itself; the first rank's is in state_dict."""
         return {"rng": rng_state(self.step.device), "sums": self.step.state_dict()["metrics"]["sums"].cpu()}
 
     def load(self, path: Path) -> list[str]:
-        """Read and restore a checkpoint, on one rank; returns what restore does.
+        """Read and restore a checkpoint, on one rank; returns what `restore` does.
 
-        Raises UserError, and changes nothing, if it is not a sound checkpoint of this very run.
+        Raises UserError, and changes nothing, if it is not a sound checkpoint of this run.
         """
         return self.restore(self.read(path))
 
     def read(self, path: Path) -> dict[str, Any]:
-        """A checkpoint, for `restore`. Raises UserError if it is not a sound one of this very run."""
+        """Read a checkpoint for `restore`. Raises UserError if it is not a sound one of this run."""
         state = load_checkpoint(path)
         try:
             self._require_same_run(state.get("fingerprint"))
@@ -184,7 +188,7 @@ class RunState:
         return state
 
     def restore(self, state: dict[str, Any]) -> list[str]:
-        """Go on from what `read` returned; returns what of the environment is different now, in words."""
+        """Continue from what `read` returned; returns, in words, what has changed in the environment."""
         if self.world.rank:
             own = state["ranks"][self.world.rank - 1]
             state = state | {"rng": own["rng"], "metrics": state["metrics"] | {"sums": own["sums"]}}
@@ -198,13 +202,15 @@ class RunState:
 
     def _require_same_run(self, then: Any) -> None:
         if not isinstance(then, dict) or any(isinstance(value, Tensor) for value in then.values()):
-            raise UserError("it does not say what run it is of")
+            raise UserError("it does not say which run it belongs to")
         differing = differences(self.fingerprint, then)
         if differing:
-            raise UserError(f"cannot go on from it: {', '.join(differing)}; restore that, or start a new run")
+            raise UserError(
+                f"cannot resume from it: {', '.join(differing)}; change that back, or start a new run"
+            )
 
     def _require_sound(self, state: dict[str, Any]) -> None:
-        """Every field that is restored: its structure, shapes, finite values, and figures that agree."""
+        """Raise UserError unless each field to restore has the right structure and agrees with the others."""
         example = self.state_dict()
         require_like(state["scheduler"], example["scheduler"], "scheduler")
         step, total_steps, max_lr = (state["scheduler"][key] for key in ("step", "total_steps", "max_lr"))
@@ -236,7 +242,7 @@ class RunState:
         for row in rows:
             figures = [row.get(key) for key in {*EPOCH_FIGURES, *row}] if isinstance(row, dict) else [None]
             if any(type(figure) not in (int, float) for figure in figures):
-                raise UserError("progress.epochs holds a row that is no row of figures")
+                raise UserError("progress.epochs has a row with missing or non-numeric figures")
         share = recipe.batch_size // self.world.size
         all_sums = [metrics["sums"].tolist(), *(rank["sums"].tolist() for rank in ranks)]
         agree = {
@@ -249,25 +255,25 @@ class RunState:
             "metrics.since": metrics["since"] == first,
             "metrics.images": metrics["images"] == (step - first) * share,
             "metrics.sums": all(
-                finite_steps == step - first and 0 <= hits <= metrics["images"]
-                for _, hits, finite_steps in all_sums
+                finite_steps == step - first and 0 <= correct <= metrics["images"]
+                for _, correct, finite_steps in all_sums
             ),
             "optimizer.state": all(s.get("step", 0) <= step for s in state["optimizer"]["state"].values()),
         }
         for place, fits in agree.items():
             if not fits:
-                raise UserError(f"{place} does not agree with the rest of it")
+                raise UserError(f"{place} does not agree with the rest of the checkpoint")
 
 
 def _max_lr(recipe: Recipe, rollbacks: int, found: float) -> float:
-    """The peak rate that a checkpoint should hold; where the LR finder found it, any above 0."""
+    """Return the peak rate that a checkpoint should hold; if the LR finder chose it, any rate above 0."""
     if recipe.max_lr == "auto":
         return found if found > 0 else 1.0
     return recipe.max_lr / 2**rollbacks
 
 
 def mean_flop_per_image(step: TrainStep) -> float:
-    """Floating-point operations of training on one image, the mean over all steps of the run."""
+    """Return the floating-point operations of training on one image, the mean over all steps of the run."""
     total = step.total_steps
     counts = Counter(step.recipe.training_resolution(number, total) for number in range(total))
     return (

@@ -1,4 +1,4 @@
-"""Writes checkpoints in the background, one state at a time."""
+"""The background thread that writes checkpoints."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +13,10 @@ from fasttrain.system.files import link_atomically
 
 
 class CheckpointWriter:
-    """Writes a run's last.pt, previous.pt and best.pt in the background, one state at a time.
+    """Write a run's last.pt, previous.pt and best.pt in the background, one state at a time.
 
-    Only copying the state keeps the training waiting. What goes wrong on the thread is raised by the next
-    call, or at the end of the `with` block.
+    The training waits only while the state is copied. Errors on the thread are raised by the next call, or at
+    the end of the `with` block.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -26,24 +26,25 @@ class CheckpointWriter:
         self._held_best: dict[str, Any] | None = None
 
     def write(self, state: dict[str, Any], *, best: bool = False) -> None:
-        """Save a copy of the state as last.pt, and as best.pt too if it is the best so far.
+        """Save a copy of the state as last.pt and, if it is the best so far, as best.pt.
 
-        A state that is held becomes best.pt unless this one does.
+        Otherwise a held state becomes best.pt. Waits for the state before this one, and raises UserError if
+        that could not be written.
         """
         self.wait()
         held, self._held_best = None if best else self._held_best, None
         self._pending = self._thread.submit(self._write, snapshot(state, self._device), best, held)
 
     def hold_best(self, state: dict[str, Any]) -> None:
-        """Keep a copy of the best state so far in memory: the next write makes it best.pt."""
+        """Keep a copy of the best state so far in memory; the next write saves it as best.pt."""
         self._held_best = snapshot(state, self._device)
 
     def forget_best(self) -> None:
-        """Drop what is held: the run goes back to before it."""
+        """Drop the held state: the run is rolled back to before it."""
         self._held_best = None
 
     def wait(self) -> None:
-        """Return when the state given last is on the disk. Raises UserError if it could not be written."""
+        """Wait until the last state is on the disk. Raises UserError if it could not be written."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -72,7 +73,7 @@ class CheckpointWriter:
 
 
 def snapshot(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A copy of nested dicts, lists and tensors in the host's memory. Waits for the device."""
+    """Copy nested dicts, lists and tensors to the host's memory. Waits for the device."""
 
     def copy(value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -1,1 +1,1 @@
-"""From images on disk to batches on the device: fetch, verify, decode, augment."""
+"""From images on disk to batches on the device: download, verify, decode, augment."""

@@ -1,4 +1,4 @@
-"""The choice of the data set and of its loaders."""
+"""The choice of a loader: `build_loader` turns a Dataset and a Recipe into batches."""
 
 import platform
 from collections.abc import Callable
@@ -17,19 +17,17 @@ from fasttrain.system.machine import pick_device
 
 LoaderName = Literal["dali", "tensor"]
 
-
 PADDED_GIB_MAX = 4
-"""Images that take more with their border stay where they are, and are padded batch by batch."""
-
+"""Images that need more memory than this once padded stay where they are, and are padded batch by batch."""
 
 EVAL_BATCH_SIZE = 1000
 """Divides CIFAR-10's 10,000 test images, so that every batch has one shape."""
 
 
 def pick_loader(requested: str, device: torch.device, log: Callable[[str], object]) -> LoaderName:
-    """DALI where it is installed and drives this device, else the pure-torch loader, reported in one line.
+    """Choose DALI if it is installed and supports this device, else the pure-torch loader, and log that.
 
-    Raises UserError if DALI was asked for and cannot be had.
+    requested: auto, dali or tensor. Raises UserError if DALI was requested and cannot be used.
     """
     if requested == "tensor":
         return "tensor"
@@ -37,7 +35,7 @@ def pick_loader(requested: str, device: torch.device, log: Callable[[str], objec
     if reason is None:
         return "dali"
     if requested == "dali":
-        raise UserError(f"--loader dali: {reason}; take --loader tensor")
+        raise UserError(f"--loader dali: {reason}; use --loader tensor")
     log(f"loader: {reason}; using the pure-torch loader")
     return "tensor"
 
@@ -65,15 +63,16 @@ def build_loader(
     loader: LoaderName | None = None,
     shard: Shard = WHOLE,
 ) -> Loader:
-    """The loader for the training images (shuffled, augmented) or for the test images (as they are).
+    """Build the loader of the training images (shuffled, augmented) or of the test images (as they are).
 
-    Iterating over it is one epoch of images_NCHW, uint8 in channels_last, and labels_N, int64, on the device.
-    recipe: its batch size, seed, resolution, augmentation and loader threads count.
-    device: auto takes the GPU where there is one. loader: dali or tensor; by default as the recipe says.
-    shard: a rank's part: of every training batch, or of the test images as a whole. Put together in the order
-    of the ranks, the parts are what one rank would get, to the last bit.
-    Raises UserError if the batch is larger than the training set, if a rank gets no test image, or if the
-    images are not of the recipe's size.
+    Iterating over it once is one epoch of images_NCHW, uint8 in channels_last, and labels_N, int64, both on
+    the device.
+    recipe: gives batch size, seed, resolution, augmentation and loader threads.
+    device: auto takes a GPU if there is one. loader: dali or tensor; by default the recipe's.
+    shard: one rank's part of every training batch, or of the test images as a whole. Concatenated in the
+    order of the ranks, the parts equal what a single rank would get, bit for bit.
+    Raises UserError if the batch is larger than the training set, if there are fewer test images than ranks,
+    or if the images do not have the recipe's resolution.
     """
     device = pick_device(device) if isinstance(device, str) else device
     loader = loader or pick_loader(recipe.loader, device, print)
@@ -81,13 +80,14 @@ def build_loader(
     batch_size = recipe.batch_size if train else min(EVAL_BATCH_SIZE, len(split.labels))
     if batch_size > len(split.labels):
         raise UserError(
-            f"--batch-size {batch_size}: {dataset.name} has {len(split.labels)} training images, take fewer"
+            f"--batch-size {batch_size}: {dataset.name} has {len(split.labels)} training images; "
+            "choose a smaller batch"
         )
     own = shard if train else WHOLE
-    size = split.images.shape[1]
-    if size != recipe.resolution:
+    resolution = split.images.shape[1]
+    if resolution != recipe.resolution:
         raise UserError(
-            f"--resolution {recipe.resolution}: the images of {dataset.name} have {size} pixels a side"
+            f"--resolution {recipe.resolution}: the images of {dataset.name} have {resolution} pixels a side"
         )
     padding, flip = (recipe.crop_padding, recipe.flip) if train else (0, False)
     alternates = flip and recipe.flip_order == "alternating"
@@ -96,7 +96,7 @@ def build_loader(
         "labels_N": split.labels,
         "sampler": Sampler(len(split.labels), batch_size, train=train, seed=recipe.seed, shard=own),
         "augmentation": Augmentation(
-            resolution=size,
+            resolution=resolution,
             max_offset=2 * padding,
             flip=flip,
             cutout=recipe.cutout if train else 0,
@@ -117,20 +117,20 @@ def build_loader(
 
 
 def _padded(split: Split, padding: int, loader: LoaderName) -> np.ndarray | LazyCrops:
-    """The images as the loader takes them. Raises UserError if they are too large for it."""
+    """Return the images as the loader takes them. Raises UserError if they are too large for it."""
     size = split.images.shape[1] + 2 * padding
     gib = 3 * size * size * len(split.labels) / 2**30
     if gib <= PADDED_GIB_MAX:
         return pad(split.images, padding)
     if loader == "dali":
         return LazyCrops(split.images, padding)
-    raise UserError(f"--loader tensor: holds all images in memory, here {gib:,.1f} GiB; take --loader dali")
+    raise UserError(f"--loader tensor: holds all images in memory, here {gib:,.1f} GiB; use --loader dali")
 
 
 def _part(test: Split, shard: Shard) -> Split:
-    """A rank's test images: consecutive, each on one rank alone, however many there are."""
+    """Return a rank's test images, which are consecutive; every image belongs to exactly one rank."""
     count = len(test.labels)
     if count < shard.size:
-        raise UserError(f"{count} test images for {shard.size} ranks: start fewer")
+        raise UserError(f"{count} test images for {shard.size} ranks: start fewer ranks")
     first, end = (count * rank // shard.size for rank in (shard.rank, shard.rank + 1))
     return Split(test.images[first:end], test.labels[first:end])

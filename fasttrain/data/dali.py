@@ -1,13 +1,13 @@
 """The DALI pipeline: one definition for the GPU and for DALI's CPU backend.
 
-Images lie decoded and padded in memory: a GPU's own where they fit, the host's otherwise. Of each, its crop
-is copied out; DALI mirrors half of them, cuts out a square, and hands the result to
-torch without a copy.
+The images are decoded and padded in memory: the GPU's if they fit, otherwise the host's. Each image's crop is
+copied out of there; DALI mirrors half of the crops, cuts out a square, and hands the batch to torch without a
+copy.
 
-Two things that DALI 2.4 charges for shape this file (docs/lab-notebook.md). Random choices come as a
-condition or as one tensor, never as a scalar of each image: it checks the whole batch again whenever it reads
-one. And every chunk has its price, whatever it carries: one chunk makes several small batches, cut apart
-afterwards.
+Two costs of DALI 2.4 shape this file (docs/lab-notebook.md). Random choices are passed as a condition or as
+one tensor, never as a scalar per image: DALI checks the whole batch again whenever it reads such a scalar.
+And every iteration of a pipeline has a fixed cost, so one iteration makes a chunk of several small batches,
+which is split afterwards.
 Axis suffixes: N images, C channels, H rows, W columns.
 """
 
@@ -27,22 +27,23 @@ PREFETCH = 2
 """Chunks that DALI prepares ahead of the consumer."""
 
 CHUNK_BYTES = 2048 * 32 * 32 * 3
-"""Pixels in one chunk of the training pipeline, or one batch where that is larger: they stay in a cache."""
+"""Pixels in a chunk of the training pipeline: they stay in the cache. A batch with more is a chunk itself."""
 
 RESIDENT_SHARE = 0.25
-"""Of the GPU's memory that is free, how much the images may take; larger sets stay in the host's memory."""
+"""Share of the GPU's free memory that the images may take; larger data sets stay in the host's memory."""
 
 
 class DaliLoader(Loader):
     """Batches of images and labels from a DALI pipeline.
 
-    images_NHWC: (N, P, P, 3) uint8, padded: P = resolution + max_offset of the augmentation; or the crops of
-    images too large for that. labels_N: (N,) integers.
-    fill: the pixel, red, green and blue from 0 to 255, that a cutout leaves.
+    images_NHWC: (N, P, P, 3) uint8, padded: P = resolution + max_offset of the augmentation; or LazyCrops,
+    for images too large for that. labels_N: (N,) integers.
+    fill: the pixel that a cutout leaves: red, green and blue, 0 to 255.
+    threads: DALI's worker threads.
     Yields images_NCHW, uint8 in channels_last, and labels_N, int64, on `device`.
 
-    The pipeline knows no epochs: the step counts on, so DALI goes on preparing batches while an epoch ends,
-    and nothing drains in between.
+    The pipeline has no epochs: steps are counted across them, so DALI keeps preparing batches while one epoch
+    ends and the next begins, and the queue never runs dry.
     """
 
     def __init__(
@@ -65,14 +66,14 @@ class DaliLoader(Loader):
             self._store = DeviceStore(images_NHWC, labels_N, augmentation.resolution, device)
         else:
             self._store = HostStore(images_NHWC, labels_N, augmentation.resolution)
-        # An evaluation's last batch is smaller: each of its batches is a chunk of its own.
+        # The last batch of an evaluation is smaller: there, each batch is one chunk.
         batch_bytes = 3 * augmentation.resolution**2 * sampler.batch_size
         self._batches_per_chunk = max(1, CHUNK_BYTES // batch_bytes) if sampler.train else 1
         self._forget()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._forget()  # what is prepared is for other steps
+        self._forget()  # the prepared batches belong to other steps
 
     def _forget(self) -> None:
         self._pipeline: Any = None
@@ -94,11 +95,11 @@ class DaliLoader(Loader):
 
         flip, cutout = self.augmentation.flip, self.augmentation.cutout
         on_gpu = self.device.type == "cuda"
-        # DALI reads the host's arrays after a callback has returned, without a copy: keep as many alive as
-        # can be in flight, plus the one being read.
+        # DALI reads the host's arrays after a callback has returned, without a copy: keep alive as many as
+        # can be in flight, and the one being read.
         in_flight: deque[Any] = deque(maxlen=2 * (PREFETCH + 2))
 
-        @lru_cache(maxsize=PREFETCH + 2)  # both callbacks ask
+        @lru_cache(maxsize=PREFETCH + 2)  # both callbacks need them
         def choices(chunk: int) -> tuple[np.ndarray, AugmentParams]:
             first = first_step + chunk * self._batches_per_chunk
             steps = range(first, first + self._batches_per_chunk)
@@ -139,7 +140,7 @@ class DaliLoader(Loader):
             params = fn.external_source(source=flips_and_cutouts, **of_params) if param_columns else []
             if flip:
                 mirrored = params[0]
-                if mirrored:  # of each image: DALI splits the batch
+                if mirrored:  # decided per image: DALI splits the batch
                     images = fn.flip(images)
             if cutout:
                 images = fn.erase(
@@ -155,7 +156,10 @@ class DaliLoader(Loader):
 
 
 def _source(columns: list[tuple[Any, int, str]]) -> dict[str, Any]:
-    """Settings of a DALI source whose callback gives whole batches; columns: dtype, dimensions, layout."""
+    """Return the settings of a DALI source whose callback returns whole batches.
+
+    columns: dtype, number of dimensions and layout of each output.
+    """
     dtypes, ndims, layouts = zip(*columns, strict=True) if columns else ((), (), ())
     settings = {"num_outputs": len(columns), "batch": True, "batch_info": True}
     return settings | {"dtype": list(dtypes), "ndim": list(ndims), "layout": list(layouts)}
@@ -164,13 +168,13 @@ def _source(columns: list[tuple[Any, int, str]]) -> dict[str, Any]:
 class ImageStore(Protocol):
     """All images and labels, and a way to copy crops out of them.
 
-    settings: of the DALI source that is fed with what gather returns.
+    settings: those of the DALI source that takes the arrays from `gather`.
     """
 
     settings: dict[str, Any]
 
     def gather(self, indices: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> list[Any]:
-        """The crops (N, resolution, resolution, 3) that begin at these rows and columns, and labels_N."""
+        """Return the crops, (N, resolution, resolution, 3), that begin at these pixels, and labels_N."""
 
 
 class HostStore:
@@ -188,13 +192,13 @@ class HostStore:
 
 
 class DeviceStore:
-    """Images in the GPU's memory: of a batch, only its indices and offsets cross the bus."""
+    """Images in the GPU's memory: only the indices and offsets of a batch cross the bus."""
 
     def __init__(
         self, images_NHWC: np.ndarray, labels_N: np.ndarray, resolution: int, device: torch.device
     ) -> None:
-        # DALI copies what it is given, within the GPU and in the order of torch's current stream, before the
-        # memory can be used again. Without that copy it would wait for all that this stream is given later.
+        # DALI copies its input within the GPU, in the order of torch's current stream, before the memory can
+        # be reused. Without that copy it would wait for everything queued on this stream later.
         self.settings = {"device": "gpu", "no_copy": False}
         self._device = device
         images = torch.from_numpy(images_NHWC).to(device)
@@ -205,13 +209,13 @@ class DeviceStore:
     def gather(self, indices: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> list[Any]:
         places = torch.from_numpy(np.stack((indices, rows, columns)))
         if self._device.type == "cuda":
-            places = places.pin_memory()  # or the copy would make the host wait
+            places = places.pin_memory()  # otherwise the copy would make the host wait
         places = places.to(self._device, non_blocking=True)
         return [self._crops[tuple(places)].contiguous(), self._labels_N[places[0]]]
 
 
 def fits_on(device: torch.device, num_bytes: int) -> bool:
-    """Whether images of this size are kept in the device's own memory."""
+    """Return whether images of `num_bytes` in all are kept in the memory of this device, a GPU."""
     if device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)
@@ -219,7 +223,7 @@ def fits_on(device: torch.device, num_bytes: int) -> bool:
 
 
 def dali_version() -> str:
-    """The installed DALI's version. Raises ImportError where there is none."""
+    """Return the version of the installed DALI. Raises ImportError if there is none."""
     import nvidia.dali
 
     return nvidia.dali.__version__

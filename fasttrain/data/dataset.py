@@ -1,4 +1,4 @@
-"""What every source gives and every loader takes: two splits of images, and their statistics."""
+"""The data set that every source returns and every loader takes: two splits of images, and statistics."""
 
 import hashlib
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from fasttrain.data.sources.releases import Channels, Release
 
 @dataclass(frozen=True)
 class Split:
-    """images: (N, H, W, 3) uint8, red, green, blue. labels: (N,) unsigned integers."""
+    """One split. images: (N, H, W, 3) uint8, red, green, blue. labels: (N,) unsigned integers."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -21,9 +21,9 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Both splits, and the training images' mean and std per channel (red, green, blue) in units of 0..1.
+    """Both splits, and the mean and std of the training images per channel (red, green, blue), as 0..1.
 
-    release: the one whose files these are or imitate; None for images from elsewhere.
+    release: the published release that the files are or imitate; None for images from elsewhere.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Dataset:
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 of the classes and of all images and labels: 0.2 s for CIFAR-10, once."""
+        """SHA-256 of the classes and of all images and labels; computed once, in 0.2 s for CIFAR-10."""
         digest = hashlib.sha256("\n".join(self.classes).encode())
         for split in (self.train, self.test):
             digest.update(np.ascontiguousarray(split.images).data)
@@ -46,14 +46,14 @@ class Dataset:
 
 
 def channel_statistics(images: np.ndarray) -> tuple[Channels, Channels]:
-    """Mean and population std of each channel over all pixels, in units of 0..1.
+    """Return the mean and the population std of each channel over all pixels, as 0..1.
 
-    images: (N, H, W, 3) uint8. Exact up to the last rounding: values are counted, and the sums are integers.
+    images: (N, H, W, 3) uint8. Exact up to the final rounding: values are counted, and the sums are integers.
     """
     means, stds = [], []
     for channel in range(3):
         counts = np.zeros(256, np.int64)
-        # bincount works on a copy in 64-bit integers: a thousand images at a time keep that copy at 8 MB.
+        # bincount makes a copy in 64-bit integers: a thousand images at a time keep that copy at 8 MB.
         for start in range(0, len(images), 1000):
             counts += np.bincount(images[start : start + 1000, ..., channel].ravel(), minlength=256)
         pixels = int(counts.sum())
@@ -65,8 +65,8 @@ def channel_statistics(images: np.ndarray) -> tuple[Channels, Channels]:
 
 
 def as_channels(values: Iterable[float]) -> Channels:
-    """Three figures within 0..1. Raises TypeError or ValueError for anything else."""
+    """Return three values within 0..1 as Channels. Raises TypeError or ValueError for anything else."""
     red, green, blue = values
     if not all(0 <= value <= 1 for value in (red, green, blue)):
-        raise ValueError(f"expected three figures within 0..1, got {(red, green, blue)}")
+        raise ValueError(f"expected three values within 0..1, got {(red, green, blue)}")
     return red, green, blue

@@ -9,6 +9,9 @@ from fasttrain.data.sources.download import DownloadError, download
 from fasttrain.errors import UserError
 from fasttrain.recipe import Recipe
 
+OWN_IMAGES = {"folder": folder.read, "webdataset": webdataset.read}
+"""The readers of a user's own images, by what precedes the colon in `--data`."""
+
 
 def find_dataset(
     name: str,
@@ -18,15 +21,19 @@ def find_dataset(
     resolution: int = Recipe.resolution,
     skip_bad: bool = False,
 ) -> Dataset:
-    """The data set of this name: the folder of images, what the data folder holds, or the stand-in in it."""
+    """Return the data set that a run was trained on: a user's own, or whichever the data folder holds.
+
+    name: the data set's name, from the run. data, data_dir, resolution, skip_bad: as load_dataset takes them.
+    Nothing is downloaded or generated. Raises UserError if no data set of this name is found.
+    """
     if names_own_images(data):
         dataset = load_dataset(data, data_dir, resolution=resolution, skip_bad=skip_bad)
         if dataset.name == name:
             return dataset
         raise UserError(f"--data {data}: the run's images are {name}")
     if names_own_images(name):
-        kind = name.partition(":")[0]
-        raise UserError(f"the run's images are {name}: name them with --data {kind}:...")
+        source = name.partition(":")[0]
+        raise UserError(f"the run's images are {name}: say where they are with --data {source}:...")
     root = cifar.locate(data_dir)
     places = [(root, release) for release in cifar.RELEASES.values()]
     for place, release in (*places, (root / synthetic.NAME, cifar.CIFAR10)):
@@ -38,11 +45,8 @@ def find_dataset(
 
 
 def names_own_images(data: str) -> bool:
+    """Return whether `data` names a user's own images: folder:PATH or webdataset:PATTERN."""
     return data.partition(":")[0] in OWN_IMAGES
-
-
-OWN_IMAGES = {"folder": folder.read, "webdataset": webdataset.read}
-"""What `--data` begins with, before a colon, where the images are a user's own; and who reads them."""
 
 
 def load_dataset(
@@ -53,25 +57,25 @@ def load_dataset(
     skip_bad: bool = False,
     log: Callable[[str], object] = print,
 ) -> Dataset:
-    """The data set that `data` asks for, downloaded or generated where it is not there yet.
+    """Load a data set; download or generate it first if it is not there yet.
 
-    data: cifar10, cifar100: the files in the data folder, else a download. auto: cifar10, and where the
-    download fails, the synthetic stand-in, which is logged. synthetic: the stand-in. folder:PATH,
-    webdataset:PATTERN: the images there, scaled to the resolution and cached as pixels in the data folder;
-    with skip_bad those that cannot be decoded are left out.
-    data_dir: folder of the data; by default $FASTTRAIN_DATA, else data/.
-    Raises UserError if there is no such data set, or if its files are not as they should be.
+    data: cifar10 and cifar100 take the files in the data folder, or download them. auto takes cifar10 or, if
+    the download fails, the synthetic stand-in, and logs that. synthetic takes the stand-in. folder:PATH and
+    webdataset:PATTERN take the images there, scaled to the resolution and cached as pixels in the data
+    folder; with skip_bad, images that cannot be decoded are left out.
+    data_dir: the data folder; by default $FASTTRAIN_DATA, else data/.
+    Raises UserError if there is no such data set, or if its files are missing, corrupt or unreadable.
     """
     root = cifar.locate(Path(data_dir) if data_dir else None)
-    kind, _, place = data.partition(":")
-    if kind in OWN_IMAGES and place:
+    source, _, place = data.partition(":")
+    if source in OWN_IMAGES and place:
         path, cache = Path(place).expanduser(), root / "decoded"
-        return OWN_IMAGES[kind](path, cache, resolution=resolution, skip_bad=skip_bad, log=log)
+        return OWN_IMAGES[source](path, cache, resolution=resolution, skip_bad=skip_bad, log=log)
     if data not in ("auto", *cifar.RELEASES, "synthetic"):
         expected = ", ".join(("auto", *cifar.RELEASES, "synthetic"))
         raise UserError(f"--data {data}: expected {expected}, folder:PATH, or webdataset:PATTERN")
     if skip_bad:
-        raise UserError("--skip-bad: only folder:PATH and webdataset:PATTERN have files to leave out")
+        raise UserError("--skip-bad: only for folder:PATH and webdataset:PATTERN; leave it out")
     if resolution != cifar.IMAGE_SHAPE[0]:
         raise UserError(
             f"--resolution {resolution}: the images of --data {data} have {cifar.IMAGE_SHAPE[0]} pixels a "
@@ -85,7 +89,9 @@ def load_dataset(
                 download(root, release=release)
             dataset = cifar.read(root, release)
             if data != "auto" and dataset.name == synthetic.NAME:
-                raise UserError(f"--data {data}: {root} holds the stand-in; name another --data-dir")
+                raise UserError(
+                    f"--data {data}: {root} holds the synthetic stand-in; choose another --data-dir"
+                )
             return dataset
         except DownloadError as error:
             if data != "auto":

@@ -1,4 +1,4 @@
-"""The contract that every loader meets: batches on the device, each a pure function of its step."""
+"""The contract of every loader: batches on the device, each a pure function of its step."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ from fasttrain.data.sampler import Sampler
 class Loader(ABC):
     """Batches of images_NCHW, uint8 pixels in channels_last, and labels_N, int64, both on the device.
 
-    An iteration is one epoch. Training loaders shuffle anew each epoch, augment, and drop the last, smaller
-    batch; evaluation loaders deliver every image exactly once, in stored order, as it is.
+    Iterating once is one epoch. Training loaders shuffle every epoch again, augment, and drop the last,
+    smaller batch; evaluation loaders deliver every image exactly once, in stored order, unchanged.
 
-    Steps count on over all epochs; the step is all that there is to restore.
+    Steps are counted across epochs, and the step is the loader's whole state.
     """
 
     name: str
@@ -27,14 +27,14 @@ class Loader(ABC):
 
     @abstractmethod
     def _next(self) -> tuple[Tensor, Tensor]:
-        """The batch of `self._step`."""
+        """Return the batch of `self._step`."""
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Return the number of batches in an epoch."""
         return self.sampler.steps_per_epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rest of the current epoch: all of it, unless a restored state stands in its middle."""
+        """Yield the rest of the current epoch: all of it, unless a restored step lies within the epoch."""
         while True:
             batch = self._next()
             self._step += 1
@@ -43,8 +43,9 @@ class Loader(ABC):
                 return
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands; restores bit-exactly mid-epoch."""
+        """Return the loader's position; restoring it within an epoch is exact to the bit."""
         return {"step": self._step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the position that state_dict returned."""
         self._step = state["step"]

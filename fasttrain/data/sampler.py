@@ -1,7 +1,7 @@
 """Which images form which batch, and how each is cropped, mirrored and cut: pure functions of seed and step.
 
-Both loaders ask here, so they deliver the same batches to the last bit, for any number of threads, and a
-loader that knows its step knows everything there is to restore.
+Both loaders use them, so they deliver the same batches, bit for bit and for any number of threads, and a
+loader can be restored from its step and nothing else.
 """
 
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from typing import NamedTuple
 import numpy as np
 
 ORDER, AUGMENTATION, FIRST_FLIPS = 0, 1, 2
-"""Streams of random numbers that share a seed and nothing else."""
+"""Independent streams of random numbers under one seed."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's part of every batch: equally many images each, in the order of the ranks."""
+    """One rank's part of every batch: the same number of images for each rank, in the order of the ranks."""
 
     rank: int = 0
     size: int = 1
 
     def of(self, share: int) -> slice:
-        """Where this rank's `share` images lie in the whole batch."""
+        """Return the slice of the whole batch that holds this rank's `share` images."""
         return slice(self.rank * share, (self.rank + 1) * share)
 
 
@@ -29,11 +29,13 @@ WHOLE = Shard()
 
 
 class Sampler:
-    """Image indices for every step of a run, counted on over all epochs.
+    """The image indices of every step of a run, with steps counted across epochs.
 
-    train: every epoch is a fresh full shuffle, and the last, smaller batch is dropped.
-    Otherwise: stored order, every image exactly once, the last batch as small as it comes out.
-    shard: which part of every training batch is wanted. `batch_size` is then that part's.
+    count: images in the split. batch_size: images per step, of all ranks together; the attribute of that name
+    is this rank's part.
+    train: shuffle all images every epoch, and drop the last, smaller batch. Otherwise every image comes
+    exactly once, in stored order, and the last batch may be smaller.
+    shard: the part of every training batch to return.
     """
 
     def __init__(self, count: int, batch_size: int, *, train: bool, seed: int, shard: Shard = WHOLE) -> None:
@@ -44,11 +46,11 @@ class Sampler:
         self._order = np.arange(count)
 
     def epoch(self, step: int) -> int:
-        """The epoch that this step of the run is in, counted from 0."""
+        """Return the epoch of this step, counted from 0."""
         return step // self.steps_per_epoch
 
     def __call__(self, step: int) -> np.ndarray:
-        """Indices of the batch at this step of the run: (batch_size,) int64, fewer at an evaluation's end."""
+        """Return the indices of this step's batch: (batch_size,) int64, fewer at the end of an evaluation."""
         epoch, position = self.epoch(step), step % self.steps_per_epoch
         if self.train and epoch != self._epoch:
             self._order = np.random.default_rng((self.seed, ORDER, epoch)).permutation(self.count)
@@ -58,10 +60,10 @@ class Sampler:
 
 
 class AugmentParams(NamedTuple):
-    """One batch's random choices; offsets and corners in pixels, int64.
+    """The random choices for one batch; offsets and corners in pixels, int64.
 
-    rows, columns: (N,), where the crop begins in the padded image. mirrored: (N,) bool.
-    cutout_corners: (N, 2), row and column of the cutout's corner in the finished image.
+    rows, columns: (N,), where each crop begins in the padded image. mirrored: (N,) bool.
+    cutout_corners: (N, 2), row and column of the cutout's top left corner in the finished image.
     """
 
     rows: np.ndarray
@@ -72,14 +74,14 @@ class AugmentParams(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What happens to every image of a batch.
+    """The augmentation of every image in a batch.
 
-    resolution: of the finished image. max_offset: the largest row and column at which a crop may begin in
-    the padded image; 0 means no random crop.
-    cutout: side of the square that is set to the mean; 0 means none.
-    shard: whose images these are: the choices are drawn for the whole batch, and its part taken.
-    first_flips: (N,) bool, which images are mirrored in epoch 0, and then in every other one, the rest in
-    those between; None where flip throws a coin for each image each time.
+    resolution: pixels per side of the finished image. max_offset: the largest row and column at which a crop
+    may begin in the padded image; 0 means no random crop. flip: mirror half of the images.
+    cutout: side of the square that is set to the mean, in pixels; 0 means none.
+    shard: the rank's part: choices are drawn for the whole batch, and this part of them is used.
+    first_flips: (N,) bool, the images to mirror in epoch 0 and every second epoch after it; the others are
+    mirrored in the epochs between. None means a coin toss per image and epoch.
     """
 
     resolution: int
@@ -91,7 +93,10 @@ class Augmentation:
     first_flips: np.ndarray | None = None
 
     def draw(self, step: int, epoch: int, indices: np.ndarray) -> AugmentParams:
-        """The choices for these images at this step: offsets uniform, half of the images mirrored."""
+        """Draw the choices for these images at this step: uniform offsets, half of the images mirrored.
+
+        indices: (N,) int64, this rank's images.
+        """
         count = len(indices)
         rng = np.random.default_rng((self.seed, AUGMENTATION, step))
         whole, mine = count * self.shard.size, self.shard.of(count)
@@ -104,9 +109,9 @@ class Augmentation:
 
 
 def first_flips(count: int, seed: int) -> np.ndarray:
-    """Which of `count` images an alternating flip mirrors in epoch 0: (count,) bool, half of them true.
+    """Choose the images that an alternating flip mirrors in epoch 0: (count,) bool, about half of them true.
 
-    Two epochs in a row then show every image both ways, which coins do for half of the images only.
+    Any two consecutive epochs then show every image both ways; coin tosses do so for only half of the images.
     Source: Jordan 2024, arXiv:2404.00498.
     """
     return np.random.default_rng((seed, FIRST_FLIPS)).integers(2, size=count).astype(bool)

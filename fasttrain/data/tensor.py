@@ -1,7 +1,7 @@
 """The pure-torch loader: all images in the device's memory, augmented a batch at a time.
 
-The reference that tests hold DALI against, its rival in benchmarks, and the data path where DALI has no
-wheel (macOS, Windows). Same sampler, same draws, same batches to the last bit.
+It is the reference for DALI in the tests, its rival in the benchmarks, and the data path where DALI has no
+wheel (macOS, Windows). Same sampler, same random choices, same batches, bit for bit.
 Axis suffixes: N images, C channels, H rows, W columns.
 """
 
@@ -14,11 +14,11 @@ from fasttrain.data.sampler import Augmentation, Sampler
 
 
 class TensorLoader(Loader):
-    """Batches of images and labels, cut and augmented by torch on the device.
+    """Batches of images and labels, cropped and augmented by torch on the device.
 
     images_NHWC: (N, P, P, 3) uint8, padded: P = resolution + max_offset of the augmentation. labels_N: (N,)
     integers.
-    fill: the pixel, red, green and blue from 0 to 255, that a cutout leaves.
+    fill: the pixel that a cutout leaves: red, green and blue, 0 to 255.
     Yields images_NCHW, uint8 in channels_last, and labels_N, int64, on `device`.
     """
 
@@ -57,6 +57,6 @@ class TensorLoader(Loader):
         return images_NHWC.permute(0, 3, 1, 2), self._labels_N[indices_N]
 
     def _inside(self, corners_N: Tensor) -> Tensor:
-        """Which rows or columns lie in the cutout that begins at each corner: (N, resolution) bool."""
+        """Mark the rows or columns inside the cutout that begins at each corner: (N, resolution) bool."""
         distance = self._pixels - corners_N[:, None]
         return (distance >= 0) & (distance < self.augmentation.cutout)

@@ -1,4 +1,4 @@
-"""One page about several finished runs: a table, and their curves on top of each other."""
+"""One page that compares several finished runs: a table, and their curves in common plots."""
 
 import os
 from collections.abc import Sequence
@@ -17,12 +17,13 @@ from fasttrain.report.run import Run, load_run
 def compare(folders: Sequence[Path], out: Path) -> None:
     """Write the page `out` about the runs in these folders.
 
-    Runs whose settings, images, precision and machine agree in all but the seed form a group, shown as its
-    mean and its range. Raises UserError without runs, for an unfinished one, or if `out` cannot be written.
+    Runs that agree in settings, images, precision and machine, and differ only in their seed, form a group,
+    shown as its mean and range. Raises UserError if there are no runs, if one is unfinished, or if `out`
+    cannot be written.
     """
     if not folders:
-        raise UserError("no run named; expected the folders of finished runs, as runs/...")
-    # A folder named twice is still one run.
+        raise UserError("no run named; expected the folders of finished runs, such as runs/...")
+    # A folder given twice is still one run.
     groups = group_runs([load_run(folder) for folder in {path.resolve(): path for path in folders}.values()])
     write_page(
         out,
@@ -34,11 +35,11 @@ def compare(folders: Sequence[Path], out: Path) -> None:
 
 
 Group = tuple[list[Run], dict[str, Any]]
-"""Runs of one group, and the settings in which it differs from the other groups."""
+"""The runs of one group, and the settings in which it differs from the other groups."""
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """The groups, in the order of their first runs."""
+    """Group the runs that differ only in their seed, in the order of each group's first run."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(repr(_settings(run)), []).append(run)
@@ -51,7 +52,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """All that decides a run's figures but for the seed."""
+    """Return everything that decides a run's figures, except the seed."""
     settings = run.recipe.to_dict()
     del settings["seed"]
     return settings | {
@@ -64,7 +65,7 @@ def _settings(run: Run) -> dict[str, Any]:
 
 
 def _describe(runs: list[Run], differing: dict[str, Any], out: Path) -> dict[str, Any]:
-    """A row of the table. Figures are (mean, smallest, largest)."""
+    """Return a row of the table. Figures are (mean, smallest, largest)."""
     figures = ("test_accuracy", "best_test_accuracy", "train_seconds", "images_per_sec")
     values = {key: [run.result[key] for run in runs] for key in figures}
     return {
@@ -89,7 +90,7 @@ def _describe(runs: list[Run], differing: dict[str, Any], out: Path) -> dict[str
 def _picture(groups: Sequence[Group], key: str, alt: str, percent: bool = False) -> Picture:
     curves = []
     for index, (runs, _) in enumerate(groups):
-        # Damage aside, runs of one recipe have the same epochs; zip ends with the shortest.
+        # Runs of one recipe have the same epochs unless a file is corrupt; zip stops with the shortest.
         rows = np.array(list(zip(*(run.column(key) for run in runs), strict=False)))
         epochs = runs[0].column("epoch")[: len(rows)]
         band = (rows.min(1).tolist(), rows.max(1).tolist()) if len(runs) > 1 else None

@@ -1,7 +1,7 @@
-"""One page about one finished run: report.html in its folder, with every picture inside it.
+"""One page about a finished run: report.html in its folder, with every picture embedded.
 
-The page asks nothing of the network and runs no script. What it cannot show, for instance because the images
-are not on this disk, it replaces with a sentence that says why.
+The page loads nothing from the network and runs no script. A section that cannot be shown, for instance
+because the images are not on this disk, is replaced by a sentence that says why.
 """
 
 import dataclasses
@@ -29,10 +29,8 @@ from fasttrain.system.rng import fork_rng
 SAMPLES = 24
 """Augmented training images on the page."""
 
-
 MISTAKES = 24
 """Most confident mistakes on the page."""
-
 
 FILES = {
     "last.pt": "checkpoint after the final epoch",
@@ -46,15 +44,12 @@ FILES = {
     "trace.json": "the profiler's trace, for ui.perfetto.dev",
 }
 
-
 T = TypeVar("T")
-
-
 R = TypeVar("R")
 
 
 def given(value: T | Missing, make: Callable[[T], R | Missing]) -> R | Missing:
-    """What `make` makes of a value; the reason, where the value is missing or a UserError says so."""
+    """Return `make(value)`, or a Missing if the value is missing or `make` raises a UserError."""
     if isinstance(value, Missing):
         return value
     try:
@@ -66,7 +61,10 @@ def given(value: T | Missing, make: Callable[[T], R | Missing]) -> R | Missing:
 def write_report(
     run: Run, dataset: Dataset | Missing, evaluation: Evaluation | Missing, *, device: torch.device
 ) -> Path:
-    """Write the page from what is at hand; returns the file. An older one stays until this is whole."""
+    """Write the page, with a sentence for each part that is missing; returns its path.
+
+    An older page stays until the new one is complete. Raises UserError if it cannot be written.
+    """
     path = run.folder / "report.html"
     write_page(
         path,
@@ -97,7 +95,7 @@ def _schedule_picture(run: Run) -> Picture:
 def _lr_find_picture(run: Run) -> Picture:
     max_lr = run.result["max_lr"]
     if run.lr_find is None:
-        raise UserError(f"The recipe names its peak rate, {max_lr:g}: the LR finder was not asked.")
+        raise UserError(f"The recipe sets the peak rate, {max_lr:g}, so the LR finder was not used.")
     try:
         curves = [(curve["lrs"], curve["losses"]) for curve in run.lr_find["curves"]]
     except (KeyError, TypeError) as error:
@@ -107,7 +105,7 @@ def _lr_find_picture(run: Run) -> Picture:
 
 
 def first_images(dataset: Dataset, recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor, str]:
-    """The first training images as the recipe's loader augments them.
+    """Return the first training images as the recipe's loader augments them.
 
     Returns images_NCHW (uint8), labels_N (int64) and the loader's name.
     """
@@ -125,7 +123,7 @@ def first_images(dataset: Dataset, recipe: Recipe, device: torch.device) -> tupl
 
 
 def _samples(dataset: Dataset, recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """What the page says about them."""
+    """Return the page's content about the augmented training images."""
     images_NCHW, labels_N, loader_name = first_images(dataset, recipe, device)
     images_NHWC = images_NCHW.permute(0, 2, 3, 1).cpu().numpy()
     return {
@@ -138,7 +136,7 @@ def _samples(dataset: Dataset, recipe: Recipe, device: torch.device) -> dict[str
 
 
 def _tests(dataset: Dataset, evaluation: Evaluation) -> dict[str, Any]:
-    """What the page says about the test images: counts, figures of every class, mistakes."""
+    """Return the page's content about the test images: counts, figures per class, mistakes."""
     classes = dataset.classes
     return {
         "images": len(evaluation.labels_N),
@@ -159,5 +157,5 @@ def _tests(dataset: Dataset, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _summary(recipe: Recipe, num_classes: int) -> str:
-    with fork_rng(torch.device("cpu")):  # a new network draws its weights from the global generator
+    with fork_rng(torch.device("cpu")):  # a new network takes its weights from the global generator
         return summary(build_model(recipe, num_classes))

@@ -1,4 +1,4 @@
-"""The pages' frame: templates filled in with everything escaped, and written whole."""
+"""Rendering of pages: templates filled in with everything escaped, and written atomically."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +10,18 @@ from fasttrain.system.files import write_atomically
 
 @dataclass(frozen=True)
 class Missing:
-    """Stands where a section's content would, and says in a sentence why there is none."""
+    """The stand-in for a section's content; says in a sentence why there is none."""
 
     reason: str
 
 
 def render(template: str, **content: Any) -> str:
-    """Fill in one of the templates; whatever `content` holds is escaped."""
+    """Fill in one of the templates; everything in `content` is escaped. Returns the HTML."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     pages = Environment(
         loader=PackageLoader("fasttrain.report"),
-        autoescape=True,  # class and recipe names are whatever someone wrote into a file
+        autoescape=True,  # names of classes and recipes come from files and can be anything
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -33,13 +33,13 @@ def render(template: str, **content: Any) -> str:
 
 
 def _plain(value: object) -> str:
-    """A setting as one would write it: 0.208333 and not 0.20833333333333334."""
+    """Format a setting as a person would write it: 0.208333 and not 0.20833333333333334."""
     if value is None:
         return "unknown"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def write_page(path: Path, template: str, **content: Any) -> None:
-    """Fill in a template and write it atomically. Raises UserError on a full disk."""
+    """Fill in a template and write it atomically. Raises UserError if it cannot be written."""
     text = render(template, **content)
     write_atomically(path, lambda file: file.write(text.encode()))

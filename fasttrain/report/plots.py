@@ -1,8 +1,8 @@
 """Every plot of the project: in the pages, in a notebook, and as a file.
 
-`chart`, `lr_find`, `schedule` and `epoch_seconds` say what to draw. `picture` draws it for a page, twice: for
-a light one and for a dark one, on a transparent ground. `figure` draws it for a notebook or a file, on white.
-Plots hold no names from outside: those stand in the page's text, where they are escaped and can be selected.
+`chart`, `lr_find`, `schedule` and `epoch_seconds` define a plot. `picture` draws it for a page, in a light
+and a dark version on a transparent background. `figure` draws it for a notebook or a file, on white. Plots
+contain no names from files: those belong in the page's text, where they are escaped and can be selected.
 """
 
 import base64
@@ -16,17 +16,15 @@ import numpy as np
 INCHES = (4.6, 2.9)
 """Size of a figure: about a phone's width, so that its labels stay legible there."""
 
-
 DOTS_PER_INCH = 200
 
-
 Draw = Callable[[Any, "Palette"], None]
-"""AugmentParams one plot on matplotlib's axes, in the colours of a palette."""
+"""A function that draws one plot on matplotlib's axes, in the colours of a palette."""
 
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours of one scheme; the page's style sheet takes its own from here too."""
+    """The colours of one scheme, for the plots and for the page's style sheet."""
 
     paper: str
     ink: str
@@ -35,7 +33,7 @@ class Palette:
     series: tuple[str, ...]
 
 
-# Blue and orange first: they differ for every kind of colour vision.
+# Blue and orange first: they can be told apart with any kind of colour vision.
 LIGHT = Palette(
     paper="#ffffff",
     ink="#1c2330",
@@ -43,7 +41,6 @@ LIGHT = Palette(
     line="#d9dee6",
     series=("#1464c0", "#c4560a", "#157a52", "#8648c9", "#b3256f", "#6f6200"),
 )
-
 
 DARK = Palette(
     paper="#12161d",
@@ -56,7 +53,7 @@ DARK = Palette(
 
 @dataclass(frozen=True)
 class Picture:
-    """The same figure for both schemes, as data URIs, and what it shows in words."""
+    """One figure in both schemes, as data URIs, and a description of it in words."""
 
     light: str
     dark: str
@@ -65,7 +62,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart. A missing value is NaN. band: lower and upper edge; series: its colour's index."""
+    """One line of a chart. Missing values are NaN. band: lower and upper edge. series: the colour's index."""
 
     xs: Sequence[float]
     ys: Sequence[float]
@@ -83,14 +80,18 @@ def chart(
     log_x: bool = False,
     mark_x: float | None = None,
 ) -> Draw:
-    """Lines over one axis. percent: y runs from 0 to 1. mark_x: a vertical line there, with its value."""
+    """Define a chart of lines over one axis.
+
+    percent: y is a share from 0 to 1, labelled in percent. mark_x: draw a vertical line there, with its
+    value.
+    """
 
     def draw(axes: Any, palette: Palette) -> None:
         from matplotlib.ticker import MaxNLocator
 
         for curve in curves:
             colour = palette.series[curve.series % len(palette.series)]
-            # A point for every value while they can be told apart: a single epoch makes no line.
+            # Mark every value while they can be told apart: a single epoch would draw no line.
             marker = "o" if len(curve.xs) <= 40 else None
             axes.plot(curve.xs, curve.ys, color=colour, label=curve.label, marker=marker, markersize=3)
             if curve.band is not None:
@@ -112,7 +113,7 @@ def chart(
 
 
 def lr_find(curves: Sequence[tuple[Sequence[float], Sequence[float]]], max_lr: float) -> Draw:
-    """The LR finder's tries, each its rates and its losses, and a dashed line at the rate suggested."""
+    """Define the plot of the LR finder's tries, each with rates and losses; a dashed line marks max_lr."""
     return chart(
         [Curve(lrs, losses, series, f"try {series + 1}") for series, (lrs, losses) in enumerate(curves)],
         x_name="learning rate",
@@ -123,7 +124,7 @@ def lr_find(curves: Sequence[tuple[Sequence[float], Sequence[float]]], max_lr: f
 
 
 def schedule(lrs: Sequence[float], betas: Sequence[float] | None) -> Draw:
-    """The learning rate of every step; beside it Adam's beta1 where the recipe cycles it."""
+    """Define the plot of every step's learning rate, with Adam's beta1 if the recipe cycles it."""
 
     def draw(axes: Any, palette: Palette) -> None:
         blue, orange = palette.series[:2]
@@ -141,7 +142,7 @@ def schedule(lrs: Sequence[float], betas: Sequence[float] | None) -> Draw:
 
 
 def epoch_seconds(seconds: Sequence[float], wait_shares: Sequence[float]) -> Draw:
-    """A bar per epoch: training, and on top of it the time spent waiting for data."""
+    """Define the plot of a bar per epoch: training, and on top of it the time spent waiting for data."""
 
     def draw(axes: Any, palette: Palette) -> None:
         from matplotlib.ticker import MaxNLocator
@@ -160,7 +161,7 @@ def epoch_seconds(seconds: Sequence[float], wait_shares: Sequence[float]) -> Dra
 
 
 def image_uri(image_HWC: np.ndarray) -> str:
-    """One image, (H, W, 3) uint8, pixel for pixel."""
+    """Encode an image, (H, W, 3) uint8, pixel for pixel, as the data URI of a PNG."""
     from matplotlib.image import imsave
 
     buffer = io.BytesIO()
@@ -169,15 +170,15 @@ def image_uri(image_HWC: np.ndarray) -> str:
 
 
 def picture(draw: Draw, alt: str) -> Picture:
-    """The plot for a page; alt: what it shows, in words."""
+    """Draw the plot for a page; alt: a description of it in words."""
     light, dark = (_uri(_png(figure([draw], palette), transparent=True)) for palette in (LIGHT, DARK))
     return Picture(light=light, dark=dark, alt=alt)
 
 
 def figure(draws: Sequence[Draw], palette: Palette = LIGHT) -> Any:
-    """The plots side by side on one matplotlib figure, which a notebook shows as it is."""
-    # Figure alone and never pyplot, which keeps figures and a backend in global state. Without it a notebook
-    # does not know how to show a figure: this one says so itself.
+    """Draw the plots side by side on one matplotlib Figure, which a notebook can display."""
+    # Figure, never pyplot, which keeps figures and a backend in global state. Without pyplot a notebook does
+    # not know how to display a figure, hence _repr_png_.
     from matplotlib.figure import Figure
 
     class PngFigure(Figure):

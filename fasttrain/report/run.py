@@ -1,4 +1,4 @@
-"""A finished run as its folder tells it: for the report, the comparison, and a notebook."""
+"""A finished run, read from its folder: for the report, the comparison, and notebooks."""
 
 import math
 from collections.abc import Sequence
@@ -15,32 +15,23 @@ from fasttrain.system.machine import hardware_name
 from fasttrain.system.run_folder import parse_object, read_object, read_text
 
 EPOCH_FIGURES = ("epoch", "train_accuracy", "test_accuracy", "seconds", "images_per_sec", "data_wait_share")
-
-
-EPOCH_LOSSES = ("train_loss", "test_loss")  # null where they were no number
-
+EPOCH_LOSSES = ("train_loss", "test_loss")  # null for NaN or infinity
 
 RESULT_FIGURES = (
     *("test_accuracy", "best_test_accuracy", "best_epoch", "max_lr", "images_per_sec", "data_wait_share"),
     *("train_seconds", "test_seconds", "compile_seconds", "wall_seconds"),
 )
 
-
 RESULT_UNKNOWNS = ("mfu", "matmul_tflops_measured", "peak_memory_gib", "peak_resident_gib")
-
-
-RESULT_OPTIONS = ("test_accuracy_flip",)  # where the recipe asked for it
-
-
+RESULT_OPTIONS = ("test_accuracy_flip",)  # if the recipe asked for it
 RESULT_NAMES = ("dataset", "device", "loader", "precision", "compile")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a finished run's folder says, checked.
+    """The checked content of a finished run's folder. A notebook shows its headline figures and curves.
 
-    epochs: the rows of metrics.jsonl. lr_find: None where the LR finder was not asked. A notebook shows a run
-    as its headline figures and its curves.
+    epochs: the rows of metrics.jsonl. lr_find: None if the LR finder was not used.
     """
 
     folder: Path
@@ -52,27 +43,28 @@ class Run:
 
     @property
     def hardware(self) -> str:
+        """The run's GPU, or its CPU and cores, in a few words."""
         return hardware_name(self.machine)
 
     @property
     def steps_per_epoch(self) -> int:
-        """From the first epoch's rate, which was computed from it."""
+        """Steps in an epoch, recovered from the first epoch's images per second."""
         first = self.epochs[0]
         return round(first["images_per_sec"] * first["seconds"] / self.recipe.batch_size)
 
     def column(self, key: str) -> list[float]:
-        """One figure of every epoch, NaN where it was no number."""
+        """Return one figure of every epoch, NaN where the file has null."""
         return [math.nan if row[key] is None else row[key] for row in self.epochs]
 
     def plot(self) -> Any:
-        """Loss, accuracy and seconds of every epoch, side by side, as a matplotlib Figure.
+        """Plot loss, accuracy and seconds of every epoch, side by side; returns a matplotlib Figure.
 
-        A notebook shows it; `run.plot().savefig("run.png")` writes it. It is no figure of pyplot's.
+        A notebook displays it; `run.plot().savefig("run.png")` writes it. pyplot does not know about it.
         """
         return plots.figure([self._loss(), self._accuracy(), self._seconds()])
 
     def pictures(self) -> dict[str, Picture]:
-        """The same three plots for a page: loss, accuracy, seconds."""
+        """Return the same three plots for a page: loss, accuracy, seconds."""
         return {
             "loss": plots.picture(self._loss(), "Training and test loss of every epoch"),
             "accuracy": plots.picture(self._accuracy(), "Training and test accuracy of every epoch"),
@@ -101,13 +93,13 @@ class Run:
 
 
 def load_run(folder: Path | str) -> Run:
-    """Read a run's folder. Raises UserError if it is none, is unfinished, or if a file in it is damaged."""
+    """Read a run's folder. Raises UserError if it is not one, is unfinished, or has a corrupt file."""
     folder = Path(folder)
     if not (folder / "recipe.json").is_file():
-        raise UserError(f"{folder}: no run's folder; expected one that fasttrain train made, as runs/...")
+        raise UserError(f"{folder}: not a run's folder; expected one that fasttrain train made")
     if not (folder / "result.json").is_file():
         raise UserError(
-            f"{folder}: holds no result.json: its run has not finished, and only finished ones count"
+            f"{folder}: has no result.json: the run has not finished; resume it with fasttrain train --resume"
         )
     result = read_object(folder / "result.json")
     figures = [*RESULT_FIGURES, *(key for key in RESULT_OPTIONS if key in result)]
@@ -146,11 +138,11 @@ def _require(
     nullable: Sequence[str] = (),
     names: Sequence[str] = (),
 ) -> None:
-    """Raise UserError unless all these keys hold what the page formats: numbers, or null, or text."""
+    """Raise UserError unless all these keys hold numbers, numbers or null (nullable), or text (names)."""
     kinds: dict[str, Any] = dict.fromkeys(figures, (int, float))
     kinds |= dict.fromkeys(nullable, (int, float, type(None)))
     kinds |= dict.fromkeys(names, str)
     for key, kind in kinds.items():
         if key not in values or not isinstance(values[key], kind):
             found = repr(values[key]) if key in values else "missing"
-            raise UserError(f"{place}: {key} is {found}; expected it as fasttrain train wrote it")
+            raise UserError(f"{place}: {key} is {found}; expected the value that fasttrain train wrote")

@@ -1,4 +1,4 @@
-"""The network layer by layer, the shape after every block, its cost, and an epoch's least time."""
+"""The network layer by layer, the shape after every block, its cost, and the least time of an epoch."""
 
 import copy
 
@@ -12,20 +12,20 @@ from fasttrain.system.rates import measure_matmul_tflops
 
 
 def epoch_floor(model: CustomResNet, device: torch.device) -> str:
-    """In a sentence: the least time of an epoch on this device, at the matmul rate measured on it now."""
+    """Return a sentence with the least time that an epoch can take, at this device's measured matmul rate."""
     precision = pick_precision("auto", device)
     tflops = measure_matmul_tflops(device, DTYPES[precision])
     seconds = training_flop_per_image(model) * EPOCH_IMAGES / (tflops * 1e12)
     return (
         f"At the {tflops:.3g} TFLOP/s of {precision} matmul just measured on "
-        f"{hardware_name(describe(device))}, these FLOP alone take {seconds:.3g} s an epoch."
+        f"{hardware_name(describe(device))}, these FLOP take {seconds:.3g} s an epoch by themselves."
     )
 
 
 def block_shapes(model: CustomResNet) -> list[tuple[str, tuple[int, ...]]]:
-    """The shape after every block at one image, under the names that the assignment prints.
+    """Return the shape after every block for one image, with the names that the assignment prints.
 
-    A residual sum is no module: it is read as the input of the module behind it.
+    A residual sum is not a module: its shape is that of the next module's input.
     """
     shapes: list[tuple[str, tuple[int, ...]]] = []
     probe = copy.deepcopy(model).to("meta").eval()
@@ -52,10 +52,10 @@ def block_shapes(model: CustomResNet) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def summary(model: CustomResNet) -> str:
-    """The assignment's summary: a table of all layers, totals, the shape after every block; then the cost."""
+    """Return the assignment's summary (all layers, totals, the shape after every block) and the cost."""
     import torchinfo
 
-    with torch.random.fork_rng():  # torchinfo draws its input from the global generator
+    with torch.random.fork_rng():  # torchinfo takes its input from the global generator
         table = torchinfo.summary(
             copy.deepcopy(model).cpu(),
             input_size=image_shape(model.resolution),
@@ -63,7 +63,7 @@ def summary(model: CustomResNet) -> str:
             col_width=16,
             verbose=0,
         )
-    # torchinfo 1.8 prints the name of an enum in its footer: keep its table, print the totals here.
+    # torchinfo 1.8 prints the name of an enum in its footer: keep the table, and print the totals here.
     body = str(table).split("\nTotal params:")[0].rstrip("=\n")
     rule = body.splitlines()[0]
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -90,7 +90,7 @@ def summary(model: CustomResNet) -> str:
         f"Mult-adds per image, forward: {multiply_adds(model):,}",
         f"Training FLOP per image: {flop / 1e9:.3f} G",
         f"Training FLOP per epoch of {EPOCH_IMAGES:,} images: {flop * EPOCH_IMAGES / 1e12:.1f} T",
-        "Counted: the convolutions and the linear layer alone, two FLOP per mult-add; training takes three",
+        "Counted: only the convolutions and the linear layer, two FLOP per mult-add; training takes three",
         "times the forward pass: for the outputs, the gradients of the inputs and those of the weights.",
         rule,
     ]

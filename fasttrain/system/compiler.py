@@ -1,4 +1,4 @@
-"""Whether torch.compile can work here, and in which mode it is used."""
+"""Whether torch.compile works on this machine, and which mode to use."""
 
 import os
 import platform
@@ -10,24 +10,24 @@ from pathlib import Path
 import torch
 
 
-def pick_compile_mode(requested: str, device: torch.device, announce: Callable[[str], object]) -> str | None:
-    """torch.compile's mode, or None for eager.
+def pick_compile_mode(requested: str, device: torch.device, log: Callable[[str], object]) -> str | None:
+    """Choose torch.compile's mode; None means eager.
 
-    auto compiles on a GPU and stays eager on a CPU, where no gain was measured that would pay for compiling
-    (docs/lab-notebook.md). Where no compiler is there, falls back to eager and says so in one line.
+    auto compiles on a GPU and stays eager on a CPU, where the measured gain did not pay for the compilation
+    (docs/lab-notebook.md). Falls back to eager where there is no compiler, and logs one line about it.
     """
     if requested == "off" or (requested == "auto" and device.type == "cpu"):
         return None
     reason = compiler_available(device)
     if reason is not None:
-        announce(f"torch.compile: {reason}; running eager")
+        log(f"torch.compile: {reason}; running eager")
         return None
     return "default" if requested == "auto" else requested
 
 
 def compiler_available(device: torch.device) -> str | None:
-    """None if torch.compile can work on this device, else the reason and the remedy in one line."""
-    # Imported here: they take a second, and only a few commands ask.
+    """Return None if torch.compile works on this device, else the reason and the remedy in one line."""
+    # Imported here: these imports take a second, and only a few commands need them.
     from torch._dynamo import is_dynamo_supported
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, and a folder that one process holds at a time."""
+"""Atomic writes, so that a reader never sees half a file; and a lock that one process holds on a folder."""
 
 import json
 import os
@@ -13,10 +13,10 @@ from fasttrain.errors import UserError
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call `write` on a new file, and make it visible as `path` only once it is whole and on the disk.
+    """Call `write` on a temporary file, and rename it to `path` once it is complete and on the disk.
 
-    Whatever goes wrong, an older file of that name stays as it was. Raises UserError if the folder cannot be
-    written or the disk is full.
+    If anything fails, an older file of that name stays as it was. Raises UserError if the folder cannot be
+    written to or the disk is full.
     """
     with _write_errors(path):
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
@@ -34,9 +34,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def link_atomically(source: Path, target: Path) -> None:
-    """Make `target` a second name of source's file, or a copy of it where the disk knows no hard links.
+    """Make `target` a hard link to `source`, or a copy where the file system has no hard links.
 
-    An older `target` stays until then. Raises UserError like write_atomically.
+    An older `target` stays until the new one is complete. Raises UserError as write_atomically does.
     """
     temporary = target.with_name(f".{target.name}-link")
     with _write_errors(target):
@@ -52,7 +52,7 @@ def link_atomically(source: Path, target: Path) -> None:
 
 
 def quarantine(path: Path) -> Path:
-    """Rename a file that cannot be used, so that nothing takes it for a good one; returns its new name."""
+    """Rename an unusable file, so that nothing mistakes it for a good one; returns the new path."""
     aside = path.with_name(f"{path.name}.unusable")
     with _write_errors(path):
         os.replace(path, aside)
@@ -60,7 +60,7 @@ def quarantine(path: Path) -> Path:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what a killed process left of the files that it was writing."""
+    """Remove the temporary files that a killed process left behind."""
     for path in folder.glob(".*.*-*"):
         with _write_errors(path):
             path.unlink(missing_ok=True)
@@ -68,9 +68,9 @@ def remove_temporaries(folder: Path) -> None:
 
 @contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
-    """Keep other processes from holding this folder; the hold ends with the process, however it dies.
+    """Lock this folder against other processes; the lock ends with the process, however it dies.
 
-    Raises UserError if another process holds it. Does nothing where folders know no locks (Windows).
+    Raises UserError if another process holds the lock. Does nothing where folders cannot be locked (Windows).
     """
     if os.name != "posix":
         yield
@@ -82,7 +82,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{folder}: another process is training it; wait for its end") from error
+            raise UserError(f"{folder}: another process is training it; wait until it ends") from error
         yield
     finally:
         os.close(descriptor)
@@ -100,11 +100,13 @@ def _write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{path}: cannot be written ({reason}); make room or take another folder") from error
+        raise UserError(
+            f"{path}: cannot be written ({reason}); free some space or choose another folder"
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut, where folders can be opened for it (not on Windows)."""
+    """Make the rename itself survive a power cut; does nothing on Windows, where folders cannot be opened."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -115,9 +117,9 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill, which becomes `target` when the block ends, or vanishes if it fails.
+    """Yield an empty folder to fill; it becomes `target` when the block ends, or is removed if that fails.
 
-    Raises UserError if the disk refuses: full, read-only, or a `target` that has files already.
+    Raises UserError if the disk is full or read-only, or if `target` already has files in it.
     """
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +127,7 @@ def new_folder(target: Path) -> Iterator[Path]:
             folder = Path(temporary, target.name)
             folder.mkdir()
             yield folder
-            # Without this a power cut after the rename could leave the finished name with empty files.
+            # Without this, a power cut after the rename could leave empty files under the final name.
             for path in folder.iterdir():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
@@ -134,9 +136,10 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
+    """Within the block, an OSError becomes a UserError that names its file, or `path` if it has none."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
         place = error.filename or path
-        raise UserError(f"{place}: {reason}; check its permissions and the free space") from error
+        raise UserError(f"{place}: {reason}; check the permissions and the free space") from error

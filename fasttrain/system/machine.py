@@ -1,7 +1,6 @@
-"""What this machine is and what it can do: device, precision, compiler, versions, measured peak rates.
+"""The device to use, and a description of the machine and its software.
 
-`fasttrain doctor` prints it as a table, with the remedy beside whatever is missing. A run's `machine.json` is
-`describe(device)`: a speed means nothing without the machine it was measured on.
+A run's `machine.json` is `describe(device)`: a speed means nothing without the machine it was measured on.
 """
 
 import importlib
@@ -21,9 +20,9 @@ GIB = 2**30
 
 
 def pick_device(requested: str = "auto") -> torch.device:
-    """The device to train on: auto takes the first NVIDIA GPU, and the CPU where there is none.
+    """Choose the device to train on: auto takes the first NVIDIA GPU, or the CPU if there is none.
 
-    Apple's mps is taken on request only. Raises UserError if the requested device is not there.
+    Apple's mps is used only on request. Raises UserError if this machine does not have the requested device.
     """
     cuda_count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if requested == "auto":
@@ -31,7 +30,7 @@ def pick_device(requested: str = "auto") -> torch.device:
     try:
         device = torch.device(requested)
     except RuntimeError:
-        device = torch.device("meta")  # No device of ours either: refused below.
+        device = torch.device("meta")  # not one of ours: refused below
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type == "cuda" and (device.index or 0) < cuda_count:
@@ -45,9 +44,9 @@ def pick_device(requested: str = "auto") -> torch.device:
 
 
 def describe(device: torch.device) -> dict[str, object]:
-    """The machine and its software, ready for JSON. Holds no host name, user name or path.
+    """Describe the machine and its software, ready for JSON, without host name, user name or paths.
 
-    What cannot be found out is None. The gpu_ keys are there on an NVIDIA GPU only.
+    Values that cannot be found out are None. The gpu_ keys exist only on an NVIDIA GPU.
     """
     commit, is_dirty = _source_revision()
     machine: dict[str, object] = {
@@ -69,7 +68,7 @@ def describe(device: torch.device) -> dict[str, object]:
     }
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
-        # By its UUID: nvidia-smi counts all GPUs, torch only those that CUDA_VISIBLE_DEVICES shows it.
+        # By UUID: nvidia-smi counts all GPUs, torch only those in CUDA_VISIBLE_DEVICES.
         query = ("nvidia-smi", f"--id=GPU-{gpu.uuid}", "--format=csv,noheader,nounits")
         driver, _, watts = (_output(*query, "--query-gpu=driver_version,power.limit") or "").partition(", ")
         machine |= {
@@ -82,7 +81,7 @@ def describe(device: torch.device) -> dict[str, object]:
 
 
 def hardware_name(machine: dict[str, Any]) -> str:
-    """What `describe` gave, in a few words: the GPU, or the CPU with the cores used; and the ranks."""
+    """Name a machine that `describe` returned, in a few words: GPU, or CPU and cores used; and ranks."""
     ranks = f", {machine['ranks']} ranks" if machine.get("ranks", 1) > 1 else ""
     if machine.get("gpu_name"):
         return f"{machine['gpu_name']}{ranks}"
@@ -90,7 +89,7 @@ def hardware_name(machine: dict[str, Any]) -> str:
 
 
 def cpu_cores() -> int:
-    """Logical cores that this process may use: taskset and containers allow fewer than the machine has."""
+    """Count the logical cores that this process may use; taskset and containers can allow fewer than all."""
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -99,12 +98,13 @@ def cpu_cores() -> int:
 def _cpu_model() -> str | None:
     if platform.system() == "Linux":
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):  # Arm's cpuinfo has no such line.
+            if line.startswith("model name"):  # Arm's cpuinfo has no such line
                 return line.partition(":")[2].strip()
     return torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or None
 
 
 def version_of(distribution: str) -> str | None:
+    """Return the version of an installed distribution, or None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -112,27 +112,27 @@ def version_of(distribution: str) -> str | None:
 
 
 def _source_revision() -> tuple[str | None, bool | None]:
-    """Commit of the checkout that this package lies in, and whether its sources were changed since.
+    """Find the commit that this package was checked out from, and whether its sources have changed since.
 
-    Of a copy without its .git, FASTTRAIN_COMMIT tells the commit: output of git describe --always --abbrev=40
-    --dirty where it was copied.
+    If you copy the tree without .git, set FASTTRAIN_COMMIT to the original's
+    `git describe --always --abbrev=40 --dirty`.
     """
     checkout = Path(__file__).resolve().parents[2]
-    if not (checkout / ".git").exists():  # A copy; or installed, perhaps within someone else's repository.
-        told = os.environ.get("FASTTRAIN_COMMIT")
-        return (told.removesuffix("-dirty"), told.endswith("-dirty")) if told else (None, None)
+    if not (checkout / ".git").exists():  # a copy; or installed, perhaps inside someone else's repository
+        named = os.environ.get("FASTTRAIN_COMMIT")
+        return (named.removesuffix("-dirty"), named.endswith("-dirty")) if named else (None, None)
     git = ("git", "-C", str(checkout))
     commit = _output(*git, "rev-parse", "HEAD")
     if commit is None:
         return None, None
-    # What benchmarks write is no source: the first of several would make all the others look changed.
+    # Benchmark results are not sources: the first benchmark's would make the tree look changed to the next.
     paths = ("--", ".", ":!benchmarks/results")
     changes = _output(*git, "status", "--porcelain", "--untracked-files=no", *paths)
     return commit, None if changes is None else bool(changes)
 
 
 def _output(*command: str) -> str | None:
-    """What the command prints, or None if it is not there, fails or hangs."""
+    """Return what the command prints, or None if it is missing, fails or hangs."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""What a run measures: time spent waiting for data, throughput, distance to the hardware, memory."""
+"""What a run measures: the time spent waiting for data, and its share of the hardware's peak rate."""
 
 import threading
 import time
@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 class WaitTimer(Generic[T]):
-    """Iterates over a loader and adds up the seconds in which the training loop waited for it.
+    """Iterate over a loader and add up the seconds that the training loop waits for it.
 
-    waiting_since: time.perf_counter() when the wait under way began; None while there is none.
+    waiting_since: time.perf_counter() at the start of the current wait; None between waits.
     """
 
     def __init__(self, batches: Iterable[T]) -> None:
@@ -36,9 +36,9 @@ class WaitTimer(Generic[T]):
 
 @contextmanager
 def watch(timer: WaitTimer[Any], warn: Callable[[float], object], seconds: float = 60.0) -> Iterator[None]:
-    """Within the block, call `warn` with the seconds waited once a wait for a batch has lasted `seconds`.
+    """Within the block, call `warn` with the seconds waited when a wait for a batch exceeds `seconds`.
 
-    Once per wait, from a thread of its own; compiling and evaluating are no waits for a batch.
+    Called once per wait, from a separate thread. Compiling and evaluating do not count as waiting.
     """
     over = threading.Event()
 
@@ -62,7 +62,7 @@ def watch(timer: WaitTimer[Any], warn: Callable[[float], object], seconds: float
 def model_flops_utilization(
     images_per_sec: float, flop_per_image: float, matmul_tflops: float | None
 ) -> float | None:
-    """Share of the measured matmul rate that the training's own operations reach; None without a rate.
+    """Return the share of the measured matmul rate that the model's own operations reach; None if unknown.
 
     Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """

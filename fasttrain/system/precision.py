@@ -1,4 +1,4 @@
-"""The precision of the matrix products: what the hardware has, what is picked, and how torch is set to it."""
+"""The precision of the matrix products: what the hardware supports, which to use, and torch's settings."""
 
 import functools
 from collections.abc import Iterator
@@ -11,17 +11,23 @@ from fasttrain.system.memory import keep_freed_memory
 from fasttrain.system.rates import measure_matmul_tflops
 
 BF16_PAYS_FROM = 0.8
-"""Bf16's rate in float32's from which a CPU's step takes bf16: all else in it moves half of the bytes."""
+"""Rate of bf16 products on a CPU, as a multiple of float32's, above which training in bf16 pays.
+
+Below 1, because everything else in a step moves half as many bytes.
+"""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+"""The dtype of each precision; `set_fp32_precision(True)` turns float32 products into tf32."""
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bf16 itself; emulated bf16 is slower than float32."""
+    """Return whether the hardware itself multiplies in bf16; emulated bf16 is slower than float32."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        # oneDNN does the fast bf16 products. Its own check also says yes to AVX-512 without bf16, which it
-        # emulates, so ask for the instructions: x86's two extensions, then Arm's.
+        # oneDNN computes the fast bf16 products. Its own check also accepts AVX-512 without bf16, where it
+        # emulates them; so look for the instructions: x86's two extensions, then Arm's.
         instructions = torch.cpu.get_capabilities()
         return torch.backends.mkldnn.is_available() and any(
             instructions.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16")
@@ -31,9 +37,9 @@ def has_native_bf16(device: torch.device) -> bool:
 
 @functools.cache
 def bf16_speedup_on_cpu() -> float:
-    """How many times as fast the CPU multiplies matrices in bf16 as in float32; a tenth of a second, once.
+    """Measure how many times as fast the CPU multiplies matrices in bf16 as in float32. Takes 0.1 s, once.
 
-    On one thread: several wait for each other, which hides the difference where other work shares the cores.
+    Uses one thread: several wait for each other, which hides the difference when the cores are shared.
     """
     device, threads = torch.device("cpu"), torch.get_num_threads()
     torch.set_num_threads(1)
@@ -47,16 +53,12 @@ def bf16_speedup_on_cpu() -> float:
     return rates[torch.bfloat16] / rates[torch.float32]
 
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
-"""Of the matrix products, by precision; `set_fp32_precision(True)` makes tf32 of float32."""
-
-
 def pick_precision(requested: str, device: torch.device) -> str:
-    """The precision of the matrix products: bf16, fp16, fp32 or tf32.
+    """Choose the precision of the matrix products: bf16, fp16, fp32 or tf32.
 
-    auto takes the fastest that the hardware has. On a CPU a short measurement tells it: of processors with
-    bf16 products some have them at twice float32's rate and more, others at half (docs/lab-notebook.md).
-    Raises UserError for a precision that this device lacks, emulated ones included.
+    auto takes the fastest that the hardware has. On a CPU a short measurement decides: some processors
+    compute bf16 products at more than twice float32's rate, others at half of it (docs/lab-notebook.md).
+    Raises UserError for a precision that this device lacks or only emulates.
     """
     if requested == "auto":
         if device.type == "cuda":
@@ -66,7 +68,7 @@ def pick_precision(requested: str, device: torch.device) -> str:
     if requested == "bf16" and not has_native_bf16(device):
         raise UserError(f"--compute-dtype bf16: {device} has no bf16 arithmetic; use auto or fp32")
     if requested == "fp16" and device.type == "cpu":
-        # It runs, but a convolution's training step took 10 times as long as in float32 (torch 2.13, Zen 4).
+        # It works, but training a convolution took 10 times as long as in float32 (torch 2.13, Zen 4).
         raise UserError("--compute-dtype fp16: slower than fp32 on a CPU; use auto or fp32")
     if requested == "tf32" and device.type != "cuda":
         raise UserError(f"--compute-dtype tf32: only on an NVIDIA GPU, not on {device}; use auto or fp32")
@@ -74,12 +76,12 @@ def pick_precision(requested: str, device: torch.device) -> str:
 
 
 def pick_compute_dtype(requested: str, device: torch.device) -> torch.dtype:
-    """The dtype of what pick_precision picks."""
+    """Return the dtype of the precision that pick_precision chooses."""
     return DTYPES[pick_precision(requested, device)]
 
 
 def evaluation_precision(trained: str | None, device: torch.device) -> str:
-    """The precision to evaluate a network in: the training's where this device has it, else auto's."""
+    """Choose the precision for an evaluation: that of the training if this device has it, else auto's."""
     try:
         return pick_precision(trained or "auto", device)
     except UserError:
@@ -87,12 +89,12 @@ def evaluation_precision(trained: str | None, device: torch.device) -> str:
 
 
 def set_fp32_precision(allow_tf32: bool) -> None:
-    """Let float32 matmuls and convolutions round their inputs to TF32, or forbid it to both.
+    """Allow or forbid float32 matmuls and convolutions to round their inputs to TF32.
 
-    torch's own defaults disagree with each other: convolutions may, matmuls may not.
+    torch's defaults are inconsistent: they allow it for convolutions and forbid it for matmuls.
     """
-    # Clear the newer settings, which may contradict the older two switches below. Those are set on purpose:
-    # torch's own inductor (2.13) still reads them, and torch refuses that where a newer setting disagrees.
+    # Clear the newer settings, which may contradict the two older ones below. The older ones are set on
+    # purpose: torch's inductor (2.13) still reads them, and torch raises if a newer setting disagrees.
     torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]  # torch's stubs lack it
     torch.backends.cudnn.fp32_precision = "none"
     torch.set_float32_matmul_precision("high" if allow_tf32 else "highest")
@@ -101,14 +103,14 @@ def set_fp32_precision(allow_tf32: bool) -> None:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Within the block float32 products are rounded to float32, and no kernel is chosen by timing it.
+    """Within the block, float32 products are exact to float32, and no kernel is chosen by timing it.
 
-    On a CPU torch's own kernels compute: oneDNN's obey ONEDNN_DEFAULT_FPMATH_MODE, which may ask for bf16.
+    On a CPU, torch's own kernels compute: oneDNN's obey ONEDNN_DEFAULT_FPMATH_MODE, which may ask for bf16.
     """
     benchmark, onednn = torch.backends.cudnn.benchmark, torch.backends.mkldnn.enabled
     try:
         before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # the newer settings disagree with these: float32 stays exact after the block
+    except RuntimeError:  # the newer settings disagree with these two: float32 stays exact after the block
         before = None
     set_fp32_precision(allow_tf32=False)
     torch.backends.cudnn.benchmark = False
@@ -123,9 +125,9 @@ def exact_float32() -> Iterator[None]:
 
 
 def prepare(device: torch.device, compute_dtype: str) -> None:
-    """Set what holds for the whole process before it computes on this device.
+    """Apply the process-wide settings for computing on this device.
 
-    compute_dtype: as in a recipe, or a precision.
+    compute_dtype: a recipe's compute_dtype, or a precision.
     """
     set_fp32_precision(allow_tf32=compute_dtype == "tf32")
     torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN time its kernels once
@@ -134,6 +136,6 @@ def prepare(device: torch.device, compute_dtype: str) -> None:
 
 
 def autocast(device: torch.device, compute_dtype: torch.dtype) -> torch.autocast:
-    """Autocast to the compute dtype; does nothing at float32."""
+    """Return a context that autocasts to the compute dtype; it does nothing for float32."""
     enabled = compute_dtype != torch.float32
     return torch.autocast(device.type, dtype=compute_dtype if enabled else None, enabled=enabled)

@@ -1,4 +1,4 @@
-"""Progress bars for what takes long, drawn on stderr where that is a terminal, and nowhere else."""
+"""Progress bars for long operations, drawn on stderr, and only if that is a terminal."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from typing import Any
 
 @contextmanager
 def show_bytes(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that shows how many bytes are there, of how many, and how fast they come."""
+    """Yield a function that takes the bytes received so far and shows them, the total and the speed."""
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -18,7 +18,7 @@ def show_bytes(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def show_count(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that shows how many of all are done."""
+    """Yield a function that takes the number of items done so far and shows it next to the total."""
     from rich.progress import MofNCompleteColumn, Progress
 
     with _bar((*Progress.get_default_columns(), MofNCompleteColumn()), title, total) as show:

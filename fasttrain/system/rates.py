@@ -1,4 +1,4 @@
-"""Peak rates of this machine, measured: matrix products and memory copies."""
+"""Measured peak rates of this machine: matrix products and memory copies."""
 
 import time
 from collections.abc import Callable
@@ -6,22 +6,22 @@ from collections.abc import Callable
 import torch
 
 EMULATED_TFLOPS = 0.01
-"""A CPU's rate below which it emulates the products; a single core has more in float32."""
+"""Rate below which a CPU must be emulating the products: a single core exceeds it in float32."""
 
 
 def measure_matmul_tflops(
     device: torch.device, dtype: torch.dtype, seconds: float = 0.5, side: int | None = None
 ) -> float:
-    """The best rate of a large square matrix product, in TFLOP/s: the peak that MFU is a share of.
+    """Measure the best rate of a large square matrix product in TFLOP/s: the peak that MFU refers to.
 
-    side: rows and columns of the matrices; by default 8,192 on a GPU and 2,048 on a CPU, or 512 on a CPU that
-    emulates the dtype, which would need many seconds for a single product of 2,048.
-    float32 runs at whatever `set_fp32_precision` has allowed. Syncs with the device.
+    seconds: how long to measure. side: rows and columns of the matrices; by default 8,192 on a GPU and 2,048
+    on a CPU, or 512 on a CPU that emulates the dtype and would need many seconds for one product of 2,048.
+    float32 is computed as `set_fp32_precision` allows. Synchronises with the device.
     """
     if side is None and device.type == "cpu":
         side = 512 if measure_matmul_tflops(device, dtype, 0.0, side=512) < EMULATED_TFLOPS else 2048
     side = side or 8192
-    noise = torch.Generator(device)  # torch's global one is the caller's
+    noise = torch.Generator(device)  # leaves torch's global generator alone
     left, right = (torch.randn(side, side, generator=noise, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(left)
     best_seconds = _best_seconds(lambda: torch.mm(left, right, out=product), device, seconds)
@@ -29,9 +29,9 @@ def measure_matmul_tflops(
 
 
 def measure_copy_gbps(device: torch.device, seconds: float = 0.5) -> float:
-    """The best rate of a copy within the device's memory, in GB/s, counting reads and writes.
+    """Measure the best rate of a copy within the device's memory in GB/s, counting reads and writes.
 
-    Its 256 MiB buffers exceed the last-level cache of all but the largest CPUs. Syncs with the device.
+    The 256 MiB buffers exceed the last-level cache of all but the largest CPUs. Synchronises with the device.
     """
     source = torch.zeros(2**28, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
@@ -40,9 +40,9 @@ def measure_copy_gbps(device: torch.device, seconds: float = 0.5) -> float:
 
 
 def _best_seconds(work: Callable[[], object], device: torch.device, budget_seconds: float) -> float:
-    """Seconds of one call of work: the best burst within the budget, after a warm-up."""
+    """Return the seconds that one call of `work` takes: the best burst within the budget, after a warm-up."""
     on_cpu = device.type == "cpu"
-    calls = 1 if on_cpu else 10  # A burst of ten hides the cost of launching and of waiting.
+    calls = 1 if on_cpu else 10  # a burst of ten hides the cost of launching and waiting
 
     def burst() -> float:
         start = time.perf_counter()

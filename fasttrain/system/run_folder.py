@@ -1,4 +1,4 @@
-"""A run's folder: its files, how it is named, and which one --resume means."""
+"""A run's folder: its name, its files, and which folder --resume refers to."""
 
 import json
 import time
@@ -8,33 +8,41 @@ from typing import Any
 
 from fasttrain.errors import UserError
 
+RECIPE_FILE, RESULT_FILE = "recipe.json", "result.json"
+"""The first and the last file that a run writes: a run with only the first is unfinished."""
+
+MACHINE_FILE = "machine.json"
+"""The machine that the run was started on, and its compile mode."""
+
 
 def read_text(path: Path) -> str:
+    """Read one of the run's text files. Raises UserError if it cannot be read or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path}: cannot be read ({error}); expected it as fasttrain train wrote it"
+            f"{path}: cannot be read ({error}); expected the file that fasttrain train wrote"
         ) from error
 
 
 def parse_object(text: str, place: object) -> dict[str, Any]:
+    """Parse a JSON object; `place` names it in the UserError raised for anything else."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
-        raise UserError(f"{place}: torn or foreign; expected a JSON object as fasttrain train wrote it")
+        raise UserError(f"{place}: corrupt; expected the JSON object that fasttrain train wrote")
     return values
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a run's file. Raises UserError if it is not there, torn or foreign."""
+    """Read one of the run's JSON objects. Raises UserError if the file is missing or corrupt."""
     return parse_object(read_text(path), path)
 
 
 def is_lost(path: Path, log: Callable[[str], object]) -> bool:
-    """Whether a JSON file of the run is missing or corrupt, which is logged in a line."""
+    """Return whether one of the run's JSON files is missing or corrupt, and log it if so."""
     try:
         read_object(path)
     except UserError as error:
@@ -43,16 +51,11 @@ def is_lost(path: Path, log: Callable[[str], object]) -> bool:
     return False
 
 
-RECIPE_FILE, RESULT_FILE = "recipe.json", "result.json"
-"""The first and the last file that a run writes: it is unfinished while it has but the first."""
-
-
-MACHINE_FILE = "machine.json"
-"""What the run was begun on, and whether it is compiled."""
-
-
 def new_run_folder(out: Path, recipe_name: str) -> Path:
-    """Create the folder `out`/<time>-<recipe>, with -2 and so on where runs start in the same second."""
+    """Create and return the folder `out`/<time>-<recipe>; runs of the same second get -2, -3 and so on.
+
+    Raises UserError if the folder cannot be created.
+    """
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe_name}"
     for attempt in range(1, 1000):
         folder = out / (name if attempt == 1 else f"{name}-{attempt}")
@@ -61,31 +64,33 @@ def new_run_folder(out: Path, recipe_name: str) -> Path:
             return folder
         except FileExistsError:
             if not folder.is_dir():
-                raise UserError(f"--out {out}: expected a folder; name another one") from None
+                raise UserError(f"--out {out}: not a folder; choose another one") from None
         except OSError as error:
-            raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another") from error
-    raise UserError(f"--out {out}: holds 999 runs of this second; name another folder")
+            raise UserError(
+                f"--out {out}: cannot be written ({error.strerror}); choose another folder"
+            ) from error
+    raise UserError(f"--out {out}: already holds 999 runs of this second; choose another folder")
 
 
 def find_unfinished(resume: str | Path, out: Path) -> Path:
-    """The run's folder that --resume means: the newest unfinished one under `out` for auto.
+    """Return the folder that --resume refers to; for auto, that of the newest unfinished run under `out`.
 
     resume: auto, a run's folder, or a checkpoint in it.
-    Raises UserError if there is none, or if its run has finished.
+    Raises UserError if there is no such run, or if it has finished.
     """
     if str(resume) == "auto":
-        begun = {path.parent for path in out.glob(f"*/{RECIPE_FILE}")}
-        unfinished = [folder for folder in begun if not (folder / RESULT_FILE).exists()]
+        started = {path.parent for path in out.glob(f"*/{RECIPE_FILE}")}
+        unfinished = [folder for folder in started if not (folder / RESULT_FILE).exists()]
         if not unfinished:
             raise UserError(
                 f"--resume auto: no unfinished run under {out}; name its folder, or start a new run"
             )
-        return max(unfinished)  # their names begin with the time
+        return max(unfinished)  # the names begin with the time
     folder = Path(resume).parent if Path(resume).is_file() else Path(resume)
     if not (folder / RECIPE_FILE).is_file():
         raise UserError(
-            f"--resume {resume}: no run's folder; expected auto, or one that fasttrain train made"
+            f"--resume {resume}: not a run's folder; expected auto, or a folder that fasttrain train made"
         )
     if (folder / RESULT_FILE).exists():
-        raise UserError(f"--resume {resume}: this run has finished; there is nothing to go on with")
+        raise UserError(f"--resume {resume}: this run has finished; there is nothing to resume")
     return folder

@@ -1,4 +1,4 @@
-"""A run's folder, and what a person sees meanwhile: a progress bar on a terminal, plain lines when piped."""
+"""What a run writes: files in its folder, and a progress bar on a terminal or plain lines when piped."""
 
 import json
 import math
@@ -16,7 +16,6 @@ from fasttrain.system.files import write_atomically, write_json
 
 T = TypeVar("T")
 
-
 EPOCH_COLUMNS = (
     ("epoch", "epoch", "{:>5}"),
     ("train_loss", "train loss", "{:>10.4f}"),
@@ -30,7 +29,6 @@ EPOCH_COLUMNS = (
     ("data_wait_share", "data wait", "{:>9.2%}"),
 )
 
-
 LIVE_COLUMNS = (
     ("train_loss", "loss {:.3f}"),
     ("train_accuracy", "acc {:.1%}"),
@@ -38,17 +36,16 @@ LIVE_COLUMNS = (
     ("data_wait_share", "wait {:.1%}"),
 )
 
-
 REFRESH_SECONDS = 0.5
-"""How often the progress bar asks for its figures: seldom, so that the training does not notice."""
+"""How often the progress bar asks for its figures: rarely enough not to slow down the training."""
 
 
 class RunLog:
     """The folder of one run, and its console.
 
-    recipe.json and machine.json are written by the caller's first words, metrics.jsonl grows by a line per
-    epoch, result.json comes at the end: a folder without it is a run that did not finish. lr_find.json is
-    there where the LR finder chose the peak rate, TensorBoard's event files where they were asked for.
+    recipe.json and machine.json are written first, metrics.jsonl grows by one line per epoch, and result.json
+    is written last: a folder without it is an unfinished run. lr_find.json exists if the LR finder chose the
+    peak rate, TensorBoard's event files if they were asked for.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,12 +55,13 @@ class RunLog:
         self._board: Any = None
 
     def print(self, line: str) -> None:
+        """Print a line as it is, without rich's markup."""
         self.console.print(line, markup=False)
 
     def open_tensorboard(self, images_NCHW: Tensor) -> None:
-        """From here on write every epoch's metrics for TensorBoard too, into the run's folder.
+        """From now on, also write every epoch's metrics for TensorBoard into the run's folder.
 
-        images_NCHW: uint8, shown as one grid. Raises ImportError where require_tensorboard would complain.
+        images_NCHW: uint8, shown as one grid. Raises ImportError if TensorBoard is not installed.
         """
         from torch.utils.tensorboard import SummaryWriter
 
@@ -72,15 +70,15 @@ class RunLog:
         self._board.flush()
 
     def write(self, name: str, values: dict[str, Any]) -> None:
-        """Write one of the folder's JSON files, atomically."""
+        """Write one of the folder's JSON files atomically. Raises UserError if that fails."""
         write_json(self.folder / name, values)
 
     def steps(
         self, batches: Iterable[T], total: int, title: str, figures: Callable[[], dict[str, float]]
     ) -> Iterator[T]:
-        """Iterate; where there is a terminal, with a progress bar that shows `figures`, keys of LIVE_COLUMNS.
+        """Iterate over the batches; on a terminal, show a progress bar with the figures of LIVE_COLUMNS.
 
-        They are asked for every REFRESH_SECONDS and must not wait for the device. A key may be missing.
+        figures: called every REFRESH_SECONDS, must not wait for the device, and may leave out keys.
         """
         if not self.console.is_terminal:
             yield from batches
@@ -89,7 +87,7 @@ class RunLog:
             *(TextColumn(title), BarColumn(bar_width=None), TextColumn("{task.fields[live]}")),
             *(TextColumn("ETA"), TimeRemainingColumn(compact=True)),
         )
-        # Drawn from here alone: a thread that draws by itself would take its time from the training.
+        # Drawn only from this loop: a background thread would take time from the training.
         with Progress(*columns, console=self.console, transient=True, auto_refresh=False, expand=True) as bar:
             task = bar.add_task(title, total=total, live="")
             drawn = time.perf_counter()
@@ -102,14 +100,14 @@ class RunLog:
                 yield batch
 
     def rewind(self, epochs: list[dict[str, float]]) -> None:
-        """Let metrics.jsonl hold these epochs and no others: lines of lost work, whole or torn, go."""
+        """Make metrics.jsonl hold exactly these epochs: lines of lost work, complete or not, are removed."""
         lines = "".join(map(_line, epochs))
         write_atomically(self.folder / "metrics.jsonl", lambda file: file.write(lines.encode()))
 
     def epoch(self, metrics: dict[str, float]) -> None:
-        """Append an epoch's metrics to metrics.jsonl and print them as a line of the table.
+        """Append an epoch's metrics to metrics.jsonl, and print them as a row of the table.
 
-        A loss that is no number is written as null: JSON has no NaN.
+        A loss of NaN or infinity is written as null, since JSON has neither. Raises UserError on a full disk.
         """
         path = self.folder / "metrics.jsonl"
         try:
@@ -117,7 +115,7 @@ class RunLog:
                 file.write(_line(metrics))
         except OSError as error:
             raise UserError(
-                f"{path}: cannot be written ({error.strerror}); make room, start again"
+                f"{path}: cannot be written ({error.strerror}); free some space and start again"
             ) from error
         if self._board is not None:
             for key in metrics.keys() - {"epoch"}:
@@ -131,7 +129,7 @@ class RunLog:
 
 
 class SilentLog(RunLog):
-    """What every rank but the first has: it knows the folder, says nothing, and writes nothing."""
+    """The log of every rank but the first: it knows the folder, prints nothing, and writes nothing."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -148,7 +146,7 @@ class SilentLog(RunLog):
 
 
 def require_tensorboard() -> None:
-    """Raise UserError, with the remedy, where TensorBoard is not installed."""
+    """Raise UserError, with the remedy, if TensorBoard is not installed."""
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Signals while a training runs: the first asks it to stop, the second ends it at once."""
+"""Signals during training: the first asks it to stop, the second ends it at once."""
 
 import faulthandler
 import signal
@@ -11,11 +11,11 @@ from typing import Any
 
 @contextmanager
 def catch_signals() -> Iterator[Callable[[], int | None]]:
-    """Within the block SIGINT and SIGTERM only leave a note: yields a function that returns it, or None.
+    """Within the block, note SIGINT and SIGTERM; yields a function that returns the signal noted, or None.
 
-    A second signal does what it would have done without the block. Where there is SIGUSR1, it prints the
-    stacks of all threads. The handlers of before are back after the block, unless ignore_sigterm replaced
-    one. Python allows signal handlers in the main thread only; in any other the block changes nothing.
+    A second signal does what it would have done without the block. SIGUSR1, where it exists, prints the
+    stacks of all threads. The previous handlers are restored after the block, except one that ignore_sigterm
+    has replaced. Python allows signal handlers only in the main thread; in any other the block does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
@@ -36,10 +36,10 @@ def catch_signals() -> Iterator[Callable[[], int | None]]:
         noted.append(signum)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
-        # None: a handler from outside Python, which cannot be put back. SIG_IGN: nohup and the like.
+        # None: a handler from outside Python, which cannot be restored. SIG_IGN: nohup and the like.
         if signal.getsignal(signum) not in (None, signal.SIG_IGN):
             before[signum] = signal.signal(signum, note)
-    with suppress(AttributeError, ValueError, RuntimeError, OSError):  # Windows; a stderr that is no file
+    with suppress(AttributeError, ValueError, RuntimeError, OSError):  # Windows; a stderr that is not a file
         faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or sys.stderr)
     try:
         yield lambda: noted[0] if noted else None
@@ -50,9 +50,9 @@ def catch_signals() -> Iterator[Callable[[], int | None]]:
 
 
 def ignore_sigterm() -> None:
-    """For a process that is about to end and say why: let no SIGTERM come before its words.
+    """Ignore SIGTERM in a process that is about to end, so that it can still print why.
 
-    It stays ignored after catch_signals too. Outside the main thread nothing changes.
+    SIGTERM stays ignored after catch_signals too. Does nothing outside the main thread.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

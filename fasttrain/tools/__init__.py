@@ -1,1 +1,1 @@
-"""What the command line offers beside training: each module is one command."""
+"""The commands other than `train`, with one module per command."""

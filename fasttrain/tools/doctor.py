@@ -1,4 +1,4 @@
-"""`fasttrain doctor`: what this machine can do, with the remedy beside whatever is missing."""
+"""`fasttrain doctor`: what works on this machine, and the remedy for everything that is missing."""
 
 import importlib
 import importlib.metadata
@@ -18,12 +18,12 @@ from fasttrain.system.precision import DTYPES, pick_precision
 from fasttrain.system.rates import measure_copy_gbps, measure_matmul_tflops
 
 DATA_GIB = 0.5
-"""Room that the download (0.16 GiB) and the unpacked images (0.17 GiB) need, rounded up."""
+"""Space for the download (0.16 GiB) and the unpacked images (0.17 GiB), rounded up."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the doctor's table. `fix` is empty where all is well."""
+    """One row of the doctor's table. `fix` is empty if all is well."""
 
     component: str
     state: str
@@ -32,7 +32,7 @@ class Finding:
 
 
 def doctor(device: str = "auto") -> int:
-    """Print what this machine can do, with the remedy for whatever is missing.
+    """Print what works on this machine, and the remedy for everything that is missing.
 
     Returns the exit status: 0 if training can run, 1 if not.
     """
@@ -44,7 +44,7 @@ def doctor(device: str = "auto") -> int:
     table = Table("component", "state", "fix")
     for finding in findings:
         colour = "red" if finding.stops_training else "yellow" if finding.fix else "green"
-        # Text, since an error message may hold brackets that rich would read as markup.
+        # Text, since an error message may contain brackets that rich would read as markup.
         table.add_row(finding.component, Text(finding.state, style=colour), Text(finding.fix))
     can_train = not any(finding.stops_training for finding in findings)
     console = Console()
@@ -54,7 +54,7 @@ def doctor(device: str = "auto") -> int:
 
 
 def examine(requested_device: str = "auto") -> list[Finding]:
-    """The doctor's findings, in reading order. Takes about two seconds, most of them for the peak rates."""
+    """Return the doctor's findings, in reading order. Takes about 2 s, most of it to measure peak rates."""
     findings = [
         Finding("Python", platform.python_version()),
         Finding("torch", torch.__version__),
@@ -64,7 +64,7 @@ def examine(requested_device: str = "auto") -> list[Finding]:
         findings.append(_examine_device(device))
     except UserError as error:
         device = torch.device("cpu")
-        findings.append(Finding("device", f"{requested_device}: not there", str(error), stops_training=True))
+        findings.append(Finding("device", f"{requested_device}: not found", str(error), stops_training=True))
     precision = pick_precision("auto", device)
     compiler_fix = compiler_available(device)
     findings += [
@@ -89,9 +89,9 @@ def _examine_device(device: torch.device) -> Finding:
     if torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
         return Finding("device", state)
     if torch.version.cuda is None:
-        fix = f"a GPU is here, but torch {torch.__version__} is a CPU build: install torch's CUDA build"
+        fix = f"there is a GPU, but torch {torch.__version__} is a CPU build: install torch's CUDA build"
     else:
-        fix = f"a GPU is here, but torch cannot use it: update its driver for CUDA {torch.version.cuda}"
+        fix = f"there is a GPU, but torch cannot use it: update the driver for CUDA {torch.version.cuda}"
     return Finding("device", state, fix)
 
 
@@ -102,7 +102,7 @@ def _examine_memory(device: torch.device) -> Finding:
 
 
 def _examine_disk() -> Finding:
-    """Room for the images: in FASTTRAIN_DATA, else in data/, or in the nearest folder above that exists."""
+    """Examine the space for the images, in FASTTRAIN_DATA or data/, or the nearest parent that exists."""
     folder = Path(os.environ.get("FASTTRAIN_DATA") or "data")
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free_gib = shutil.disk_usage(existing).free / GIB
@@ -111,14 +111,14 @@ def _examine_disk() -> Finding:
 
 
 def _examine_dali(device: torch.device) -> Finding:
-    """Run a DALI pipeline of one operator. Without DALI the pure-torch loader does its work."""
+    """Run a DALI pipeline with one operator. Without DALI, the pure-torch loader is used."""
     try:
         from nvidia.dali import fn, pipeline_def
     except (ImportError, OSError) as error:
         if platform.system() != "Linux":
-            return Finding("DALI", "not made for this system: the tensor loader stands in")
+            return Finding("DALI", "not made for this system: the tensor loader is used instead")
         fix = "pip install nvidia-dali-cuda120"
-        return Finding("DALI", f"missing ({error}): the tensor loader stands in", fix)
+        return Finding("DALI", f"missing ({error}): the tensor loader is used instead", fix)
 
     on_gpu = device.type == "cuda"
 
@@ -133,12 +133,12 @@ def _examine_dali(device: torch.device) -> Finding:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         fix = "use --loader tensor" + (", or update the driver to 525 or newer" if on_gpu else "")
-        return Finding("DALI", f"its {backend} backend fails: {reason}", fix, stops_training=True)
-    return Finding("DALI", f"{version_of('nvidia-dali-cuda120')}, its {backend} backend works")
+        return Finding("DALI", f"the {backend} backend fails: {reason}", fix, stops_training=True)
+    return Finding("DALI", f"{version_of('nvidia-dali-cuda120')}, the {backend} backend works")
 
 
 def _examine_import(distribution: str, module: str) -> Finding:
-    """A package that one command needs and training does not."""
+    """Examine a package that one command needs and training does not."""
     try:
         importlib.import_module(module)
     except ImportError as error:

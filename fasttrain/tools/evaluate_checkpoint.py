@@ -1,4 +1,4 @@
-"""`fasttrain evaluate`: a checkpoint's accuracy, class by class, and its most confident mistakes."""
+"""`fasttrain evaluate`: a checkpoint's accuracy, figures per class, and the most confident mistakes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +20,9 @@ def evaluate_model(
 ) -> Evaluation:
     """Measure a checkpoint's network on every test image, as its training did.
 
-    In the training's precision where the device has it, as machine.evaluation_precision says. Images are
-    normalised with the mean and standard deviation of the training: the model holds them.
+    Uses the training's precision if the device has it (see precision.evaluation_precision), and the
+    training's mean and standard deviation, which the model holds. flip: also classify each image's mirror
+    image.
     Raises UserError if the checkpoint's classes are not the data set's.
     """
     trained.require_classes_of(dataset)
@@ -39,11 +40,11 @@ def evaluate_checkpoint(
     mistakes: int = 5,
     flip: bool = False,
 ) -> Evaluation:
-    """Measure a checkpoint on every test image and print accuracy, classes and the most confident mistakes.
+    """Measure a checkpoint on every test image; print accuracy, figures per class and confident mistakes.
 
-    What the training itself measured of the same weights is printed beside it.
-    load_dataset: called with the checkpoint's resolution.
-    flip: print a second accuracy, with every image's mirror image taken into account.
+    Also prints the accuracy that the training measured on the same weights, if any.
+    load_dataset: called with the checkpoint's resolution. mistakes: how many to print.
+    flip: print a second accuracy, from each image and its mirror image.
     Raises UserError if the checkpoint cannot be read, or if its classes are not the data set's.
     """
     from rich.console import Console
@@ -72,7 +73,7 @@ def evaluate_checkpoint(
         console.print(note, markup=False)
     if result.accuracy_flip is not None:
         console.print(f"with each image's mirror image: {result.accuracy_flip:.2%}", markup=False)
-    table = Table("class", "images", "recall", "precision", "most often taken for")
+    table = Table("class", "images", "recall", "precision", "most often mistaken for")
     for name, figures in zip(dataset.classes, result.per_class(len(dataset.classes)), strict=True):
         table.add_row(
             escape(name),
@@ -83,7 +84,7 @@ def evaluate_checkpoint(
         )
     console.print(table)
     for index in result.misclassified()[:mistakes].tolist():
-        truth, said = dataset.classes[result.labels_N[index]], dataset.classes[result.predictions_N[index]]
+        truth, found = dataset.classes[result.labels_N[index]], dataset.classes[result.predictions_N[index]]
         confidence = result.confidences_N[index]
-        console.print(f"test image {index}: {truth}, taken for {said} at {confidence:.1%}", markup=False)
+        console.print(f"test image {index}: {truth}, mistaken for {found} at {confidence:.1%}", markup=False)
     return result

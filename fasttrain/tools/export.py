@@ -1,6 +1,6 @@
-"""A checkpoint's network for use elsewhere, as safetensors, torch.export or ONNX: verified before it counts.
+"""`fasttrain export`: a checkpoint's network as safetensors, torch.export or ONNX, verified before writing.
 
-Whatever precision the training used, an export holds float32 weights and computes in float32.
+Whatever precision the training used, an export has float32 weights and computes in float32.
 Shape suffixes: N images, C channels, H rows, W columns, K classes.
 """
 
@@ -24,25 +24,15 @@ from fasttrain.recipe import Recipe
 from fasttrain.system.files import write_atomically, write_json
 
 TOLERANCE = 1e-4
-"""Largest difference of a logit that an export may show, as a share of the largest logit (or of 1)."""
-
+"""Largest difference allowed in a logit, as a share of the largest logit (or of 1, if that is larger)."""
 
 RANDOM_IMAGES = 64
-"""Images that an export is verified on where the test images are not on the disk."""
-
+"""Random images to verify an export on if the test images are not on the disk."""
 
 BATCH_SIZE = 250
-
-
 CPU = torch.device("cpu")
-
-
 Format = Literal["safetensors", "torch-export", "onnx"]
-
-
 Input = Literal["pixels", "normalized"]
-
-
 Forward = Callable[[Tensor], Tensor]
 
 
@@ -55,13 +45,13 @@ def export(
     data: str = "auto",
     data_dir: Path | None = None,
 ) -> Path:
-    """Write a checkpoint's network to `out`, and what a user must know of it to `out` + .json; returns that.
+    """Write a checkpoint's network to `out`, and its description to `out` + .json; returns the latter's path.
 
-    input: pixels, and the network normalises them by itself (uint8 NCHW, 0 to 255), or normalized float32.
-    The very bytes that will be written are loaded and held against the checkpoint: on the run's test images
-    where they are on the disk, else on random pixels. Prints how far they differ, and the accuracy of those
-    bytes on the test images beside the training's own.
-    data, data_dir: those images, as data.loader.load_dataset takes them; nothing is downloaded.
+    input: pixels (uint8 NCHW, 0 to 255), which the network normalises itself, or normalized (float32).
+    The bytes to write are loaded and compared with the checkpoint first: on the run's test images if they are
+    on the disk, else on random pixels. Prints the largest difference and, on test images, the accuracy of the
+    file and that of the training.
+    data, data_dir: the test images, as data.load.load_dataset takes them; nothing is downloaded.
     Raises UserError, and writes nothing, if a logit differs by more than TOLERANCE, if the checkpoint cannot
     be read, if the suffix of `out` is not the format's, or if a package is missing.
     """
@@ -69,21 +59,21 @@ def export(
     if out.suffix != suffix:
         raise UserError(f"--out {out}: expected a name that ends with {suffix} for --format {format}")
     if format == "safetensors" and input != "pixels":
-        raise UserError("--input normalized: safetensors hold weights, no graph; leave it out")
+        raise UserError("--input normalized: safetensors hold weights, not a graph; leave it out")
     trained = load_model(checkpoint, CPU)
     model, recipe = trained.model, trained.recipe
-    with warnings.catch_warnings():  # torch's exporters warn about their own insides
+    with warnings.catch_warnings():  # torch's exporters warn about their own internals
         warnings.simplefilter("ignore")
         content = encode(model if input == "pixels" else _NormalizedInput(model))
         forward = load(content, recipe)
     images = _images(trained, data, data_dir)
     found = _compare(model, forward, images, input)
     print(
-        f"held against {checkpoint} on {len(images.pixels_NCHW):,} images ({images.name}): logits differ by "
+        f"compared with {checkpoint} on {len(images.pixels_NCHW):,} images ({images.name}): logits differ by "
         f"at most {found.difference:.2g} (allowed: {found.limit:.2g}), {found.agreement:.2%} of the "
         "predictions are equal"
     )
-    if not found.difference <= found.limit:  # NaN is refused as well
+    if not found.difference <= found.limit:  # refuses NaN too
         raise UserError(
             f"{out}: not written, because it would not compute what {checkpoint} does; try another format"
         )
@@ -124,7 +114,7 @@ Exported = CustomResNet | _NormalizedInput
 
 
 def _trace(model: Exported) -> Any:
-    """The network's graph for any number of images, without the exporting machine's paths in it."""
+    """Trace the network's graph for any number of images, and remove this machine's paths from it."""
     model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as in model.py
     dtype = torch.float32 if isinstance(model, _NormalizedInput) else torch.uint8
     example_NCHW = torch.zeros(2, 3, model.resolution, model.resolution, dtype=dtype)
@@ -146,14 +136,14 @@ def _load_torch_export(content: bytes, _: Recipe) -> Forward:
 
 def _encode_onnx(model: Exported) -> bytes:
     try:
-        import onnxruntime  # noqa: F401  # the verification's: said before the minute of work
+        import onnxruntime  # noqa: F401  # for the verification: fail before a minute of work
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f"--format onnx: {error}; pip install 'fasttrain[onnx]'") from error
     program = torch.onnx.export(
         _trace(model), dynamo=True, input_names=["images"], output_names=["logits"], verbose=False
     )
-    assert program is not None  # None comes from the older exporter alone
+    assert program is not None  # only the older exporter returns None
     return program.model_proto.SerializeToString()
 
 
@@ -165,7 +155,7 @@ def _load_onnx(content: bytes, _: Recipe) -> Forward:
 
 
 class FormatKind(NamedTuple):
-    """How a format is written to bytes, and read back, with the network's recipe, as something to call."""
+    """One format: its suffix, how to encode a network as bytes, and how to load them as a function again."""
 
     suffix: str
     encode: Callable[[Any], bytes]
@@ -180,7 +170,7 @@ FORMATS: dict[Format, FormatKind] = {
 
 
 class _Images(NamedTuple):
-    """What an export is verified on: pixels (N, 3, H, W) uint8, and their labels where they have any."""
+    """The images to verify an export on: pixels (N, 3, H, W) uint8, and labels if they have any."""
 
     name: str
     pixels_NCHW: Tensor
@@ -188,9 +178,10 @@ class _Images(NamedTuple):
 
 
 class _Comparison(NamedTuple):
-    """difference: the largest of a logit; limit: the largest allowed. agreement: share of equal predictions.
+    """A comparison of an export with its checkpoint.
 
-    accuracy: of the export, from 0 to 1; None without labels.
+    difference: the largest difference in a logit. limit: the largest allowed. agreement: share of equal
+    predictions. accuracy: the export's, from 0 to 1; None without labels.
     """
 
     difference: float
@@ -200,7 +191,7 @@ class _Comparison(NamedTuple):
 
 
 def _images(trained: TrainedModel, data: str, data_dir: Path | None) -> _Images:
-    """The run's test images, or the same random pixels every time."""
+    """Return the run's test images or, if they are not found, the same random pixels every time."""
     resolution = trained.recipe.resolution
     try:
         dataset = find_dataset(trained.dataset, data, data_dir, resolution=resolution)
@@ -213,16 +204,16 @@ def _images(trained: TrainedModel, data: str, data_dir: Path | None) -> _Images:
         shape = (RANDOM_IMAGES, 3, resolution, resolution)
         pixels_NCHW = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
         return _Images("random pixels", pixels_NCHW, None)
-    # A copy of what may be mapped from a file, since torch warns of arrays that cannot be written.
+    # A copy, since the arrays may be mapped from a file, and torch warns about read-only arrays.
     pixels_NCHW = torch.from_numpy(np.ascontiguousarray(dataset.test.images.transpose(0, 3, 1, 2)))
     labels_N = torch.from_numpy(dataset.test.labels.copy())
     return _Images(f"test images of {dataset.name}", pixels_NCHW, labels_N)
 
 
 def _compare(model: CustomResNet, forward: Forward, images: _Images, input: Input) -> _Comparison:
-    """Hold an export against the network that it was made of.
+    """Compare an export with the network that it was made from.
 
-    The first image goes alone, so that an export that takes one size of batch only does not pass.
+    The first image is a batch by itself, so that an export for a single batch size does not pass.
     """
     expected, found = [], []
     with torch.inference_mode():
@@ -242,7 +233,7 @@ def _compare(model: CustomResNet, forward: Forward, images: _Images, input: Inpu
 def _card(
     trained: TrainedModel, format: Format, input: Input, content: bytes, images: _Images, found: _Comparison
 ) -> dict[str, Any]:
-    """What a user must know of the file to use it, and what it was verified on."""
+    """Describe the file: what a user needs to know, and what it was verified on."""
     model, recipe = trained.model, trained.recipe
     return {
         "fasttrain": __version__,
@@ -280,9 +271,9 @@ def _input_contract(input: Input, resolution: int) -> dict[str, Any]:
 
 
 def _accuracies(of_file: float, of_training: float | None, precision: str | None) -> str:
-    """The file's accuracy, beside the training's where that has one of the same weights."""
-    said = f"test accuracy of the file: {of_file:.2%}, in float32"
+    """Return a line with the file's accuracy, and the training's if it measured the same weights."""
+    line = f"test accuracy of the file: {of_file:.2%}, in float32"
     if of_training is None:
-        return said
-    said += f"; the training measured {of_training:.2%}" + (f" in {precision}" if precision else "")
-    return said if precision in (None, "fp32") else f"{said}, which rounds otherwise and moves a few images"
+        return line
+    line += f"; the training measured {of_training:.2%}" + (f" in {precision}" if precision else "")
+    return line if precision in (None, "fp32") else f"{line}; the different rounding moves a few images"

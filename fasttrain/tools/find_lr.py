@@ -14,12 +14,11 @@ from fasttrain.system.machine import pick_device
 def find_lr(recipe: Recipe, options: FindLrOptions) -> None:
     """Search, print every try and the suggestion, and write the curves to `options.plot`, a PNG.
 
-    Raises UserError on anything that the user can mend; a plot that could not be written is found out before
-    the search.
+    Raises UserError for a user's mistake; for a wrong name of the plot, before the search.
     """
     plot = options.plot
     if plot.suffix != ".png" or not plot.parent.is_dir():
-        raise UserError(f"--plot {plot}: expected the name of a .png file in a folder that is there")
+        raise UserError(f"--plot {plot}: expected the name of a .png file in an existing folder")
     device = pick_device(options.device)
     search = find_max_lr(
         load_dataset(options.data, options.data_dir, resolution=recipe.resolution, skip_bad=options.skip_bad),

@@ -1,4 +1,4 @@
-"""The classes of images from anywhere, by a checkpoint.
+"""`fasttrain predict`: classify any images with a checkpoint.
 
 Shape suffixes: N images, C channels, H rows, W columns, K classes.
 """
@@ -25,14 +25,12 @@ from fasttrain.system.machine import pick_device
 from fasttrain.system.precision import prepare
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-
-
 Format = Literal["table", "json", "csv"]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """classes: the likeliest first, each with its probability."""
+    """The prediction for one file. classes: the likeliest first, each with its probability."""
 
     path: Path
     classes: list[tuple[str, float]]
@@ -47,9 +45,9 @@ def predict(
     batch_size: int = 256,
     skip: Callable[[str], object] | None = None,
 ) -> list[Prediction]:
-    """Classify images, in the order of `find_images`; float32, so that every device says the same.
+    """Classify images, in the order of `find_images`, in float32, so that every device gives the same answer.
 
-    skip: called with the reason for each file that is no sound image; without it the first one ends it all.
+    skip: called with the reason for each file that cannot be decoded; without it, the first such file raises.
     Raises UserError for such a file, for paths without an image, or for an unusable checkpoint or number.
     """
     for flag, value in (("--top-k", top_k), ("--batch-size", batch_size)):
@@ -78,10 +76,10 @@ def predict(
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
-    """The files named, and of every folder those below it whose suffix is an image's, sorted by path.
+    """Return the given files, and for every folder the images below it (by suffix), sorted by path.
 
-    Links to folders are not followed, except where a path is one. Raises UserError for a missing path, or
-    for a folder that cannot be read or holds no image.
+    Links to folders are not followed, unless given as a path. Raises UserError for a missing path, or for a
+    folder that cannot be read or holds no image.
     """
     files: list[Path] = []
     for path in paths:
@@ -109,12 +107,12 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def read_image(path: Path, side: int) -> np.ndarray:
-    """An image as the network takes it, (side, side, 3) uint8. Raises UserError for what is none."""
+def read_image(path: Path, resolution: int) -> np.ndarray:
+    """Read an image as (resolution, resolution, 3) uint8. Raises UserError if it cannot be decoded."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of odd metadata
-            return decode(path, side)
+            warnings.simplefilter("ignore")  # Pillow's, about odd metadata
+            return decode(path, resolution)
     except ValueError as error:
         raise UserError(f"{path}: cannot be decoded ({error}); expected {', '.join(FORMATS)}") from error
 
@@ -156,5 +154,5 @@ def show(predictions: Iterable[Prediction], format: Format) -> None:
 
 
 def _name(path: Path) -> str:
-    """A path as text that any terminal and any file takes: bytes that are no UTF-8 become question marks."""
+    """Return a path as text for any terminal or file; bytes that are not UTF-8 are replaced."""
     return os.fsencode(path).decode(errors="replace")

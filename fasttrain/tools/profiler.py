@@ -1,6 +1,6 @@
-"""Where the time of a training goes: torch.profiler over a window of real steps, loader and all.
+"""`fasttrain profile`: where the time of a training goes, with torch.profiler over real steps and the loader.
 
-Leaves a trace for ui.perfetto.dev, a table of operators and the figures, and says in three sentences what
+Writes a trace for ui.perfetto.dev, a table of operators and the figures, and says in three sentences what
 bounds the training, by how much, and what to try.
 """
 
@@ -30,10 +30,7 @@ from fasttrain.system.machine import cpu_cores, describe, hardware_name
 from fasttrain.system.rates import measure_matmul_tflops
 
 MATRIX = "convolutions and matrix products"
-
-
 REST = "everything else"
-
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "fused by the compiler": ("compiledfxgraph", "triton"),
@@ -44,22 +41,22 @@ GROUPS: dict[str, tuple[str, ...]] = {
     MATRIX: ("conv", "mm", "gemm", "xmma", "cutlass", "nvjet", "wgrad", "dgrad", "fprop"),
     "element by element": ("clamp", "relu", "gelu", "threshold", "add", "mul", "sub", "elementwise"),
 }
-"""Parts of the names of operators and kernels, by what they do; the first group that fits counts."""
-
+"""Groups of operators and kernels, by parts of their names; the first group that matches counts."""
 
 Batch = tuple[Tensor, Tensor]
 
 WAIT, STEP = "wait for data", "train step"
-"""The ranges that stand in the trace, and in nsys where it watches."""
+"""The named ranges in the trace, and in nsys if that is running."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What a window of steps showed. Shares run from 0 to 1.
+    """The figures of the profiled steps. Shares run from 0 to 1.
 
-    wait_share: of the window, spent waiting for the loader. idle_share: of the window, in which the GPU did
-    nothing; without a GPU, of the cores' time. group_shares: of all operators' time, by group.
-    matrix_ms: what the step's matrix products would need at the measured matmul rate.
+    wait_share: share of the time spent waiting for the loader. idle_share: share of the time in which the GPU
+    did nothing; without a GPU, share of the cores' time. group_shares: share of all operators' time, by
+    group.
+    matrix_ms: time for a step's matrix products at the measured matmul rate.
     """
 
     device: str
@@ -77,6 +74,7 @@ class Profile:
 
     @property
     def mfu(self) -> float:
+        """Share of the measured matmul rate that the whole step reaches."""
         return self.matrix_ms / self.step_ms
 
 
@@ -93,9 +91,9 @@ def profile_training(
 ) -> tuple[Profile, str]:
     """Train a few steps under the profiler; returns the figures and the table of operators.
 
-    wait, warmup, active: steps that run unwatched, that warm the profiler up, and that count; by default 20
-    count on a GPU and 3 without one. All train on whole images. Leaves trace.json, operators.txt and
-    profile.json in the folder `out`.
+    wait, warmup, active: steps that are not profiled, that warm up the profiler, and that count; by default
+    20 count on a GPU and 3 on a CPU. All of them train at full resolution. Writes trace.json, operators.txt
+    and profile.json to the folder `out`.
     Raises UserError if a batch is larger than the training set, or if `out` cannot be written.
     """
     on_gpu = device.type == "cuda"
@@ -157,7 +155,7 @@ def _watch(
     ) as profiler:
         for number in range(wait + warmup + active):
             if number == clock.first_step:
-                step.take_metrics()  # waits for the device: the window begins with nothing under way
+                step.take_metrics()  # waits for the device: the clock starts with nothing queued
                 clock.start()
             with _range(WAIT, device), clock.waiting():
                 batch = next(batches)
@@ -171,7 +169,7 @@ def _watch(
 
 
 def sentences(found: Profile) -> list[str]:
-    """What bounds this training, by how much, and what to try."""
+    """Say in three sentences what bounds this training, by how much, and what to try."""
     matrix_share = found.group_shares.get(MATRIX, 0.0)
     others = {name: share for name, share in found.group_shares.items() if name not in (MATRIX, REST)}
     largest = max(others, key=lambda name: others[name], default=REST)
@@ -179,21 +177,21 @@ def sentences(found: Profile) -> list[str]:
         return [
             f"The loader bounds this training: it waits for data {found.wait_share:.0%} of the time.",
             _without(found, found.wait_share),
-            "Try more --loader-threads; python -m benchmarks.loader shows what the loader reaches alone.",
+            "Try more --loader-threads; python -m benchmarks.loader measures the loader by itself.",
         ]
     if found.idle_share > 0.2 and found.device == "cuda":
         return [
             f"The host bounds this training: the GPU is idle {found.idle_share:.0%} of the time.",
             _without(found, found.idle_share),
-            "The trace shows what it waits for: a step is one launch unless --no-cuda-graph. Or try a larger "
-            "--batch-size.",
+            "See in the trace what it waits for; a step is one launch unless --no-cuda-graph. Or try a "
+            "larger --batch-size.",
         ]
     if found.idle_share > 0.2:
         return [
             f"The cores work for this training only {1 - found.idle_share:.0%} of the time: other processes "
-            "have them, or its own work runs in one thread.",
+            "use them, or some of the training's work runs in a single thread.",
             _without(found, found.idle_share),
-            "Try it on an idle machine, then a larger --batch-size; the trace shows what leaves cores idle.",
+            "Try an idle machine, then a larger --batch-size; the trace shows what leaves the cores idle.",
         ]
     if matrix_share >= 0.5:
         first = f"Arithmetic bounds this training: {MATRIX} take {matrix_share:.0%} of all operators' time."
@@ -204,11 +202,11 @@ def sentences(found: Profile) -> list[str]:
         f"the step as a whole runs at {found.mfu:.0%} of that rate."
     )
     if found.precision in ("fp32", "tf32"):
-        third = "Try --compute-dtype auto: half precision multiplies faster where the hardware has it."
+        third = "Try --compute-dtype auto: half precision multiplies faster if the hardware has it."
     elif found.mfu > 0.8:
-        third = "Little is left in the step: a shorter schedule (fewer --epochs) saves more than any tuning."
+        third = "There is little left to gain in the step: a shorter schedule (fewer --epochs) saves more."
     elif found.compile == "off" and found.device == "cuda":
-        third = f"Try --compile default, which fuses the rest, as {largest} ({others[largest]:.0%})."
+        third = f"Try --compile default, which fuses the rest, such as {largest} ({others[largest]:.0%})."
     else:
         third = f"After the products {largest} costs most ({others.get(largest, 0.0):.0%}): look there first."
     return [first, second, third]
@@ -216,12 +214,12 @@ def sentences(found: Profile) -> list[str]:
 
 def _without(found: Profile, lost_share: float) -> str:
     return (
-        f"Without that its {found.step_ms:,.1f} ms a step would be {found.step_ms * (1 - lost_share):,.1f}."
+        f"Without that, its {found.step_ms:,.1f} ms a step would be {found.step_ms * (1 - lost_share):,.1f}."
     )
 
 
 class _Clock:
-    """Wall, waiting and processor seconds of the steps that count."""
+    """Wall-clock, waiting and CPU seconds of the steps that count."""
 
     def __init__(self, first_step: int) -> None:
         self.first_step = first_step
@@ -244,7 +242,7 @@ class _Clock:
 
 @contextmanager
 def _range(name: str, device: torch.device) -> Iterator[None]:
-    """A named range in the trace, and for nsys where there is a GPU."""
+    """Mark a named range in the trace and, on a GPU, for nsys."""
     with torch.profiler.record_function(name):
         if device.type != "cuda":
             yield
@@ -254,16 +252,16 @@ def _range(name: str, device: torch.device) -> Iterator[None]:
 
 
 def _is_range(name: str) -> bool:
-    """Whether it names a stretch of the trace, ours or the profiler's, and no operator."""
+    """Return whether the name is that of a range, ours or the profiler's, and not of an operator."""
     return name in (WAIT, STEP) or name.startswith("ProfilerStep")
 
 
 def _group_shares(averages: Any, on_gpu: bool) -> dict[str, float]:
-    """Share of all operators' own time by group, the largest first."""
+    """Return each group's share of all operators' own time, the largest first."""
     seconds: dict[str, float] = {}
     for average in averages:
         if _is_range(average.key) or (on_gpu and average.device_type != DeviceType.CUDA):
-            continue  # an operator has the time of its kernels, which have rows of their own
+            continue  # an operator's time is that of its kernels, which are listed separately
         name = average.key.lower()
         group = next((group for group, parts in GROUPS.items() if any(p in name for p in parts)), REST)
         own = average.self_device_time_total if on_gpu else average.self_cpu_time_total
@@ -273,7 +271,7 @@ def _group_shares(averages: Any, on_gpu: bool) -> dict[str, float]:
 
 
 def _device_busy_seconds(events: Any) -> float:
-    """Seconds in which at least one kernel or copy was running on the GPU."""
+    """Return the seconds in which at least one kernel or copy was running on the GPU."""
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in events
@@ -293,7 +291,7 @@ def _write(out: Path, profiler: Any, found: Profile, table: str, machine: dict[s
         profiler.export_chrome_trace(str(part))
         part.replace(out / "trace.json")
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from error
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another") from error
     write_atomically(out / "operators.txt", lambda file: file.write(table.encode()))
     values = {"machine": machine, **dataclasses.asdict(found), "mfu": found.mfu}
     write_json(out / "profile.json", values | {"sentences": sentences(found)})

@@ -1,4 +1,4 @@
-"""`fasttrain report`: a finished run's page, written anew from its folder."""
+"""`fasttrain report`: write a finished run's page again, from its folder."""
 
 from pathlib import Path
 
@@ -19,13 +19,13 @@ def report(
     skip_bad: bool = False,
     device: str = "auto",
 ) -> Path:
-    """Write a finished run's report.html anew; returns the file.
+    """Write a finished run's report.html again; returns its path.
 
-    The figures of the test images come from evaluating last.pt again. Nothing is downloaded or generated:
-    without the run's images, or without last.pt, their sections are left out.
-    data: folder:PATH or webdataset:PATTERN for a run on those, with skip_bad where bad files are in it; else
+    The figures on the test images come from evaluating last.pt again. Nothing is downloaded or generated:
+    without the run's images, or without last.pt, a sentence replaces their sections.
+    data: folder:PATH or webdataset:PATTERN for a run on those, with skip_bad if some files are bad; else
     auto.
-    Raises UserError if there is no finished run, or if it cannot be written.
+    Raises UserError if there is no finished run, or if the page cannot be written.
     """
     if data != "auto" and not names_own_images(data):
         raise UserError(f"--data {data}: expected auto, folder:PATH or webdataset:PATTERN")

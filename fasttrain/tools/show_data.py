@@ -1,11 +1,11 @@
-"""`fasttrain data`: what is on disk, as tables."""
+"""`fasttrain data`: show the data set on the disk as tables."""
 
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.sources import cifar
 
 
 def show_dataset(dataset: Dataset) -> None:
-    """Print what is on disk: a release's files and checksums, counts per class, mean, standard deviation."""
+    """Print a release's files and checksums, the images per class, and mean and standard deviation."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -13,7 +13,7 @@ def show_dataset(dataset: Dataset) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{dataset.name} in {dataset.root}", markup=False)
     if dataset.release:
-        files = Table("file", "records", "bytes", "checksum")
+        files = Table("file", "images", "bytes", "checksum")
         for state in cifar.checksum_state(dataset.root, dataset.release):
             checksum = "verified" if state.verified else "not the release"
             files.add_row(state.name, f"{state.records:,}", f"{state.bytes:,}", checksum)

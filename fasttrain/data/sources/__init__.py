@@ -1,1 +1,1 @@
-"""Where images come from: CIFAR's releases, a generated stand-in, folders, tar files."""
+"""The sources of images: CIFAR's releases, a generated stand-in, folders, tar files."""

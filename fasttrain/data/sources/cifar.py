@@ -1,13 +1,14 @@
-"""The binary releases of CIFAR-10 and CIFAR-100: fetch one, verify it, read it.
+"""The binary releases of CIFAR-10 and CIFAR-100: verify one and read it.
 
-A release (https://www.cs.toronto.edu/~kriz/cifar.html) is a folder, for CIFAR-10 `cifar-10-batches-bin` with
-five training files and one test file. A file is a row of records: a label (for CIFAR-100 two, coarse and
-fine, of which the fine one counts), then the red, green and blue planes of a 32x32 image, row-major. The
-Python releases hold the same pixels as pickles, which can run code when they are opened; these are inert.
+A release (https://www.cs.toronto.edu/~kriz/cifar.html) is a folder; CIFAR-10's is `cifar-10-batches-bin`,
+with five training files and one test file. A file is a sequence of images of fixed length: a label (for
+CIFAR-100 two, coarse and fine, of which the fine one is used), then the red, green and blue planes of a 32x32
+image, row-major. The Python releases hold the same pixels as pickles, which can run code when opened; these
+files cannot.
 
-A set is called "CIFAR-10" only if all its files have the release's SHA-256. Any other set in this layout (a
-generated stand-in, a re-encoded copy) names itself in a `dataset.json` beside its files, as in
-{"name": "CIFAR-10 (JPEG q75)"}.
+A data set is called "CIFAR-10" only if all its files have the release's SHA-256. Any other data set in this
+layout (a generated stand-in, a re-encoded copy) gives its own name in a `dataset.json` next to its files,
+such as {"name": "CIFAR-10 (JPEG q75)"}.
 """
 
 import hashlib
@@ -27,14 +28,15 @@ from fasttrain.errors import UserError
 from fasttrain.system.files import disk_errors, write_json
 
 NAME_FILE = "dataset.json"
-
-
 STATISTICS_FILE = "channel_statistics.json"
 
 
 @dataclass(frozen=True)
 class FileState:
-    """What `fasttrain data` shows of one file. verified: its content is the release's."""
+    """The facts that `fasttrain data` shows about one file.
+
+    records: images in the file. verified: whether its SHA-256 is the release's.
+    """
 
     name: str
     bytes: int
@@ -44,43 +46,44 @@ class FileState:
 
 
 def locate(data_dir: Path | None) -> Path:
-    """The root folder of the data: the argument, else the environment's FASTTRAIN_DATA, else `data`."""
+    """Return the data folder: the argument, else the environment's FASTTRAIN_DATA, else `data`."""
     return data_dir or Path(os.environ.get("FASTTRAIN_DATA") or "data")
 
 
 def exists(root: Path, release: Release | None = None) -> bool:
-    """Whether all files of the release, else CIFAR-10, are there. Says nothing of their content."""
+    """Return whether all files of a release (by default CIFAR-10) exist; their content is not checked."""
     release = release or CIFAR10
     folder = _folder(root, release)
     return all((folder / name).is_file() for name in release.files)
 
 
 def read(root: Path, release: Release | None = None) -> Dataset:
-    """Read and validate all files of the release, else CIFAR-10.
+    """Read and validate all files of a release (by default CIFAR-10).
 
-    root: the folder that holds the release's, or that folder itself. Files may have any number of records.
-    Class names come from its file of them, or are the release's if that file is absent or empty.
-    Needs one file's worth of memory beyond the result.
-    Raises UserError for a missing or truncated file, a label out of range, or a name that the content belies.
+    root: the release's folder, or the folder that holds it. Files may hold any number of images.
+    Class names come from the release's file of names; if that is missing or empty, from `release`.
+    Needs the memory of one file on top of the result.
+    Raises UserError for a missing or truncated file, a label out of range, or a set that claims to be a
+    release and is not.
     """
     release = release or CIFAR10
     folder = _folder(root, release)
-    records_per_file = {name: _count_records(folder / name, release) for name in release.files}
+    images_per_file = {name: _count_records(folder / name, release) for name in release.files}
     classes = _read_classes(folder, release)
     digests: dict[str, str] = {}
 
     def read_split(names: Sequence[str]) -> Split:
-        total = sum(records_per_file[name] for name in names)
+        total = sum(images_per_file[name] for name in names)
         images = np.empty((total, *IMAGE_SHAPE), np.uint8)
         labels = np.empty(total, np.uint8)
         start = 0
         for name in names:
             content = _read_bytes(folder / name)
             digests[name] = hashlib.sha256(content.data).hexdigest()
-            records = content.reshape(records_per_file[name], release.record_bytes)
-            here = slice(start, start + len(records))
-            labels[here] = records[:, release.label_bytes - 1]
-            planes = records[:, release.label_bytes :].reshape(-1, *PLANES_SHAPE)
+            rows = content.reshape(images_per_file[name], release.record_bytes)
+            here = slice(start, start + len(rows))
+            labels[here] = rows[:, release.label_bytes - 1]
+            planes = rows[:, release.label_bytes :].reshape(-1, *PLANES_SHAPE)
             images[here] = planes.transpose(0, 2, 3, 1)
             _check_labels(folder / name, labels[here], len(classes))
             start = here.stop
@@ -96,23 +99,23 @@ def read(root: Path, release: Release | None = None) -> Dataset:
 
 
 def checksum_state(root: Path, release: Release | None = None) -> list[FileState]:
-    """Size, records and checksum of each file of the release, else CIFAR-10.
+    """Return size, number of images and checksum of each file of a release (by default CIFAR-10).
 
-    Raises UserError for a missing or truncated one.
+    Raises UserError for a missing or truncated file.
     """
     release = release or CIFAR10
     folder = _folder(root, release)
     states = []
     for name in release.files:
-        records = _count_records(folder / name, release)
+        images = _count_records(folder / name, release)
         sha256 = hashlib.sha256(_read_bytes(folder / name).data).hexdigest()
         verified = sha256 == release.sha256[name]
-        states.append(FileState(name, records * release.record_bytes, records, sha256, verified))
+        states.append(FileState(name, images * release.record_bytes, images, sha256, verified))
     return states
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one where the file is unreadable or holds anything else."""
+    """Return the object in a JSON file; an empty one if the file is unreadable or holds anything else."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -131,14 +134,14 @@ def _count_records(path: Path, release: Release) -> int:
     if not path.is_file():
         raise UserError(
             f"{path}: no such file; expected {', '.join(release.files)} there: "
-            "fetch them with `python -m fasttrain data`, or name their folder with --data-dir"
+            "download them with `python -m fasttrain data`, or name their folder with --data-dir"
         )
     size = path.stat().st_size
     if size == 0 or size % release.record_bytes:
         raise UserError(
             f"{path}: {size} bytes, expected a positive multiple of {release.record_bytes} "
-            f"({release.file_bytes(path.name)} in the release); it is truncated or of another format: "
-            "remove its folder and fetch the data again"
+            f"({release.file_bytes(path.name)} in the release); it is truncated or in another format: "
+            "remove its folder and download the data again"
         )
     return size // release.record_bytes
 
@@ -153,7 +156,7 @@ def _read_classes(folder: Path, release: Release) -> tuple[str, ...]:
     lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
     classes = tuple(line.strip() for line in lines if line.strip()) or release.classes
     if not classes:
-        raise UserError(f"{path}: no names of classes; expected one a line: fetch the data again")
+        raise UserError(f"{path}: no names of classes; expected one per line: download the data again")
     return classes
 
 
@@ -161,8 +164,8 @@ def _check_labels(path: Path, labels: np.ndarray, classes: int) -> None:
     wrong = np.flatnonzero(labels >= classes)
     if len(wrong):
         raise UserError(
-            f"{path}: record {wrong[0]} has label {labels[wrong[0]]}, expected 0 to {classes - 1}; "
-            "it is damaged or of another format: remove its folder and fetch the data again"
+            f"{path}: image {wrong[0]} has label {labels[wrong[0]]}, expected 0 to {classes - 1}; "
+            "the file is corrupt or in another format: remove its folder and download the data again"
         )
 
 
@@ -174,27 +177,27 @@ def _name(folder: Path, digests: Mapping[str, str], release: Release) -> str:
         return f"{release.name} (unverified)"
     name = read_json(path).get("name")
     if not isinstance(name, str) or not name.strip():
-        raise UserError(f'{path}: expected {{"name": "..."}}, the name of this set')
+        raise UserError(f'{path}: expected {{"name": "..."}}, the name of this data set')
     if name.replace("-", "").replace(" ", "").lower() in RELEASES:
-        raise UserError(f'{path}: says "{name}", but the files are not that release: name the set otherwise')
+        raise UserError(f'{path}: says "{name}", but the files are not that release: choose another name')
     return name.strip()
 
 
 def _cached_statistics(folder: Path, digests: list[str], images: np.ndarray) -> tuple[Channels, Channels]:
-    """channel_statistics, kept beside the data under its checksums: counting takes longer than hashing."""
+    """Return channel_statistics, cached next to the data with its checksums: hashing is faster."""
     path = folder / STATISTICS_FILE
     cache = read_json(path)
-    with suppress(KeyError, TypeError, ValueError):  # damaged: count again
+    with suppress(KeyError, TypeError, ValueError):  # corrupt: count again
         if cache["sha256"] == digests and cache["check"] == _check(digests, cache["mean"], cache["std"]):
             return as_channels(cache["mean"]), as_channels(cache["std"])
     mean, std = channel_statistics(images)
-    with suppress(UserError):  # a read-only data set is common, and the next run can count again
+    with suppress(UserError):  # the folder is often read-only, and the next run can count again
         write_json(path, {"sha256": digests, "mean": mean, "std": std, "check": _check(digests, mean, std)})
     return mean, std
 
 
 def _check(*values: Iterable[object]) -> str:
-    """A checksum over what the cache says: a changed digit would normalise every image wrongly, unseen."""
+    """Return a checksum of the cache's content: one changed digit would silently normalise images wrongly."""
     return hashlib.sha256(repr([list(entries) for entries in values]).encode()).hexdigest()
 
 

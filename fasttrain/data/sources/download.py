@@ -1,4 +1,4 @@
-"""Fetching a release of CIFAR: mirrors, broken connections, checksums, and an archive that is not trusted."""
+"""Download of a CIFAR release: mirrors, broken connections, checksums, and an untrusted archive."""
 
 import hashlib
 import http.client
@@ -18,25 +18,21 @@ from fasttrain.system.files import disk_errors, new_folder
 from fasttrain.system.progress import show_bytes
 
 CLASSES_BYTES_MAX = 4096
-
-
-SILENCE_SECONDS = 10  # to connect, and between two pieces: without a network a run must fail fast
-
-
+SILENCE_SECONDS = 10  # to connect, and between two chunks: without a network a run must fail fast
 CHUNK_BYTES = 1 << 18
 
 
 class DownloadError(UserError):
-    """No mirror gave the release. Apart from UserError so that a caller may fall back on other data."""
+    """No mirror provided the release. A separate class, so that a caller can fall back on other data."""
 
 
 def download(root: Path, mirrors: Sequence[str] | None = None, release: Release | None = None) -> None:
-    """Fetch the release, else CIFAR-10, into its folder in `root`, which appears whole or not at all.
+    """Download a release (by default CIFAR-10) into its folder in `root`, which appears only once complete.
 
-    mirrors: URLs (http, https, file) of the archive, tried in order; else those of the environment's
-    FASTTRAIN_MIRRORS, separated by commas; else the release's own. An interrupted download goes on where it
-    stopped. Does nothing where the files exist.
-    Raises DownloadError if no mirror gave the release, UserError if the folder cannot be written.
+    mirrors: URLs (http, https, file) of the archive, tried in order; by default those in the environment's
+    FASTTRAIN_MIRRORS, separated by commas, else the release's own. An interrupted download resumes where it
+    stopped. Does nothing if the files exist.
+    Raises DownloadError if no mirror provides the release, UserError if the folder cannot be written to.
     """
     release = release or CIFAR10
     if exists(root, release):
@@ -63,7 +59,7 @@ def download(root: Path, mirrors: Sequence[str] | None = None, release: Release 
         else:
             raise DownloadError(
                 f"{release.name} could not be downloaded ({'; '.join(failures)}). "
-                f"Place the files of {release.archive} in {target} by hand, or use --data synthetic"
+                f"Put the files of {release.archive} into {target} yourself, or use --data synthetic"
             )
         _unpack(part, target, release)
         part.unlink()
@@ -71,23 +67,24 @@ def download(root: Path, mirrors: Sequence[str] | None = None, release: Release 
 
 # Downloading
 class _MirrorError(Exception):
-    """Why one mirror failed; never a fault of the local disk."""
+    """The reason why one mirror failed; never a fault of the local disk."""
 
 
 def _fetch(url: str, part: Path, release: Release) -> None:
     """Complete `part` from one mirror and verify it.
 
-    Raises _MirrorError. A `part` with wrong content is then gone; one that is too short stays, to go on from.
+    Raises _MirrorError. A `part` with wrong content is removed; one that is too short is kept, to resume
+    from.
     """
     while True:
-        begun = part.exists()
+        existed = part.exists()
         _transfer(url, part, release)
         if part.stat().st_size == release.archive_bytes and _md5(part) == release.archive_md5:
             return
         part.unlink()
-        # The first bytes may have come from another mirror: this one answers only for a file all of its own.
-        if not begun:
-            raise _MirrorError("its content is not the release's (md5 or size differs)")
+        # The first bytes may have come from another mirror: only blame this one for a file it sent in full.
+        if not existed:
+            raise _MirrorError("the content is not the release's (md5 or size differs)")
 
 
 def _md5(path: Path) -> str:
@@ -99,7 +96,7 @@ def _md5(path: Path) -> str:
 
 
 def _transfer(url: str, part: Path, release: Release) -> None:
-    """Append to `part` until it has the archive's size, over as many connections as bring anything new."""
+    """Append to `part` until it has the archive's size, with new connections as long as each adds bytes."""
     with show_bytes(release.name, release.archive_bytes) as show:
         size = part.stat().st_size if part.exists() else 0
         while size < release.archive_bytes:
@@ -111,10 +108,10 @@ def _transfer(url: str, part: Path, release: Release) -> None:
 
 
 def _transfer_once(url: str, part: Path, offset: int, limit: int, show: Callable[[int], None]) -> str:
-    """One connection. Returns why it broke off midway, or nothing. Raises _MirrorError if it never began."""
+    """Download over one connection; returns why it broke, or "". Raises _MirrorError if it cannot start."""
     reason = ""
     with _open(url, offset) as response:
-        # Only a 206 goes on where we stopped: a server without ranges, or a file, begins at the beginning.
+        # Only a 206 resumes where we stopped: a server without ranges, or a file, starts from the beginning.
         resumed = getattr(response, "status", None) == 206
         with part.open("ab" if resumed else "wb") as output:
             while output.tell() <= limit:
@@ -140,7 +137,7 @@ def _open(url: str, offset: int) -> Any:
         return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=SILENCE_SECONDS)
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code == 416 and offset:  # its file is shorter than our part: one of them is wrong
+        if error.code == 416 and offset:  # the server's file is shorter than our part: one of them is wrong
             return _open(url, 0)
         raise _MirrorError(f"HTTP {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
@@ -153,9 +150,9 @@ def _reason(error: Exception) -> str:
 
 
 def _unpack(archive: Path, target: Path, release: Release) -> None:
-    """Copy the release's files out of the archive, by name; nothing else in it is looked at.
+    """Copy the release's files out of the archive by name, and ignore everything else in it.
 
-    Never extractall: a downloaded tar's names, links and modes are not to be trusted with the file system.
+    Never extractall: the names, links and modes in a downloaded tar file must not reach the file system.
     """
     with new_folder(target) as folder, tarfile.open(archive, "r:gz") as tar:
         missing = {*release.files, release.classes_file}
@@ -170,10 +167,10 @@ def _unpack(archive: Path, target: Path, release: Release) -> None:
             content = tar.extractfile(member) if member.isreg() and right_size else None
             if content is None:
                 raise DownloadError(
-                    f"{archive}: {member.name} has {size} bytes or is no plain file; remove the archive"
+                    f"{archive}: {member.name} has {size} bytes or is not a regular file; remove the archive"
                 )
             with (folder / name).open("wb") as output:
                 shutil.copyfileobj(content, output)
             missing.remove(name)
         if missing:
-            raise DownloadError(f"{archive}: it lacks {', '.join(sorted(missing))}; remove the archive")
+            raise DownloadError(f"{archive}: lacks {', '.join(sorted(missing))}; remove the archive")

@@ -1,7 +1,7 @@
-"""A folder of a user's own images, a folder per class, as the data set that every loader takes.
+"""A folder of a user's own images, with one folder per class, as a Dataset.
 
-PATH/train/<class>/*, PATH/test/<class>/*    (or PATH/val in place of PATH/test)
-PATH/<class>/*                               split by data/decoded.py: one in five are test images
+PATH/train/<class>/*, PATH/test/<class>/*    (or PATH/val instead of PATH/test)
+PATH/<class>/*                               split by pixel_cache.py: one image in five is a test image
 """
 
 import hashlib
@@ -25,11 +25,11 @@ def read(
     skip_bad: bool = False,
     log: Callable[[str], object] = print,
 ) -> Dataset:
-    """Decode the folder, or take its pixels from the cache, as data/decoded.py does.
+    """Decode the folder's images, or take their pixels from the cache; see pixel_cache.read_decoded.
 
-    The split depends on `<class>/<name>`. Names that begin with a dot are left alone.
-    cache_dir: where the pixels are kept, a file per folder and resolution.
-    Raises UserError for bad files, a class without images, or a folder of another layout.
+    The split depends on `<class>/<name>`. Names that begin with a dot are ignored.
+    cache_dir: where the pixels are kept, one file per folder and resolution.
+    Raises UserError for bad files, a class without images, or a folder with another layout.
     """
     place = f"--data folder:{root}"
     root = Path(os.path.abspath(root))
@@ -42,25 +42,22 @@ def read(
 
 
 def _list(root: Path, place: str) -> Source:
-    """The classes and all that lies in their folders.
-
-    Raises OSError where a folder cannot be read.
-    """
+    """Return the classes and everything in their folders. Raises OSError if a folder cannot be read."""
     expected = "expected folder:PATH with PATH/<class>/*, or PATH/train/<class>/* and PATH/test/<class>/*"
     if not root.is_dir():
         raise UserError(f"{place}: no such folder; {expected}")
     real = root.resolve()
     parts = [(root, False)]
-    # A folder of that name may be a class as well, if it holds images rather than classes.
+    # A folder named train that holds images, not folders, is an ordinary class.
     if TRAIN in _folders(root, real) and _folders(root / TRAIN, real):
         tests = [name for name in TEST if (root / name).is_dir()]
         if not tests:
-            raise UserError(f"{place}: has train, but neither test nor val beside it; {expected}")
+            raise UserError(f"{place}: has train, but neither test nor val next to it; {expected}")
         parts = [(root / TRAIN, False), (root / tests[0], True)]
 
     classes = tuple(_folders(parts[0][0], real))
     if len(classes) < 2 or len(classes) > CLASSES_MAX:
-        found = f"{len(classes)} folders of classes in {parts[0][0]}"
+        found = f"{len(classes)} class folders in {parts[0][0]}"
         raise UserError(f"{place}: {found}; {expected}, with 2 to {CLASSES_MAX} classes")
     samples: list[Sample] = []
     bad: list[tuple[str, str]] = []
@@ -100,7 +97,7 @@ def _list(root: Path, place: str) -> Source:
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """What lies in a folder, by name, without what systems hide there."""
+    """Yield a folder's entries, sorted by name, without hidden ones."""
     with os.scandir(folder) as entries:
         yield from sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
 
@@ -110,25 +107,25 @@ def _folders(folder: Path, real: Path) -> list[str]:
     for name in names:
         if not (folder / name).resolve().is_relative_to(real):
             raise UserError(
-                f"{folder / name}: a link that leads out of {real}; put the images themselves there"
+                f"{folder / name}: a link that leads out of {real}; put the images themselves in its place"
             )
         if not name.isprintable():  # undecodable bytes too: the name goes into results and pages
-            raise UserError(f"{folder / name!r}: expected a printable name in UTF-8; rename the folder")
+            raise UserError(f"{folder / name!r}: not a printable name in UTF-8; rename the folder")
     return names
 
 
 def _examine(entry: os.DirEntry[str], real: Path) -> os.stat_result | str:
-    """The size and time of an image to decode, or why it can be none."""
+    """Return the status of a file to decode, or the reason why it cannot be an image."""
     try:
         status = entry.stat()
-    except OSError as error:  # a link that leads nowhere, or in a circle
+    except OSError as error:  # a broken link, or a circular one
         return error.strerror or str(error)
     if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(real):
         return "a link that leads out of the folder"
     if stat.S_ISDIR(status.st_mode):
         return "a folder inside a class"
     if not stat.S_ISREG(status.st_mode):
-        return "no plain file"
+        return "not a regular file"
     if status.st_size == 0:
         return "empty"
     return status

@@ -1,4 +1,4 @@
-"""One image file as the network takes it: training on a folder and predicting see the same pixels."""
+"""Decoding of one image file: training on a folder and `fasttrain predict` see the same pixels."""
 
 from pathlib import Path
 from typing import BinaryIO
@@ -8,30 +8,31 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 
-
 PIXELS_MAX = 1 << 26
-"""Of one image, 67 million: a small file may claim enough pixels to fill the memory."""
+"""The most pixels in one image, 67 million: a small file can claim enough of them to fill the memory."""
 
 
-def decode(source: Path | BinaryIO, side: int) -> np.ndarray:
-    """(side, side, 3) uint8, red, green, blue.
+def decode(source: Path | BinaryIO, resolution: int) -> np.ndarray:
+    """Decode an image to (resolution, resolution, 3) uint8, red, green, blue.
 
-    The image is turned as its EXIF tag says, made RGB (transparency is dropped; of an animation the first
-    picture counts), cropped to its central square and scaled by Pillow's antialiased bicubic filter; one of
-    just these pixels stays exactly as it is.
-    Pillow may warn of odd metadata: callers silence that, since threads share the filters of warnings.
-    Raises ValueError, which says what is wrong, for anything but a whole JPEG, PNG, BMP or WebP.
+    The image is rotated as its EXIF tag says, converted to RGB (transparency is dropped; the first frame of
+    an animation is used), cropped to its central square and scaled by Pillow's antialiased bicubic filter. An
+    image that has this resolution already is not resampled.
+    Pillow may warn about odd metadata; silencing that is up to the caller, since threads share warning
+    filters.
+    Raises ValueError, saying what is wrong, for anything but a complete JPEG, PNG, BMP or WebP.
     """
     try:
-        if isinstance(source, Path) and not source.is_file():  # a pipe would wait for ever
-            raise ValueError("no plain file")
+        if isinstance(source, Path) and not source.is_file():  # a pipe would block forever
+            raise ValueError("not a regular file")
         with Image.open(source, formats=FORMATS) as image:
             if image.width * image.height > PIXELS_MAX:
                 raise ValueError(f"{image.width}x{image.height} pixels, over the limit of {PIXELS_MAX:,}")
-            size = (side, side)
-            image.draft(None, (2 * side, 2 * side))  # a JPEG four times too large is decoded smaller
+            size = (resolution, resolution)
+            # A JPEG four times too large is decoded at a smaller scale.
+            image.draft(None, (2 * resolution, 2 * resolution))
             ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8, not scale them
+            if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 instead of scaling
                 rgb = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             else:
                 rgb = image if image.mode == "RGB" else image.convert("RGB")
@@ -41,7 +42,7 @@ def decode(source: Path | BinaryIO, side: int) -> np.ndarray:
     except (ValueError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise ValueError("no JPEG, PNG, BMP or WebP") from error
-    except Exception as error:  # a damaged file fails anywhere in Pillow's decoders
+        raise ValueError("not a JPEG, PNG, BMP or WebP") from error
+    except Exception as error:  # a corrupt file fails anywhere in Pillow's decoders
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ValueError(reason) from error

@@ -1,8 +1,8 @@
-"""Plain JPEGs of just the size that is wanted, decoded many at a time by DALI, to Pillow's very pixels.
+"""Plain JPEGs of exactly the training resolution, decoded many at a time by DALI, with Pillow's pixels.
 
-DALI decodes small images several times as fast as Pillow, but does not say which file it fails on, and need
-not refuse what Pillow refuses. So it is given only what `is_plain` has walked through from start to end, and
-where it fails Pillow judges. Both use libjpeg-turbo: of a plain file they make the same pixels.
+DALI decodes small images several times as fast as Pillow, but does not say which file it fails on, and may
+accept files that Pillow refuses. So DALI gets only files that `is_plain` has walked through from start to
+end, and if DALI fails, Pillow decides. Both use libjpeg-turbo: for a plain file they produce the same pixels.
 """
 
 import re
@@ -14,42 +14,29 @@ from typing import Any
 import numpy as np
 
 BATCH_SIZE = 64
-"""The most that DALI decodes in one run."""
-
+"""The most files that DALI decodes at a time."""
 
 BYTES_MAX = 1 << 20
-"""Of a plain JPEG: ten times what 256x256 pixels need."""
-
+"""The largest plain JPEG: ten times what 256x256 pixels need."""
 
 JFIF, EOI = b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", b"\xff\xd9"
-
-
 SEGMENT = struct.Struct(">HH")
-
-
 COMMENT, TABLES, HUFFMAN, FRAME, SCAN = 0xFFFE, 0xFFDB, 0xFFC4, 0xFFC0, 0xFFDA
-
-
 MARKER = re.compile(rb"\xff[^\x00]")
-
-
 FILES = "files"
-
-
 _thread = threading.local()
 
 
-def is_plain(content: bytes, side: int) -> bool:
-    """Whether a file is a whole baseline JFIF of (side, side) pixels, grey or in colour, and nothing else.
+def is_plain(content: bytes, resolution: int) -> bool:
+    """Return whether a file is a complete baseline JFIF of (resolution, resolution) pixels, grey or colour.
 
-    Its segments are comments, tables, one frame and one scan without restart markers, and it ends where its
-    last byte is: no EXIF, no colour profile, no thumbnail, nothing cut off. The compressed data may still be
-    damaged.
+    It holds comments, tables, one frame and one scan without restart markers, and ends with its last byte: no
+    EXIF, no colour profile, no thumbnail, nothing cut off. The compressed data may still be corrupt.
     """
     end = len(content) - len(EOI)
     if not content.startswith(JFIF) or not content.endswith(EOI) or len(content) > BYTES_MAX:
         return False
-    frames = [struct.pack(">BHHB", 8, side, side, channels) for channels in (1, 3)]
+    frames = [struct.pack(">BHHB", 8, resolution, resolution, channels) for channels in (1, 3)]
     place, framed = len(JFIF) + 9, False
     while place + SEGMENT.size <= end:
         marker, length = SEGMENT.unpack_from(content, place)
@@ -67,10 +54,10 @@ def is_plain(content: bytes, side: int) -> bool:
 
 
 def decode_plain(contents: Sequence[bytes]) -> np.ndarray:
-    """(N, side, side, 3) uint8 of up to BATCH_SIZE plain JPEGs of one size, red, green, blue.
+    """Decode up to BATCH_SIZE plain JPEGs of one resolution to (N, H, W, 3) uint8, red, green, blue.
 
-    Each thread has a pipeline of its own; one that failed is not used again.
-    Raises ImportError where DALI is not installed, RuntimeError if any of the files cannot be decoded.
+    Each thread has its own pipeline; a pipeline that failed is not used again.
+    Raises ImportError if DALI is not installed, RuntimeError if any of the files cannot be decoded.
     """
     if not hasattr(_thread, "pipeline"):
         _thread.pipeline = _pipeline()

@@ -1,13 +1,13 @@
-"""Images from files of all sorts, decoded once: checked, split, and kept as pixels that the next run maps.
+"""A user's own images, decoded once: checked, split, and kept as pixels that the next run maps into memory.
 
-data/folder.py and data/webdataset.py say which images there are; here they become the data set that every
-loader takes. Each is decoded once, up front, by several threads, at the resolution of the training. So what
-cannot be decoded is named before the training begins, and loaders, augmentation, reports and resumed runs
-work as on CIFAR-10.
+folder.py and webdataset.py list the images; this module turns them into a Dataset. Each image is decoded
+once, before the training, by several threads, at the training's resolution. So images that cannot be decoded
+are reported before the training begins, and loaders, augmentation, reports and resumed runs work as on
+CIFAR-10.
 
-Pillow decodes: it takes all four formats, says of each file what is wrong with it, and shrinks a large JPEG
-while decoding it. Plain JPEGs of the right size already are left to DALI's CPU decoder (data/jpeg.py), which
-is faster and makes the same pixels, so that predicting sees what was trained on.
+Pillow decodes: it reads all four formats, says what is wrong with each bad file, and shrinks a large JPEG
+while decoding it. Plain JPEGs that have the right resolution already go to DALI's CPU decoder (jpeg.py),
+which is faster and produces the same pixels, so that `fasttrain predict` sees what was trained on.
 """
 
 import hashlib
@@ -36,40 +36,33 @@ from fasttrain.system.machine import cpu_cores
 from fasttrain.system.progress import show_count
 
 CLASSES_MAX = 1000
-"""Their confusion matrix has a million cells."""
-
+"""The most classes: their confusion matrix has a million cells."""
 
 TEST_ONE_IN = 5
 
-
 FILE_BYTES_MAX = 1 << 28
-"""Of one image; threads read it whole."""
-
+"""The largest image file; threads read a file as a whole."""
 
 CACHE_VARIABLE = "FASTTRAIN_CACHE_GIB"
-"""Of the environment: the most to cache, in GiB; 1 where it says nothing."""
-
+"""The environment variable that limits the size of a cache, in GiB; by default 1."""
 
 READ_BYTES = 1 << 20
 
-
 DECODER = f"1, Pillow {PIL.__version__}"
-"""Part of a cache's key; raise the number when data/image.py makes other pixels."""
-
+"""Part of a cache's key; raise the number when image.py produces other pixels."""
 
 NAMED = 3
 """How many bad files a message names."""
 
-
-# A cache is one file: the pixels; the key and the training images' mean and std; the SHA-256 of all before.
+# A cache is one file: the pixels; the key, and the mean and std of the training images; the SHA-256 of these.
 FACTS, DIGEST_BYTES = struct.Struct("<32s6d"), 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # hashed by identity
 class Sample:
-    """One image: `size` bytes from `offset` on in the file at `path`.
+    """One image: `size` bytes at `offset` in the file at `path`.
 
-    name: what messages call it. key: what decides its place and its split, on every machine alike.
+    name: its name in messages. key: decides its position and its split, in the same way on every machine.
     """
 
     name: str
@@ -83,16 +76,16 @@ class Sample:
 
     @property
     def order(self) -> bytes:
-        """Orders samples at random: a hash of the key."""
+        """A hash of the key, by which samples are put in random order."""
         return hashlib.sha256(os.fsencode(self.key)).digest()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The images of one place, as they were found.
+    """The images of one folder or one set of shards, as they were found.
 
-    place: what the user calls it, as --data folder:PATH. bad: names of files that cannot be images, and why.
-    own_test: the test images are those that say so; otherwise one in five of every class.
+    place: the user's name for it, such as --data folder:PATH. bad: names of files that cannot be images, and
+    why. own_test: whether the source has test images; if not, one in five of every class becomes one.
     """
 
     name: str
@@ -109,13 +102,13 @@ def read_decoded(
 ) -> Dataset:
     """Decode the images of a source, or take their pixels from the cache.
 
-    Without test images of their own, those are, of every class, the fifth whose keys have the lowest SHA-256,
-    at least one. Both splits are in the order of those hashes.
-    cache: the file to keep the pixels in, up to FASTTRAIN_CACHE_GIB (1) and only without bad files. It is
-    mapped, so that it may exceed the memory, and counts as long as names, sizes and times of modification are
-    the same.
-    skip_bad: leave out files that cannot be decoded, and log how many; else they are refused by name.
-    Raises UserError for bad files, a class without images, or more pixels than the memory and the cache take.
+    If the source has no test images, the fifth of every class whose keys have the lowest SHA-256, but at
+    least one image, is used for the test. Both splits are in the order of those hashes.
+    cache: the file to keep the pixels in, up to FASTTRAIN_CACHE_GIB (1), and only if no file is bad. It is
+    mapped, so it may be larger than the memory, and is valid as long as names, sizes and modification times
+    stay the same.
+    skip_bad: leave out files that cannot be decoded, and log how many; otherwise they are refused by name.
+    Raises UserError for bad files, a class without images, or more pixels than memory and cache can take.
     """
     train, test = _split(source.samples, len(source.classes), own_test=source.own_test)
     if not source.bad:
@@ -136,7 +129,7 @@ def read_decoded(
             undecodable = _decode(planned, images, source.name)
         bad = sorted([*source.bad, *((planned[row].name, why) for row, why in undecodable.items())])
         if bad:
-            _refuse_or_announce(bad, source, skip_bad=skip_bad, log=log)
+            _refuse_or_log(bad, source, skip_bad=skip_bad, log=log)
             row_of = {sample: row for row, sample in enumerate(planned) if row not in undecodable}
             train, test = _split(list(row_of), len(source.classes), own_test=source.own_test)
             _require_images(train, test, source)
@@ -163,7 +156,7 @@ def read_decoded(
 def _split(
     samples: Sequence[Sample], num_classes: int, *, own_test: bool
 ) -> tuple[list[Sample], list[Sample]]:
-    """Training and test samples, each in the order of their keys' hashes."""
+    """Return training and test samples, each in the order of their keys' hashes."""
     in_order = sorted(samples, key=lambda sample: sample.order)
     if own_test:
         parts = ([sample for sample in in_order if sample.in_test == in_test] for in_test in (False, True))
@@ -179,7 +172,7 @@ def _split(
 
 
 def _require_images(train: Sequence[Sample], test: Sequence[Sample], source: Source) -> None:
-    """Raise UserError for a class that has no image to train on, or where there is no test image."""
+    """Raise UserError if a class has no image to train on, or if there is no test image."""
     counts = np.zeros(len(source.classes), int)
     for sample in train:
         counts[sample.label] += 1
@@ -193,7 +186,7 @@ def _require_images(train: Sequence[Sample], test: Sequence[Sample], source: Sou
         raise UserError(f"{source.place}: no usable test images")
 
 
-def _refuse_or_announce(
+def _refuse_or_log(
     bad: Sequence[tuple[str, str]], source: Source, *, skip_bad: bool, log: Callable[[str], object]
 ) -> None:
     first = [f"{name if name.isprintable() else ascii(name)} ({reason})" for name, reason in bad[:NAMED]]
@@ -201,20 +194,20 @@ def _refuse_or_announce(
     count = f"{len(bad):,} of {len(source.samples) + len(source.bad):,} files"
     if not skip_bad:
         raise UserError(
-            f"{source.place}: {count} cannot be used: {names}; mend or remove them, or add --skip-bad"
+            f"{source.place}: {count} cannot be used: {names}; fix or remove them, or add --skip-bad"
         )
     log(f"{source.place}: left out {count}: {names}")
 
 
 # Decoding
 def _decode(samples: Sequence[Sample], images: np.ndarray, name: str) -> dict[int, str]:
-    """Fill `images`, (N, H, W, 3) uint8; returns what is wrong with those that cannot be decoded, by row."""
-    side = images.shape[1]
+    """Fill `images`, (N, H, W, 3) uint8; returns what is wrong with each image not decoded, by its row."""
+    resolution = images.shape[1]
     bad: dict[int, str] = {}
 
     def decode_one(row: int, content: bytes) -> None:
         try:
-            images[row] = decode(io.BytesIO(content), side)
+            images[row] = decode(io.BytesIO(content), resolution)
         except ValueError as error:
             bad[row] = str(error)
 
@@ -226,20 +219,20 @@ def _decode(samples: Sequence[Sample], images: np.ndarray, name: str) -> dict[in
             except ValueError as error:
                 bad[row] = str(error)
                 continue
-            if is_plain(content, side):
+            if is_plain(content, resolution):
                 plain[row] = content
             else:
                 decode_one(row, content)
         try:
             if plain:
                 images[list(plain)] = decode_plain([*plain.values()])
-        except (ImportError, RuntimeError):  # no DALI, or it fails on one of them
+        except (ImportError, RuntimeError):  # no DALI, or it fails on one of the files
             for row, content in plain.items():
                 decode_one(row, content)
 
-    executor = ThreadPoolExecutor(cpu_cores())  # Pillow's decoders let go of the interpreter lock
+    executor = ThreadPoolExecutor(cpu_cores())  # Pillow's decoders release the GIL
     with warnings.catch_warnings(), show_count(name, len(samples)) as show:
-        warnings.simplefilter("ignore")  # Pillow's, of odd metadata
+        warnings.simplefilter("ignore")  # Pillow's, about odd metadata
         try:
             starts = range(0, len(samples), BATCH_SIZE)
             for start, _ in zip(starts, executor.map(decode_some, starts), strict=True):
@@ -250,7 +243,7 @@ def _decode(samples: Sequence[Sample], images: np.ndarray, name: str) -> dict[in
 
 
 def _content(sample: Sample) -> bytes:
-    """The file's piece that is the image. Raises ValueError."""
+    """Read the bytes of an image. Raises ValueError if they are too many or cannot be read."""
     if sample.size > FILE_BYTES_MAX:
         raise ValueError(f"{sample.size:,} bytes, over the limit of {FILE_BYTES_MAX:,}")
     try:
@@ -263,22 +256,23 @@ def _content(sample: Sample) -> bytes:
 
 # The cache
 class _NotForTheCacheError(Exception):
-    """Some images could not be decoded: the file must not become the cache."""
+    """Some images could not be decoded, so the file must not become the cache."""
 
 
 def _decode_to_file(
     source: Source, samples: Sequence[Sample], train: int, cache: Path, key: bytes, shape: tuple[int, ...]
 ) -> tuple[np.ndarray | None, dict[int, str]]:
-    """Decode into a file and make it the cache, if there is room for it, and none is bad.
+    """Decode into a file and make it the cache, if there is room for it and no image is bad.
 
-    Returns no images where they are in the cache now, or had no room; otherwise those of a file without a
-    name, and what is wrong with the bad ones. The first `train` samples are the training images.
+    Returns None if the images are in the cache now, or if there was no room; otherwise the images, mapped
+    from an unlinked file, and what is wrong with the bad ones. The first `train` samples are the training
+    images.
     """
     images, bad = None, {}
 
     def write(file: BinaryIO) -> None:
         nonlocal images, bad
-        if hasattr(os, "posix_fallocate"):  # a full disk says so now, and does not kill the process later
+        if hasattr(os, "posix_fallocate"):  # fail on a full disk now, instead of being killed later
             os.posix_fallocate(file.fileno(), 0, math.prod(shape))
         else:
             file.truncate(math.prod(shape))
@@ -305,7 +299,7 @@ def _decode_to_file(
 def _read_cache(
     path: Path, key: bytes, shape: tuple[int, ...]
 ) -> tuple[np.ndarray, tuple[Channels, Channels]] | None:
-    """The mapped pixels and the training images' mean and std; None for a torn file or another key."""
+    """Map the pixels, and return them with the training images' mean and std; None if corrupt or outdated."""
     size = math.prod(shape)
     digest = hashlib.sha256()
     with suppress(OSError), path.open("rb") as file:
@@ -319,13 +313,13 @@ def _read_cache(
         file.seek(0)
         for start in range(
             0, size, READ_BYTES
-        ):  # read, not mapped: what is mapped counts as the process's memory
+        ):  # read, not mapped: mapped pages count as the process's memory
             digest.update(file.read(min(READ_BYTES, size - start)))
         digest.update(facts)
         file.seek(FACTS.size, os.SEEK_CUR)
         if file.read() == digest.digest():
             mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-            if hasattr(mmap, "MADV_RANDOM"):  # else the system reads 30 images more beside each one
+            if hasattr(mmap, "MADV_RANDOM"):  # otherwise the system reads ahead 30 images for each one
                 mapped.madvise(mmap.MADV_RANDOM)
             images = np.frombuffer(mapped, np.uint8).reshape(shape)
             return images, (tuple(figures[:3]), tuple(figures[3:]))
@@ -333,7 +327,7 @@ def _read_cache(
 
 
 def _key(samples: Sequence[Sample], shape: tuple[int, ...]) -> bytes:
-    """A hash of all that decides what the pixels are, and in which order."""
+    """Return a hash of everything that decides the pixels and their order."""
     digest = hashlib.sha256(f"{DECODER}, {shape}".encode())
     for sample in samples:
         identity = (sample.name, sample.label, sample.in_test, sample.offset, sample.size, sample.mtime_ns)
@@ -346,15 +340,17 @@ def _cache_bytes_max() -> int:
     try:
         return int(float(text) * 2**30)
     except (ValueError, OverflowError) as error:
-        raise UserError(f"{CACHE_VARIABLE}={text}: expected how many GiB of pixels to cache, as 1") from error
+        raise UserError(
+            f"{CACHE_VARIABLE}={text}: expected how many GiB of pixels to cache, such as 1"
+        ) from error
 
 
 def _require_memory(size: int, place: str) -> None:
-    """Raise UserError if so many bytes of pixels would take more than half of the memory."""
+    """Raise UserError if `size` bytes of pixels would take more than half of the memory."""
     with suppress(AttributeError, ValueError, OSError):  # not on Windows
         if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2:
             gib = size / 2**30
             raise UserError(
-                f"{place}: its decoded images, {gib:,.1f} GiB, would fill the memory; "
+                f"{place}: the decoded images, {gib:,.1f} GiB, would fill the memory; "
                 f"{CACHE_VARIABLE}={math.ceil(gib)} keeps them on the disk of --data-dir, if no file is bad"
             )

@@ -1,4 +1,4 @@
-"""The published sets: where each comes from, and what its files hold."""
+"""The published releases of CIFAR: where each comes from, and what its files hold."""
 
 import math
 from collections.abc import Mapping
@@ -9,17 +9,18 @@ Channels = tuple[float, float, float]
 
 IMAGE_SHAPE = (32, 32, 3)
 PLANES_SHAPE = (3, 32, 32)
-"""Of an image in a file: a plane of red, one of green, one of blue."""
+"""The shape of an image in memory, and in a file: there, a plane of red, one of green, one of blue."""
 
 
 @dataclass(frozen=True)
 class Release:
-    """One published set: where it comes from, and what its files hold.
+    """One published release: where it comes from, and what its files hold.
 
-    sha256: of every file with records; the last is the test file, the others have equally many images each.
-    label_bytes: before a record's pixels; the last of them is the label.
-    classes: their names, should `classes_file` be lacking; empty where that file is needed.
-    mean, std: over the pixels of the training images, as the field quotes them; None where nobody agrees.
+    sha256: that of every file with images, by name; the last is the test file, the others hold the same
+    number of images each.
+    label_bytes: bytes before an image's pixels; the last of them is the label.
+    classes: names to use if `classes_file` is missing; empty if that file is required.
+    mean, std: those of the training images' pixels, as publications quote them; None if they disagree.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Release:
 
     @property
     def record_bytes(self) -> int:
+        """Bytes of one label and image in a file."""
         return self.label_bytes + math.prod(IMAGE_SHAPE)
 
     @property
@@ -57,14 +59,15 @@ class Release:
         return self.url.rsplit("/", 1)[1]
 
     def file_bytes(self, name: str) -> int:
+        """Return the size in bytes of one of the files, as released."""
         is_test = name == self.test_file
         count = self.test_images if is_test else self.train_images // len(self.train_files)
         return count * self.record_bytes
 
 
-# The releases' page gives the archives' md5, and no checksum of the files inside. Those are the ones that the
-# Ruby package torchvision checks on every read; two unrelated projects found the same one for CIFAR-10's test
-# file.
+# The releases' page gives the md5 of the archives, but no checksum of the files inside. The SHA-256 here are
+# those that the Ruby package torchvision checks on every read; two unrelated projects found the same one for
+# CIFAR-10's test file.
 CIFAR10 = Release(
     name="CIFAR-10",
     folder="cifar-10-batches-bin",
@@ -102,4 +105,4 @@ CIFAR100 = Release(
 )
 
 RELEASES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
-"""By the names that `--data` knows."""
+"""The releases by their names in `--data`."""

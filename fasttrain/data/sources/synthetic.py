@@ -1,11 +1,12 @@
-"""A generated stand-in for CIFAR-10, in the same files: for tests, and for a machine without a network.
+"""A generated stand-in for CIFAR-10 in the same file format, for tests and for machines without a network.
 
-Ten classes of texture and shape, each at a random place, size and phase, in two random colours under a random
-ramp of light and noise. Which of the two colours is the brighter is a coin toss, so the mean image of every
-class is the same grey: a linear classifier on pixels learns little, while a small convolutional network soon
-learns nearly all. A horizontal flip turns no class into another: diagonals of both directions are one class.
+Ten classes of textures and shapes, each at a random place, size and phase, in two random colours under a
+random ramp of light and noise. A coin toss decides which of the two colours is brighter, so the mean image of
+every class is the same grey: a linear classifier on pixels learns little, while a small convolutional network
+soon learns nearly everything. A horizontal flip never changes the class: diagonals in both directions are one
+class.
 
-Figures reached on this set say that the code works, and nothing about CIFAR-10.
+Results on this data set show that the code works, and nothing about CIFAR-10.
 """
 
 import json
@@ -19,26 +20,16 @@ from fasttrain.errors import UserError
 from fasttrain.system.files import new_folder
 
 NAME = "synthetic"
-
-
-GENERATOR = 1  # raise it when a change below changes the images: an old set must not pass for a new one
-
-
+GENERATOR = 1  # raise it when a change below changes the images: an old set must not be taken for a new one
 SIDE = 32
-
-
-CHUNK = 500  # images drawn at once: bounds the memory
-
-
-NOISE = 24  # standard deviation in 8-bit steps: enough that the first epochs still err
-
-
+CHUNK = 500  # images generated at once: bounds the memory
+NOISE = 24  # standard deviation in 8-bit steps: enough that the first epochs still make mistakes
 SQRT_2 = np.float32(2**0.5)
 
-
-# A pattern maps pixel coordinates around a random centre, x (N, 1, 32) and y (N, 32, 1), to a figure that is
-# positive inside and negative outside; `images` clips it to -0.5..0.5, which leaves soft edges. `scale` and
-# `phase`, (N, 1, 1), are half of an object's radius or of a texture's period in pixels, and 0..2 pi.
+# A pattern maps pixel coordinates around a random centre, x (N, 1, 32) and y (N, 32, 1), to a value that is
+# positive inside and negative outside; `images` clips it to -0.5..0.5, which leaves soft edges. `scale`, (N,
+# 1, 1), is half of an object's radius or of a texture's period in pixels; `phase`, (N, 1, 1), is from 0 to 2
+# pi.
 Pattern = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -52,7 +43,7 @@ def _diagonal(x: np.ndarray, y: np.ndarray, scale: np.ndarray, phase: np.ndarray
 
 
 def _box(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Distance from the centre along the farther axis: below r inside a square of side 2r."""
+    """Return the distance from the centre along the farther axis: below r inside a square of side 2r."""
     return np.maximum(abs(x), abs(y))
 
 
@@ -79,12 +70,12 @@ PATTERNS: dict[str, Pattern] = {
 
 
 def generate(root: Path, train_count: int = 10_000, test_count: int = 2_000, seed: int = 0) -> None:
-    """Write the set into root/cifar-10-batches-bin, which appears whole or not at all.
+    """Write the data set into root/cifar-10-batches-bin, which appears complete or not at all.
 
     The same arguments give the same bytes on one machine; NumPy's sine may differ in its last bit on another.
-    Does nothing where a set of the same arguments is finished.
+    Does nothing if a data set with the same arguments exists already.
     Raises ValueError for fewer than 5 training images or 1 test image, as no file may be empty; UserError if
-    the folder holds anything else or cannot be written.
+    the folder holds anything else or cannot be written to.
     """
     if train_count < len(cifar.CIFAR10.train_files) or test_count < 1:
         raise ValueError(f"expected train_count >= 5 and test_count >= 1, got {train_count} and {test_count}")
@@ -116,7 +107,7 @@ def generate(root: Path, train_count: int = 10_000, test_count: int = 2_000, see
 
 
 def images(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One image of each label's pattern. labels: (N,) uint8. Returns (N, 3, 32, 32) uint8."""
+    """Draw one image of each label's pattern. labels: (N,) uint8. Returns (N, 3, 32, 32) uint8."""
     count = len(labels)
 
     def uniform(low: float, high: float, *shape: int) -> np.ndarray:
@@ -132,7 +123,7 @@ def images(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         inside[mine] = pattern(x[mine], y[mine], scale[mine], phase[mine])
     np.clip(inside, -0.5, 0.5, out=inside)
 
-    # A direction in colour space has no preferred sign: light on dark is as likely as dark on light.
+    # The sign of a direction in colour space is random: light on dark is as likely as dark on light.
     direction = rng.standard_normal((count, 3, 1, 1), np.float32)
     contrast = direction / np.linalg.norm(direction, axis=1, keepdims=True) * uniform(50, 150, 1, 1, 1)
     ramp = uniform(-2, 2, 3, 1, 1) * x[:, None] + uniform(-2, 2, 3, 1, 1) * y[:, None]

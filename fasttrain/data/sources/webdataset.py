@@ -1,10 +1,10 @@
-"""Shards of a user's own images, tar files in WebDataset's layout, as the data set that every loader takes.
+"""A user's own images in shards, tar files in WebDataset's layout, as a Dataset.
 
-A sample is the members of one key, `<key>.<extension>`: an image (jpg, jpeg, png, bmp, webp) and `<key>.cls`,
-its class, as a name or as a number. Members of other extensions are left alone.
+A sample consists of the members with one key, `<key>.<extension>`: an image (jpg, jpeg, png, bmp, webp) and
+`<key>.cls`, its class, as a name or a number. Members with other extensions are ignored.
 
 Shards with the word test or val in their name, as in `pets-{train,val}-{000..009}.tar`, hold the test images;
-without any data/decoded.py splits. Nothing is unpacked: of each shard only the members' places are noted.
+if there are none, pixel_cache.py splits. Nothing is unpacked: only the positions of the members are noted.
 """
 
 import dataclasses
@@ -22,20 +22,10 @@ from fasttrain.data.sources.pixel_cache import CLASSES_MAX, Sample, Source, read
 from fasttrain.errors import UserError
 
 IMAGES, LABEL = ("jpg", "jpeg", "png", "bmp", "webp"), "cls"
-
-
 CLASSES_FILE = "classes.txt"
-
-
 TEST = {"test", "val"}
-
-
 SHARDS_MAX = 100_000
-
-
 LABEL_BYTES_MAX = 1024
-
-
 Members = dict[str, dict[str, tarfile.TarInfo]]
 
 
@@ -47,13 +37,13 @@ def read(
     skip_bad: bool = False,
     log: Callable[[str], object] = print,
 ) -> Dataset:
-    """Decode the shards that a pattern names, or take their pixels from the cache, as data/decoded.py does.
+    """Decode the shards that a pattern names, or take their pixels from the cache, as folder.read does.
 
     pattern: a path with `{000..009}` and `{train,val}`. The split depends on `<shard>/<key>`.
-    Classes are the lines of a `classes.txt` in the folder of the shards, where a number counts from 0;
-    without it the names that the training samples have, sorted, or the numbers from 0 to the largest.
-    cache_dir: where the pixels are kept, a file per pattern and resolution.
-    Raises UserError for bad shards and samples, and for a class without images.
+    Classes are the lines of a `classes.txt` next to the shards, numbered from 0; without that file, the
+    sorted names in the training samples, or the numbers from 0 to the largest.
+    cache_dir: where the pixels are kept, one file per pattern and resolution.
+    Raises UserError for bad shards or samples, or a class without images.
     """
     place = f"--data webdataset:{pattern}"
     shards = [Path(os.path.abspath(name)) for name in expand(str(pattern), place)]
@@ -67,9 +57,9 @@ def read(
 
 
 def expand(pattern: str, place: str) -> list[str]:
-    """Every path that a pattern names: {08..10} are numbers of equal width, {a,b} words.
+    """Return every path that a pattern names: {08..10} stands for numbers of equal width, {a,b} for words.
 
-    Raises UserError for braces that are neither, or for too many shards.
+    Raises UserError for braces that are neither, or for more than SHARDS_MAX shards.
     """
     choices: list[Sequence[str]] = []
     count = 1
@@ -86,17 +76,19 @@ def expand(pattern: str, place: str) -> list[str]:
             choices.append(braced.split(","))
             count *= len(choices[-1])
         else:
-            raise UserError(f"{place}: {{{braced}}} is no choice; expected {{000..009}} or {{train,val}}")
+            raise UserError(
+                f"{place}: {{{braced}}} is not understood; expected {{000..009}} or {{train,val}}"
+            )
     if count > SHARDS_MAX:
         raise UserError(f"{place}: names {count:,} shards; expected at most {SHARDS_MAX:,}")
     paths = ["".join(parts) for parts in product(*choices)]
     if pattern.count("{") != pattern.count("}") or len(set(paths)) != len(paths):
-        raise UserError(f"{place}: its braces do not match, or name a shard twice")
+        raise UserError(f"{place}: the braces do not match, or name a shard twice")
     return paths
 
 
 def _list(shards: Sequence[Path], root: Path, place: str) -> Source:
-    """All samples of all shards."""
+    """Return all samples of all shards."""
     found: list[tuple[Sample, str]] = []
     bad: list[tuple[str, str]] = []
     for shard in shards:
@@ -117,7 +109,7 @@ def _list(shards: Sequence[Path], root: Path, place: str) -> Source:
         first = f"; {bad[0][0]}: {bad[0][1]}" if bad else ""
         raise UserError(
             f"{place}: {len(classes):,} classes in {len(trained):,} training samples{first}; "
-            f"expected images with a .cls beside each, and 2 to {CLASSES_MAX:,} classes"
+            f"expected images with a .cls next to each, and 2 to {CLASSES_MAX:,} classes"
         )
     samples = []
     for sample, text in found:
@@ -137,7 +129,10 @@ def _list(shards: Sequence[Path], root: Path, place: str) -> Source:
 
 
 def _classes(trained: Iterable[str], file: Path) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The classes' names, and the label of every text that stands for one; trained: the training samples'."""
+    """Return the names of the classes, and the label that each text in a .cls stands for.
+
+    trained: the texts of the training samples.
+    """
     texts = set(trained)
     numbers = all(text.isdigit() for text in texts)
     if file.is_file():
@@ -153,12 +148,12 @@ def _classes(trained: Iterable[str], file: Path) -> tuple[tuple[str, ...], dict[
 
 
 def _samples(shard: Path, name: str, in_test: bool, bad: list[tuple[str, str]]) -> list[tuple[Sample, str]]:
-    """A shard's samples, still without a label, each with the class that it gives; what is wrong goes to bad.
+    """Return a shard's samples, still unlabelled, each with the text of its .cls; bad ones go to `bad`.
 
     Raises OSError if the file cannot be read.
     """
     if not shard.is_file() and shard.exists():
-        bad.append((name, "no plain file"))  # a pipe would wait for ever
+        bad.append((name, "not a regular file"))  # a pipe would block forever
         return []
     found = []
     with shard.open("rb") as file:
@@ -172,11 +167,11 @@ def _samples(shard: Path, name: str, in_test: bool, bad: list[tuple[str, str]]) 
             image = images[0]
             where = f"{name}: {image.name}"
             if len(images) > 1:
-                bad.append((where, f"{len(images)} images of one key"))
+                bad.append((where, f"{len(images)} images with one key"))
             elif image.size == 0:
                 bad.append((where, "empty"))
             elif LABEL not in members:
-                bad.append((where, f"no label; expected {key}.{LABEL} beside it"))
+                bad.append((where, f"no label; expected {key}.{LABEL} next to it"))
             elif (text := _text(file, members[LABEL])) is None:
                 bad.append(
                     (f"{name}: {members[LABEL].name}", "no label; expected the name or number of a class")
@@ -197,11 +192,11 @@ def _samples(shard: Path, name: str, in_test: bool, bad: list[tuple[str, str]]) 
 
 
 def _members(file: BinaryIO, name: str, bad: list[tuple[str, str]]) -> Members:
-    """The whole members of a shard that belong to samples, by key and extension."""
+    """Return the complete members of a shard that belong to samples, by key and extension."""
     members: Members = {}
     size = os.fstat(file.fileno()).st_size
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:  # not compressed: images are read where they lie
+        with tarfile.open(fileobj=file, mode="r:") as tar:  # uncompressed: images are read in place
             for member in tar:
                 folder, _, last = member.name.rpartition("/")
                 stem, _, extension = last.partition(".")
@@ -213,25 +208,25 @@ def _members(file: BinaryIO, name: str, bad: list[tuple[str, str]]) -> Members:
                 if member.offset_data + member.size > size:
                     bad.append((where, "truncated"))
                 elif not member.isreg() or member.issparse():
-                    bad.append((where, "no plain file"))
+                    bad.append((where, "not a regular file"))
                 elif extension in mine:
-                    bad.append((where, "its key is there twice"))
+                    bad.append((where, "its key occurs twice"))
                 else:
                     mine[extension] = member
             end = tar.offset
     except tarfile.TarError as error:
-        bad.append((name, f"no whole tar file, or a compressed one: {error}"))
+        bad.append((name, f"not a complete, uncompressed tar file: {error}"))
         return members
     file.seek(end)
     if (
         file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE
-    ):  # tarfile takes any rubbish for the end
-        bad.append((name, f"truncated or damaged after {end:,} bytes"))
+    ):  # tarfile takes any garbage for the end
+        bad.append((name, f"truncated or corrupt after {end:,} bytes"))
     return members
 
 
 def _text(file: BinaryIO, label: tarfile.TarInfo) -> str | None:
-    """What a label says: one printable line; a number without leading zeros."""
+    """Read a label: one printable line, a number without leading zeros; None if it is neither."""
     if label.size > LABEL_BYTES_MAX:
         return None
     file.seek(label.offset_data)
