@@ -101,7 +101,7 @@ gpu-report: setup  ## run every benchmark in one visit to a GPU: RESULTS= ARGS="
 soak: setup  ## kill and resume trainings, damage and read files, for minutes: RESULTS= ARGS=
 	$(measure) tests.soak $(ARGS)
 
-tables: setup  ## print the README's tables from benchmarks/results
+tables: setup  ## print the documentation's tables from benchmarks/results
 	"$(BIN)/python" -m benchmarks.tables
 
 clean:  ## remove what was installed, built and cached; runs/ and data/ stay
