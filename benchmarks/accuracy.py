@@ -30,7 +30,7 @@ from benchmarks.harness import require_counts, run, save, show, software
 from benchmarks.stats import compare, describe, mean_interval
 from fasttrain import trainer
 from fasttrain.data.dataset import Dataset, Split, channel_statistics
-from fasttrain.data.load import load_dataset
+from fasttrain.data.load_dataset import load_dataset
 from fasttrain.errors import Interrupted, UserError
 from fasttrain.recipe import Recipe, flag, load_recipe
 from fasttrain.report.run import Run, load_run

@@ -25,7 +25,7 @@ from benchmarks.harness import run, save, show
 from benchmarks.stats import describe
 from fasttrain import trainer
 from fasttrain.data.dataset import Dataset, Split
-from fasttrain.data.load import load_dataset
+from fasttrain.data.load_dataset import load_dataset
 from fasttrain.errors import UserError
 from fasttrain.recipe import Recipe, load_recipe
 from fasttrain.system.machine import pick_device

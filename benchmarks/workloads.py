@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrain.data.build import LoaderName, build_loader, pick_loader
+from fasttrain.data.build_loader import LoaderName, build_loader, pick_loader
 from fasttrain.data.dataset import Dataset, Split
 from fasttrain.data.loader import Loader
 from fasttrain.distributed import World

@@ -60,7 +60,7 @@ def find_lr(args: Sequence[str]) -> int:
 def summary(args: Sequence[str]) -> int:
     options = _parse(SummaryOptions, "summary", args)
     from fasttrain.model import build_model
-    from fasttrain.report.summary import epoch_floor, summary
+    from fasttrain.report.network_table import epoch_floor, summary
     from fasttrain.system.machine import pick_device
 
     device = pick_device(options.device)
@@ -197,7 +197,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 
 
 def _load(options: DataOptions, resolution: int) -> "Dataset":
-    from fasttrain.data.load import load_dataset
+    from fasttrain.data.load_dataset import load_dataset
 
     return load_dataset(options.data, options.data_dir, resolution=resolution, skip_bad=options.skip_bad)
 

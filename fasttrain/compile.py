@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fasttrain.errors import UserError
 from fasttrain.model import training_flop_per_image
-from fasttrain.recipe import Recipe
 from fasttrain.step import TrainStep
 from fasttrain.system.files import write_atomically, write_json
 
@@ -134,7 +133,6 @@ def compile_step(
 
 def pick_final_mode(
     step: TrainStep,
-    recipe: Recipe,
     compile_mode: str | None,
     cache: CompileCache,
     matmul_tflops: float,
@@ -152,7 +150,7 @@ def pick_final_mode(
     """
     if kept is not None:
         return None if kept == "off" else compile_mode and kept
-    if compile_mode is None or recipe.compile != "auto":
+    if compile_mode is None or step.recipe.compile != "auto":
         return compile_mode
     own = estimate_compile(step, cache, matmul_tflops, *example)
     estimate = step.world.broadcast(lambda: own)

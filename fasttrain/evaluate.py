@@ -50,7 +50,7 @@ class Evaluation:
 
     @property
     def accuracy_flip(self) -> float | None:
-        """Accuracy of flip_predictions_N: a second figure, never a replacement for the first."""
+        """Accuracy of flip_predictions_N: reported beside accuracy, never instead of it."""
         if self.flip_predictions_N is None:
             return None
         return (self.flip_predictions_N == self.labels_N).double().mean().item()
@@ -65,14 +65,18 @@ class Evaluation:
         figures = []
         confusion_KK = self.confusion_KK(num_classes)
         for label, row_K in enumerate(confusion_KK):
-            correct, images, claims = int(row_K[label]), int(row_K.sum()), int(confusion_KK[:, label].sum())
+            correct, images, predicted = (
+                int(row_K[label]),
+                int(row_K.sum()),
+                int(confusion_KK[:, label].sum()),
+            )
             others_K = row_K.clone()
             others_K[label] = 0
             figures.append(
                 ClassFigures(
                     images=images,
                     recall=correct / images if images else None,
-                    precision=correct / claims if claims else None,
+                    precision=correct / predicted if predicted else None,
                     taken_for=int(others_K.argmax()) if others_K.any() else None,
                 )
             )

@@ -15,21 +15,22 @@ BASE_MOMENTUM, MAX_MOMENTUM = 0.85, 0.95
 def build_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
     """Build fused Adam or AdamW, or Muon, with weight decay only on convolution and linear weights.
 
-    BatchNorm's parameters and all biases are one-dimensional: decaying them does not regularise the network.
+    Muon rescales the convolutions at every step, so they have no weight decay; neither have BatchNorm's
+    parameters and the biases, as is usual.
     BatchNorm's biases form a separate group only if the recipe gives them another rate, since a fused kernel
     runs once per group, and a checkpoint identifies parameters by their position in the groups.
     Source: arXiv:1711.05101; Goyal et al. 2017, arXiv:1706.02677, section 5.3.
     """
     weights = [p for p in model.parameters() if p.dim() > 1]
-    apart = _batch_norm_biases(model) if recipe.bn_bias_lr_scale != 1 else []
-    known = {id(p) for p in apart}
-    others = [p for p in model.parameters() if p.dim() <= 1 and id(p) not in known]
+    scaled_biases = _batch_norm_biases(model) if recipe.bn_bias_lr_scale != 1 else []
+    scaled_ids = {id(p) for p in scaled_biases}
+    others = [p for p in model.parameters() if p.dim() <= 1 and id(p) not in scaled_ids]
     groups: list[dict[str, Any]] = [
         {"params": weights, "weight_decay": recipe.weight_decay, "lr_scale": 1.0},
         {"params": others, "weight_decay": 0.0, "lr_scale": 1.0},
     ]
-    if apart:
-        groups.append({"params": apart, "weight_decay": 0.0, "lr_scale": recipe.bn_bias_lr_scale})
+    if scaled_biases:
+        groups.append({"params": scaled_biases, "weight_decay": 0.0, "lr_scale": recipe.bn_bias_lr_scale})
     if recipe.optimizer == "muon":
         groups[0]["params"] = [p for p in weights if p.dim() != 4]
         filters = [p for p in weights if p.dim() == 4]
@@ -41,12 +42,13 @@ def build_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.
 class Muon(torch.optim.AdamW):
     """Muon for the last group, the convolutions' filters; fused AdamW for the groups before it.
 
-    The filters of a convolution form a matrix with one row per filter. An update is the momentum with its
-    singular values brought near 1, so that no direction lags behind, times the rate. Before the update, the
-    matrix is scaled to the norm of one with orthonormal rows: BatchNorm cancels that, and the rate becomes
-    the share of the weights that is renewed.
-    It never waits for the device and reads rates that are tensors as tensors, so it can be captured.
-    Matrix products use the precision of the surrounding autocast.
+    The filters of a convolution form a matrix with one row per filter. An update is the momentum with all its
+    singular values brought near 1, so that it moves equally far in every direction. Before the update, the
+    matrix is scaled to the norm of one with orthonormal rows: BatchNorm cancels that, and the learning rate
+    becomes the share of the weights that is replaced.
+    It never waits for the device and reads rates that are tensors as tensors, so it can be captured; but with
+    fp16 the gradient scaler waits at every step. Matrix products use the precision of the current autocast.
+    Axis suffixes: F filters, C channels, H rows, W columns, X the axes after F flattened together.
     Source: K. Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", and the settings
     of cifar10-airbench's Muon trainer.
     """
@@ -62,18 +64,19 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        *others, filters = groups = self.param_groups
-        self.param_groups = others
+        groups = self.param_groups
+        *others, filters = groups
+        self.param_groups = others  # AdamW must not see the filters
         try:
             loss = super().step(closure)
         finally:
             self.param_groups = groups
         for parameter in filters["params"]:
             if parameter.grad is not None:
-                self._renew(parameter, filters["lr"])
+                self._update_filters(parameter, filters["lr"])
         return loss
 
-    def _renew(self, filters_FCHW: Tensor, lr: float | Tensor) -> None:
+    def _update_filters(self, filters_FCHW: Tensor, lr: float | Tensor) -> None:
         gradient, state = filters_FCHW.grad, self.state[filters_FCHW]
         if not state:
             state["momentum"] = torch.zeros_like(filters_FCHW)
@@ -85,14 +88,17 @@ class Muon(torch.optim.AdamW):
 
 
 def state_example(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
-    """Return a state like the optimizer's after a step, by parameter index; only names and shapes matter."""
-    places = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    """Return what the optimizer's state looks like after a step, by parameter index: names and shapes.
+
+    A checkpoint is checked against it.
+    """
+    pairs = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
     by_muon = optimizer.param_groups[-1] if isinstance(optimizer, Muon) else None
     return {
-        place: {"momentum": parameter}
+        index: {"momentum": parameter}
         if group is by_muon
         else {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-        for place, (group, parameter) in enumerate(places)
+        for index, (group, parameter) in enumerate(pairs)
     }
 
 

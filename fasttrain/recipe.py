@@ -32,11 +32,11 @@ class Recipe:
     max_lr: float | Literal["auto"] = 0.01
     """Peak learning rate of the one-cycle schedule; auto runs the LR finder before the training."""
     weight_decay: float = 0.2
-    """Weight decay on convolution and linear weights; BatchNorm and biases have none."""
+    """Weight decay on convolution and linear weights; with muon only on linear ones. The rest has none."""
     label_smoothing: float = 0.1
     """Share of the target spread evenly over all classes (arXiv:1512.00567)."""
     dropout: float = 0.0
-    """Dropout after every activation; at 0 the modules stay in the network."""
+    """Dropout after every activation."""
 
     width: int = 64
     """Channels of the network's first convolution; the others have two, four and eight times as many."""
@@ -49,11 +49,11 @@ class Recipe:
     bn_bias_lr_scale: float = 1.0
     """Learning rate of BatchNorm's biases, as a multiple of the schedule's."""
     muon_lr_scale: float = 10.0
-    """With muon: learning rate of convolutions, as a multiple of the schedule's: a step renews that share."""
+    """With muon: the share of a convolution's weights that a step replaces, over the schedule's rate."""
     logit_scale: float = 1.0
     """Factor for the last layer's outputs."""
     ema_epochs: float = 0.0
-    """Evaluate and save an average of the weights over about this many last epochs; 0 turns it off."""
+    """Evaluate and save an average of the weights over roughly this many last epochs; 0 turns it off."""
 
     pct_start: float = 5 / 24
     """Share of all steps before the peak of the schedule: 5/24 peaks at epoch 5 of 24."""
@@ -181,7 +181,7 @@ def _require_type(field: str, value: object, wanted: Any) -> None:
 
 # A short schedule: more of what helps when there is little time, small batches for more steps, no cutout and
 # a small crop padding, which both need more epochs, and a small logit scale, which keeps AdamW from changing
-# the last layer too fast. The cutout was chosen by ablation (python -m benchmarks.recipes); batch size, crop
+# the last layer too fast. The cutout was chosen by ablation (python -m benchmarks.accuracy); batch size, crop
 # and logit_scale by a few pairs of runs; the weight decay from the number of steps. The other values are
 # those of the literature (arXiv:2404.00498): no difference found so far could be distinguished from chance.
 _FAST = Recipe(

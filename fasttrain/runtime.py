@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fasttrain.data.build import LoaderName, pick_loader
+from fasttrain.data.build_loader import LoaderName, pick_loader
 from fasttrain.recipe import Recipe
 from fasttrain.system.compiler import pick_compile_mode
 from fasttrain.system.precision import DTYPES, pick_precision, prepare

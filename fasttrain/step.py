@@ -1,4 +1,7 @@
-"""One training step: autocast, loss, backward, optimizer, schedule. A step never waits for the device."""
+"""One training step: autocast, loss, backward, optimizer, schedule.
+
+A step never waits for the device, except with fp16 and Muon, where the gradient scaler does.
+"""
 
 import functools
 import time
@@ -25,8 +28,8 @@ from fasttrain.system.rng import fork_rng
 class TrainStep:
     """Called with a batch, it updates the model, and adds loss and correct predictions to sums on the device.
 
-    runtime: device and precision; fp16 gets a gradient scaler. With its cuda_graph, the step is captured once
-    and replayed from then on.
+    runtime: device and precision; fp16 gets a gradient scaler. With its cuda_graph, the step is captured and
+    then replayed until the resolution changes.
     max_lr: the schedule's peak. total_steps: the schedule's length.
     world: the ranks that train together. Each rank passes its own part of the batch; gradients, metrics and
     the detection of NaN cover all ranks.
@@ -57,10 +60,10 @@ class TrainStep:
         self._captures = runtime.cuda_graph
         self._replay: Callable[[Tensor, Tensor], None] | None = None
         self._captured_resolution = 0
-        # A captured update reads its rate from a tensor. Fused Adam takes beta1 only as a number, and a
-        # scaler counts on the host: if either changes from step to step, the update runs after the replay.
-        self._updates_in_work = not self._captures or not (self.scaler.is_enabled() or recipe.cycle_momentum)
-        if self._captures and self._updates_in_work:
+        # A captured update reads its rate from a tensor. But fused Adam takes beta1 only as a number, and a
+        # scaler counts on the host: with cycle_momentum or fp16 the graph ends before the update.
+        self._captures_update = not self._captures or not (self.scaler.is_enabled() or recipe.cycle_momentum)
+        if self._captures and self._captures_update:
             for group in self.optimizer.param_groups:
                 group["lr"], group["capturable"] = torch.tensor(group["lr"], device=device), True
         self._lr = max_lr
@@ -103,7 +106,7 @@ class TrainStep:
             self.average.set_step(self.step)
         work = self._replay or functools.partial(self._work, resolution=resolution)
         work(images_NCHW, labels_N)
-        if not self._updates_in_work:
+        if not self._captures_update:
             self._update()
         self._images += len(labels_N)
         self.step += 1
@@ -117,7 +120,7 @@ class TrainStep:
         return means
 
     def peek_metrics(self) -> tuple[float, float] | None:
-        """Return the same for this rank, as of a moment ago, without waiting; None if unknown so far."""
+        """Return this rank's mean loss and accuracy so far, slightly out of date, without waiting."""
         return self._peek(self._sums[:2], self._images)
 
     def diverged(self) -> int | None:
@@ -183,7 +186,7 @@ class TrainStep:
         """Return everything that the next step and the next metrics depend on, except eval_model."""
         return {
             **({"trained_model": self.model.state_dict()} if self.average else {}),
-            # Before the first step a warm-up may have left zeros: the same to the optimizer as no state.
+            # A warm-up before the first step leaves zeros, which mean the same as no state: save none.
             "optimizer": self.optimizer.state_dict() | ({} if self.step else {"state": {}}),
             "scheduler": {"step": self.step, "total_steps": self.total_steps, "max_lr": self.max_lr},
             "scaler": self.scaler.state_dict(),
@@ -216,7 +219,7 @@ class TrainStep:
     def _work(self, images_NCHW: Tensor, labels_N: Tensor, resolution: int) -> None:
         """Do the device's part of a step, except for an update that cannot be captured."""
         logits_NK, loss = self._forward_backward(shrink(images_NCHW, resolution), labels_N)
-        if self._updates_in_work:
+        if self._captures_update:
             self._update()
         correct = (logits_NK.argmax(1) == labels_N).sum()
         loss_sum = loss * len(labels_N)
@@ -233,7 +236,7 @@ class TrainStep:
     def _forward_backward(self, images_NCHW: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits and mean loss, both detached; the gradients are left on the parameters."""
         self.model.train()
-        # Here, not after the update: a replay writes gradients to the addresses of the capture.
+        # Before the backward pass, not after the update: the graph has to allocate the gradients itself.
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.compute_dtype):
             logits_NK = self._forward(images_NCHW)
@@ -243,7 +246,7 @@ class TrainStep:
 
     @contextmanager
     def _preserve_state(self) -> Iterator[None]:
-        """Restore everything that a step changes after the block, in the same tensors."""
+        """After the block, put back everything that a step changes, in the same tensors."""
         is_new = not self.optimizer.state
         kept = [*self.model.parameters(), *self.model.buffers(), self._sums, *self._optimizer_tensors()]
         kept += self.average.tensors if self.average else []

@@ -18,9 +18,9 @@ from fasttrain.checkpoint.resume import ResumePoint, restore_latest, resume_comm
 from fasttrain.checkpoint.state import RunState
 from fasttrain.checkpoint.writer import CheckpointWriter
 from fasttrain.compile import cache_of, compile_step, example_batch, pick_final_mode
-from fasttrain.data.build import build_loader
+from fasttrain.data.build_loader import build_loader
 from fasttrain.data.dataset import Dataset
-from fasttrain.data.load import load_dataset
+from fasttrain.data.load_dataset import load_dataset
 from fasttrain.data.loader import Loader
 from fasttrain.distributed import World
 from fasttrain.errors import DivergedError
@@ -36,7 +36,6 @@ from fasttrain.step import TrainStep
 from fasttrain.system.files import hold_folder, remove_temporaries
 from fasttrain.system.machine import describe, hardware_name, pick_device
 from fasttrain.system.memory import peak_memory_gib, report_full_memory
-from fasttrain.system.metrics import WaitTimer, watch
 from fasttrain.system.precision import pick_precision
 from fasttrain.system.rates import measure_matmul_tflops
 from fasttrain.system.run_folder import (
@@ -49,12 +48,13 @@ from fasttrain.system.run_folder import (
 )
 from fasttrain.system.run_log import RunLog, SilentLog, require_tensorboard
 from fasttrain.system.signals import catch_signals
+from fasttrain.system.throughput import WaitTimer, watch
 
 FIRST_STEPS = 5
 """Steps after which the laptop recipe estimates how long the full one would take."""
 
 MAX_ROLLBACKS = 3
-"""How often a diverged run may be rolled back and its learning rate halved."""
+"""How many times a diverged run may be rolled back, its learning rate halved each time."""
 
 
 def train(recipe: Recipe, **options: Any) -> Run:
@@ -143,11 +143,8 @@ class Trainer:
         share = self.world.share(recipe.batch_size)
         example = example_batch(share, recipe.resolution, runtime.device)
         cache = cache_of(step, hardware_name(self.machine), runtime.compile_mode, share)
-        compile_mode = pick_final_mode(
-            *(step, recipe, runtime.compile_mode, cache, matmul_tflops, example),
-            kept=origin.compile_mode,
-            log=log.print,
-        )
+        kept, wanted = origin.compile_mode, runtime.compile_mode
+        compile_mode = pick_final_mode(step, wanted, cache, matmul_tflops, example, kept=kept, log=log.print)
         self.runtime = dataclasses.replace(runtime, compile_mode=compile_mode)
         if not origin.checkpoints or is_lost(log.folder / MACHINE_FILE, log.print):
             log.write(MACHINE_FILE, self.machine | {"compile": compile_mode})
@@ -180,7 +177,9 @@ class Trainer:
         ):
             self.world.begin()
             checkpoints = CheckpointManager(
-                *(state, writer, SaveInterval.parse(opts.save_every)),
+                state,
+                writer,
+                SaveInterval.parse(opts.save_every),
                 stop_signal=stop_signal,
                 resume_command=resume_command(self.log.folder, opts),
             )
@@ -223,7 +222,7 @@ class Trainer:
         with watch(timer, self._warn_of_wait):
             for images_NCHW, labels_N in self.log.steps(timer, left, title, live_metrics):
                 step(images_NCHW, labels_N)
-                if _is_laptop(self.recipe) and step.step == min(FIRST_STEPS, step.total_steps):
+                if self._is_laptop() and step.step == min(FIRST_STEPS, step.total_steps):
                     self._estimate_full_recipe((time.perf_counter() - start) / step.step)
                 if checkpoints.due():
                     state.require_finite()  # waits for the device, so that the clock below includes its work
@@ -340,6 +339,11 @@ class Trainer:
         rate = f"{state.step.max_lr:.3g}"
         self.log.print(f"{error} Rolled back to step {state.step.step} with half the rate, {rate}")
 
+    def _is_laptop(self) -> bool:
+        """Whether a CPU trains the short recipe at full width: another width takes a different time."""
+        recipe, on_cpu = self.recipe, self.runtime.device.type == "cpu"
+        return on_cpu and recipe.name == "laptop" and recipe.width == PRESETS["default"].width
+
     def _estimate_full_recipe(self, seconds: float) -> None:
         """Print an estimate of the full recipe's time; seconds: those of one of the first steps."""
         full, step, images = PRESETS["default"], self.state.step, self.train_loader.sampler.count
@@ -381,11 +385,6 @@ def _load(opts: TrainOptions, recipe: Recipe, world: World) -> Dataset:
         skip_bad=opts.skip_bad,
         log=world.print,
     )
-
-
-def _is_laptop(recipe: Recipe) -> bool:
-    """Return whether to estimate the full recipe's time from this one, which needs the same width."""
-    return recipe.name == "laptop" and recipe.width == PRESETS["default"].width
 
 
 def _write_report(run: Run, log: RunLog, dataset: Dataset, test: Evaluation, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from fasttrain.checkpoint.file import REQUIRED
 from fasttrain.checkpoint.proof import proof_logits
-from fasttrain.data.build import build_loader
+from fasttrain.data.build_loader import build_loader
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.loader import Loader
 from fasttrain.data.sources import cifar, download

@@ -19,7 +19,7 @@ from benchmarks import all as all_benchmarks
 from benchmarks.all import Part
 from benchmarks.peers import check
 from benchmarks.research import designs, published
-from fasttrain.data.build import build_loader
+from fasttrain.data.build_loader import build_loader
 from fasttrain.data.dataset import Dataset, Split
 from fasttrain.errors import UserError
 from fasttrain.model import CustomResNet

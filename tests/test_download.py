@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fasttrain.data.load import find_dataset, load_dataset
+from fasttrain.data.load_dataset import find_dataset, load_dataset
 from fasttrain.data.sources import cifar, download, releases
 from fasttrain.errors import UserError
 from fasttrain.tools.show_data import show_dataset

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fasttrain.cli import main
 from fasttrain.data.dataset import Dataset, channel_statistics
-from fasttrain.data.load import load_dataset
+from fasttrain.data.load_dataset import load_dataset
 from fasttrain.data.sources import folder, pixel_cache
 from fasttrain.errors import UserError
 from fasttrain.tools.predict import read_image

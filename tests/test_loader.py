@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from fasttrain.data import build, load
-from fasttrain.data.build import pick_loader
+from fasttrain.data import build_loader as build_loader_module
+from fasttrain.data import load_dataset as load_dataset_module
+from fasttrain.data.build_loader import pick_loader
 from fasttrain.data.dataset import Dataset, Split
-from fasttrain.data.load import load_dataset
+from fasttrain.data.load_dataset import load_dataset
 from fasttrain.data.loader import Loader
 from fasttrain.data.sampler import Sampler
 from fasttrain.data.sources import cifar, synthetic
@@ -82,8 +83,8 @@ def test_both_give_identical_values_labels_and_strides_on_the_test_split() -> No
 def test_images_too_large_to_be_padded_in_memory_are_padded_batch_by_batch(train: bool, monkeypatch) -> None:
     dataset = random_dataset()
     expected = epoch(loader_of("dali", dataset, train=train))
-    monkeypatch.setattr(build, "PADDED_GIB_MAX", 0)
-    monkeypatch.setattr(build, "pad", lambda *_: pytest.fail("padded as a whole"))
+    monkeypatch.setattr(build_loader_module, "PADDED_GIB_MAX", 0)
+    monkeypatch.setattr(build_loader_module, "pad", lambda *_: pytest.fail("padded as a whole"))
     for (images, labels), (wanted, wanted_labels) in zip(
         epoch(loader_of("dali", dataset, train=train)), expected, strict=True
     ):
@@ -97,7 +98,7 @@ def test_images_of_another_resolution_than_the_recipes_are_refused(kind: str) ->
     with pytest.raises(UserError, match="--resolution 64: the images of random have 32 pixels a side"):
         loader_of(kind, random_dataset(), resolution=64)
     with pytest.raises(UserError, match="--resolution 64: the images of --data cifar10 have 32 pixels"):
-        load.load_dataset("cifar10", Path("nowhere"), log=pytest.fail, resolution=64)
+        load_dataset("cifar10", Path("nowhere"), log=pytest.fail, resolution=64)
 
 
 @needs_dali
@@ -138,7 +139,7 @@ def test_batches_are_uint8_channels_last_with_int64_labels(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_drops_the_last_batch_and_evaluation_counts_every_image_once(kind: str, monkeypatch) -> None:
-    monkeypatch.setattr(build, "EVAL_BATCH_SIZE", 50)
+    monkeypatch.setattr(build_loader_module, "EVAL_BATCH_SIZE", 50)
     dataset = random_dataset(train=600, test=130)
     train, test = loader_of(kind, dataset), loader_of(kind, dataset, train=False)
     assert len(train) == 4 and [len(labels) for _, labels in train] == [128] * 4
@@ -360,7 +361,7 @@ def no_network(monkeypatch) -> None:
     def download(root: Path, release: cifar.Release) -> None:
         raise DownloadError("no mirror answered")
 
-    monkeypatch.setattr(load, "download", download)
+    monkeypatch.setattr(load_dataset_module, "download", download)
     generate = synthetic.generate
     monkeypatch.setattr(synthetic, "generate", lambda root: generate(root, train_count=50, test_count=20))
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from fasttrain.model import CustomResNet, multiply_adds, training_flop_per_image
-from fasttrain.report.summary import block_shapes, summary
+from fasttrain.report.network_table import block_shapes, summary
 
 
 def pixels(count: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from fasttrain.checkpoint.file import load_checkpoint, save_checkpoint
 from fasttrain.checkpoint.state import Progress
 from fasttrain.checkpoint.writer import CheckpointWriter
 from fasttrain.cli import main
-from fasttrain.data.build import build_loader
+from fasttrain.data.build_loader import build_loader
 from fasttrain.data.sources import cifar
 from fasttrain.errors import DivergedError, Interrupted, UserError
 from fasttrain.evaluate import evaluate

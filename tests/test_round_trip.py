@@ -21,7 +21,7 @@ from fasttrain.checkpoint.file import load_checkpoint
 from fasttrain.checkpoint.network import load_model
 from fasttrain.checkpoint.proof import proof_logits
 from fasttrain.data.dataset import Dataset
-from fasttrain.data.load import load_dataset
+from fasttrain.data.load_dataset import load_dataset
 from fasttrain.data.sources import cifar, synthetic
 from fasttrain.data.sources.image import decode
 from fasttrain.model import CustomResNet

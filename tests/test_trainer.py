@@ -16,7 +16,7 @@ from fasttrain.compile import CompileEstimate
 from fasttrain.data.sources import cifar
 from fasttrain.model import CustomResNet, training_flop_per_image
 from fasttrain.recipe import Recipe
-from fasttrain.report import summary
+from fasttrain.report import network_table
 from fasttrain.runtime import Runtime
 from fasttrain.step import TrainStep
 from fasttrain.system.machine import cpu_cores
@@ -290,8 +290,8 @@ def test_help_of_train_shows_the_chosen_recipes_defaults(capsys) -> None:
 
 
 def test_summary_names_the_least_time_of_an_epoch_on_this_machine(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(summary, "measure_matmul_tflops", lambda *_: 10.0)
-    monkeypatch.setattr(summary, "pick_precision", lambda *_: "fp32")
+    monkeypatch.setattr(network_table, "measure_matmul_tflops", lambda *_: 10.0)
+    monkeypatch.setattr(network_table, "pick_precision", lambda *_: "fp32")
     assert main(["summary", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "6,573,130" in out and f"{cpu_cores()} cores" in out

@@ -31,9 +31,10 @@ from benchmarks.workloads import (
     usual_variant,
 )
 from fasttrain.data import dali
-from fasttrain.data.crops import crop_views, pad
+from fasttrain.data.augmentation import Augmentation
 from fasttrain.data.dataset import Dataset
-from fasttrain.data.sampler import Augmentation, Sampler
+from fasttrain.data.padding import crop_views, pad
+from fasttrain.data.sampler import Sampler
 from fasttrain.recipe import Recipe
 from fasttrain.system.machine import cpu_cores, pick_device
 from fasttrain.system.precision import prepare

@@ -30,7 +30,7 @@ from benchmarks.airbench import Sample, theirs, write_images
 from benchmarks.harness import require_counts, run, save, show
 from benchmarks.stats import mean_interval
 from fasttrain.data.dataset import Dataset
-from fasttrain.data.load import load_dataset
+from fasttrain.data.load_dataset import load_dataset
 from fasttrain.errors import UserError
 from fasttrain.system.files import write_json
 from fasttrain.system.machine import describe, pick_device

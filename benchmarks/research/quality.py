@@ -22,7 +22,7 @@ from benchmarks.accuracy import accuracies, compared_table, hardware, held_out, 
 from benchmarks.harness import require_counts, run, save, show
 from benchmarks.stats import compare
 from fasttrain.data.dataset import Dataset, Split, channel_statistics
-from fasttrain.data.load import load_dataset
+from fasttrain.data.load_dataset import load_dataset
 from fasttrain.errors import UserError
 from fasttrain.recipe import load_recipe
 from fasttrain.report.run import Run

@@ -21,8 +21,8 @@ from fasttrain.optim import state_example
 from fasttrain.recipe import Recipe
 from fasttrain.step import TrainStep
 from fasttrain.system.machine import hardware_name
-from fasttrain.system.metrics import model_flops_utilization
 from fasttrain.system.rng import restore_rng, rng_state
+from fasttrain.system.throughput import model_flops_utilization
 
 ENVIRONMENT = ("fasttrain", "torch", "dali", "numpy", "torch_threads")
 """Keys of machine.json: software and settings that may change between resumes, and with them the rounding."""
@@ -39,7 +39,7 @@ class Progress:
 
     epochs: a row of figures per finished epoch. seconds, wait_seconds: those of the current epoch.
     wall_seconds: up to the checkpoint, without lost work and the time between two processes.
-    matmul_tflops: the highest rate measured so far. resumed, rollbacks: how often.
+    matmul_tflops: the highest rate measured so far. resumed, rollbacks: how many times.
     changes: what was different, in words, when the run was resumed.
     """
 

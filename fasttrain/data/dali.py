@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrain.data.crops import LazyCrops, crop_views
+from fasttrain.data.augmentation import Augmentation, AugmentParams
 from fasttrain.data.loader import Loader
-from fasttrain.data.sampler import Augmentation, AugmentParams, Sampler
+from fasttrain.data.padding import LazyCrops, crop_views
+from fasttrain.data.sampler import Sampler
 
 PREFETCH = 2
 """Chunks that DALI prepares ahead of the consumer."""
@@ -202,7 +203,7 @@ class DeviceStore:
         self.settings = {"device": "gpu", "no_copy": False}
         self._device = device
         images = torch.from_numpy(images_NHWC).to(device)
-        # As crops.crop_views: (N, rows, columns, resolution, resolution, 3).
+        # As padding.crop_views: (N, rows, columns, resolution, resolution, 3).
         self._crops = images.unfold(1, resolution, 1).unfold(2, resolution, 1).permute(0, 1, 2, 4, 5, 3)
         self._labels_N = torch.from_numpy(labels_N).to(device, torch.int64)
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fasttrain.data.augmentation import Augmentation
 from fasttrain.data.loader import Loader
-from fasttrain.data.sampler import Augmentation, Sampler
+from fasttrain.data.sampler import Sampler
 
 
 class TensorLoader(Loader):

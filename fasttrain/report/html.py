@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fasttrain.data.build import build_loader, pick_loader
+from fasttrain.data.build_loader import build_loader, pick_loader
 from fasttrain.data.dataset import Dataset, Split
 from fasttrain.errors import UserError
 from fasttrain.evaluate import Evaluation
@@ -20,10 +20,10 @@ from fasttrain.model import build_model
 from fasttrain.optim import one_cycle
 from fasttrain.recipe import Recipe
 from fasttrain.report import plots
+from fasttrain.report.network_table import summary
 from fasttrain.report.pages import Missing, write_page
 from fasttrain.report.plots import Picture
 from fasttrain.report.run import Run
-from fasttrain.report.summary import summary
 from fasttrain.system.rng import fork_rng
 
 SAMPLES = 24

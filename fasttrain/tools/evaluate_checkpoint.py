@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from fasttrain.checkpoint.network import TrainedModel, load_model
-from fasttrain.data.build import build_loader
+from fasttrain.data.build_loader import build_loader
 from fasttrain.data.dataset import Dataset
 from fasttrain.errors import UserError
 from fasttrain.evaluate import Evaluation, evaluate

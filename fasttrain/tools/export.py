@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fasttrain import __version__
 from fasttrain.checkpoint.network import TrainedModel, load_model, model_with_weights
-from fasttrain.data.load import find_dataset
+from fasttrain.data.load_dataset import find_dataset
 from fasttrain.errors import UserError
 from fasttrain.model import CustomResNet
 from fasttrain.recipe import Recipe

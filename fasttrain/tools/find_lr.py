@@ -1,6 +1,6 @@
 """`fasttrain find-lr`: search for a peak learning rate, print every try, and draw the curves."""
 
-from fasttrain.data.load import load_dataset
+from fasttrain.data.load_dataset import load_dataset
 from fasttrain.errors import UserError
 from fasttrain.lr_finder import find_max_lr
 from fasttrain.options import FindLrOptions

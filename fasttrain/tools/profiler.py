@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 
 from fasttrain.compile import cache_of, compile_step
-from fasttrain.data.build import build_loader
+from fasttrain.data.build_loader import build_loader
 from fasttrain.data.dataset import Dataset
 from fasttrain.errors import UserError
 from fasttrain.model import build_model, training_flop_per_image

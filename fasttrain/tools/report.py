@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fasttrain.checkpoint.network import load_model
-from fasttrain.data.load import find_dataset, names_own_images
+from fasttrain.data.load_dataset import find_dataset, names_own_images
 from fasttrain.errors import UserError
 from fasttrain.report.html import given, write_report
 from fasttrain.report.run import load_run

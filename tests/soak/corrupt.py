@@ -17,7 +17,7 @@ from fasttrain import trainer
 from fasttrain.checkpoint.file import LAST
 from fasttrain.checkpoint.fingerprint import fingerprint
 from fasttrain.checkpoint.state import RunState
-from fasttrain.data.build import build_loader
+from fasttrain.data.build_loader import build_loader
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.sources import cifar, synthetic
 from fasttrain.errors import UserError

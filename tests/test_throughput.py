@@ -1,7 +1,7 @@
 import time
 from collections.abc import Iterator
 
-from fasttrain.system.metrics import WaitTimer, watch
+from fasttrain.system.throughput import WaitTimer, watch
 
 
 def batches(slow: int) -> Iterator[int]:

@@ -7,10 +7,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fasttrain.data.crops import LazyCrops, pad
+from fasttrain.data.augmentation import Augmentation, first_flips
 from fasttrain.data.dataset import Dataset, Split
 from fasttrain.data.loader import Loader
-from fasttrain.data.sampler import WHOLE, Augmentation, Sampler, Shard, first_flips
+from fasttrain.data.padding import LazyCrops, pad
+from fasttrain.data.sampler import WHOLE, Sampler, Shard
 from fasttrain.errors import UserError
 from fasttrain.recipe import Recipe
 from fasttrain.system.machine import pick_device
