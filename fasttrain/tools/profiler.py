@@ -177,7 +177,7 @@ def sentences(found: Profile) -> list[str]:
         return [
             f"The loader bounds this training: it waits for data {found.wait_share:.0%} of the time.",
             _without(found, found.wait_share),
-            "Try more --loader-threads; python -m benchmarks.loader measures the loader by itself.",
+            "Try more --loader-threads; python -m benchmarks.loaders measures the loader by itself.",
         ]
     if found.idle_share > 0.2 and found.device == "cuda":
         return [
