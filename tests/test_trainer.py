@@ -15,12 +15,12 @@ from fasttrain.cli import main
 from fasttrain.compile import CompileEstimate
 from fasttrain.data.sources import cifar
 from fasttrain.model import CustomResNet, training_flop_per_image
-from fasttrain.recipe import Recipe
+from fasttrain.recipe import PRESETS, Recipe
 from fasttrain.report import network_table
 from fasttrain.runtime import Runtime
 from fasttrain.step import TrainStep
 from fasttrain.system.machine import cpu_cores
-from fasttrain.trainer import train
+from fasttrain.trainer import Trainer, train
 
 RESULT_KEYS = {
     "recipe",
@@ -304,3 +304,10 @@ def test_data_and_doctor_answer(dataset_dir: Path, capsys) -> None:
     out = capsys.readouterr().out
     assert "synthetic" in out and "test_batch.bin" in out and "rings" in out
     assert main(["doctor", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", True), ("cuda", False)])
+def test_only_a_cpu_is_told_that_it_has_no_gpu(device: str, expected: bool) -> None:
+    one = object.__new__(Trainer)
+    one.recipe, one.runtime = PRESETS["laptop"], Runtime(device=torch.device(device))
+    assert one._is_laptop() is expected
