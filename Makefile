@@ -83,7 +83,7 @@ check: setup  ## lint and type-check
 	"$(BIN)/python" -m ruff format --check
 	"$(BIN)/python" -m mypy
 
-bench: setup bench-setup  ## compare with the hardware and other packages, in about 10 minutes: RESULTS= ARGS=
+bench: setup bench-setup  ## compare with the hardware and other packages, in about 12 minutes: RESULTS= ARGS=
 	$(measure) benchmarks.all $(ARGS)
 
 bench-setup: $(VENV)/bench-installed  ## install the packages that `make bench` compares with

@@ -1,6 +1,6 @@
 """Every benchmark in one command: `make bench` on your machine, `make gpu-report` in one visit to a GPU.
 
-    python -m benchmarks.all                       # how fast fasttrain is here, in about 10 minutes
+    python -m benchmarks.all                       # how fast fasttrain is here, in about 12 minutes
     python -m benchmarks.all --plan gpu --data-dir data [--only step ladder]
 
 Each part is a process of its own, writes its JSON at once, and cannot stop the next one. With --plan gpu the
