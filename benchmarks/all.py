@@ -138,11 +138,10 @@ def training_parts(options: Options) -> list[Part]:
 
     train = fasttrain("train", "--recipe", recipe("default"), *runs, full=compiled)
     profile = ["--recipe", recipe("default"), "--out", str(options.out / "profile")]
+    # -v: every outcome is printed at once, so it is known even if the tests are stopped early.
+    flags = ["-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
     found = [
-        # -v: every outcome is printed at once, so it is known even if the tests are stopped early.
-        Part(
-            "tests", 200, module(options, "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider")
-        ),
+        Part("tests", 200, module(options, "pytest", *flags, small="tests/test_ema.py")),
         Part("run-cold", 150, train),
         Part("run-warm", 90, train),
         *map(accuracy, ("default", "fast", "speedrun")),
