@@ -197,9 +197,9 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 
 
 def _load(options: DataOptions, resolution: int) -> "Dataset":
-    from fasttrain.data.load_dataset import load_dataset
+    from fasttrain.data.load_dataset import load_from_options
 
-    return load_dataset(options.data, options.data_dir, resolution=resolution, skip_bad=options.skip_bad)
+    return load_from_options(options, resolution)
 
 
 def _parse(options: type[T], command: str, args: Sequence[str], default: Any = tyro.MISSING_NONPROP) -> T:

@@ -20,7 +20,7 @@ from fasttrain.checkpoint.writer import CheckpointWriter
 from fasttrain.compile import cache_of, compile_step, example_batch, pick_final_mode
 from fasttrain.data.build_loader import build_loader
 from fasttrain.data.dataset import Dataset
-from fasttrain.data.load_dataset import load_dataset
+from fasttrain.data.load_dataset import load_from_options
 from fasttrain.data.loader import Loader
 from fasttrain.distributed import World
 from fasttrain.errors import DivergedError
@@ -222,7 +222,7 @@ class Trainer:
         with watch(timer, self._warn_of_wait):
             for images_NCHW, labels_N in self.log.steps(timer, left, title, live_metrics):
                 step(images_NCHW, labels_N)
-                if self._is_laptop() and step.step == min(FIRST_STEPS, step.total_steps):
+                if step.step == min(FIRST_STEPS, step.total_steps) and self._is_laptop():
                     self._estimate_full_recipe((time.perf_counter() - start) / step.step)
                 if checkpoints.due():
                     state.require_finite()  # waits for the device, so that the clock below includes its work
@@ -378,13 +378,7 @@ def _agree_on_precision(recipe: Recipe, world: World) -> str:
 def _load(opts: TrainOptions, recipe: Recipe, world: World) -> Dataset:
     if isinstance(opts.data, Dataset):  # only from Python
         return opts.data
-    return load_dataset(
-        opts.data,
-        opts.data_dir,
-        resolution=recipe.resolution,
-        skip_bad=opts.skip_bad,
-        log=world.print,
-    )
+    return load_from_options(opts, recipe.resolution, log=world.print)
 
 
 def _write_report(run: Run, log: RunLog, dataset: Dataset, test: Evaluation, device: torch.device) -> None:

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"fasttrain", "fasttrain.errors"},
     {"fasttrain.recipe", "fasttrain.system", "fasttrain.ema", "fasttrain.cuda_graph"},
-    {"fasttrain.options", "fasttrain.model", "fasttrain.optim", "fasttrain.data"},
+    {"fasttrain.options"},
+    {"fasttrain.model", "fasttrain.optim", "fasttrain.data"},
     {"fasttrain.distributed", "fasttrain.runtime"},
     {"fasttrain.evaluate", "fasttrain.step"},
     {"fasttrain.compile", "fasttrain.lr_finder", "fasttrain.checkpoint", "fasttrain.report"},

@@ -381,14 +381,14 @@ def test_other_images_are_refused_and_nothing_changes(dataset_dir, tmp_path, mon
     folder = stop_at(dataset_dir, tmp_path, 1, monkeypatch)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setattr(
-        trainer, "load_dataset", lambda *_, **__: dataclasses.replace(original(*_), name="other")
+        trainer, "load_from_options", lambda *_, **__: dataclasses.replace(original(*_), name="other")
     )
     with pytest.raises(UserError, match="dataset is other and was synthetic"):
         train(dataset_dir, tmp_path, resume=folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-original = trainer.load_dataset
+original = trainer.load_from_options
 
 
 def test_another_version_is_said_and_kept(dataset_dir, tmp_path, monkeypatch, capsys) -> None:

@@ -7,6 +7,7 @@ from fasttrain.data.dataset import Dataset
 from fasttrain.data.sources import cifar, folder, synthetic, webdataset
 from fasttrain.data.sources.download import DownloadError, download
 from fasttrain.errors import UserError
+from fasttrain.options import DataOptions
 from fasttrain.recipe import Recipe
 
 OWN_IMAGES = {"folder": folder.read, "webdataset": webdataset.read}
@@ -102,3 +103,10 @@ def load_dataset(
             )
     synthetic.generate(stand_in)
     return cifar.read(stand_in)
+
+
+def load_from_options(options: DataOptions, resolution: int, log: Callable[[str], object] = print) -> Dataset:
+    """Load the data set that a command's options name; raises as load_dataset does."""
+    return load_dataset(
+        options.data, options.data_dir, resolution=resolution, skip_bad=options.skip_bad, log=log
+    )

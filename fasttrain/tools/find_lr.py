@@ -1,6 +1,6 @@
 """`fasttrain find-lr`: search for a peak learning rate, print every try, and draw the curves."""
 
-from fasttrain.data.load_dataset import load_dataset
+from fasttrain.data.load_dataset import load_from_options
 from fasttrain.errors import UserError
 from fasttrain.lr_finder import find_max_lr
 from fasttrain.options import FindLrOptions
@@ -21,7 +21,7 @@ def find_lr(recipe: Recipe, options: FindLrOptions) -> None:
         raise UserError(f"--plot {plot}: expected the name of a .png file in an existing folder")
     device = pick_device(options.device)
     search = find_max_lr(
-        load_dataset(options.data, options.data_dir, resolution=recipe.resolution, skip_bad=options.skip_bad),
+        load_from_options(options, recipe.resolution),
         recipe,
         Runtime.resolve(recipe, device, compiles=False),
         start_lr=options.start_lr,
