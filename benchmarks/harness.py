@@ -27,9 +27,6 @@ T = TypeVar("T")
 Workload = Callable[[], float]
 """Measures itself and returns its figure."""
 
-PUBLISHED = Path(__file__).parent / "results"
-"""The figures that git has and that the tables of the documentation are printed from."""
-
 MEASURED = Path(os.environ.get("FASTTRAIN_RESULTS") or "bench-results")
 """Where benchmarks write their figures: a folder that git ignores, unless the environment names another."""
 

@@ -62,8 +62,8 @@ class TrainStep:
         self._captured_resolution = 0
         # A captured update reads its rate from a tensor. But fused Adam takes beta1 only as a number, and a
         # scaler counts on the host: with cycle_momentum or fp16 the graph ends before the update.
-        self._captures_update = not self._captures or not (self.scaler.is_enabled() or recipe.cycle_momentum)
-        if self._captures and self._captures_update:
+        self._updates_in_work = not self._captures or not (self.scaler.is_enabled() or recipe.cycle_momentum)
+        if self._captures and self._updates_in_work:
             for group in self.optimizer.param_groups:
                 group["lr"], group["capturable"] = torch.tensor(group["lr"], device=device), True
         self._lr = max_lr
@@ -106,7 +106,7 @@ class TrainStep:
             self.average.set_step(self.step)
         work = self._replay or functools.partial(self._work, resolution=resolution)
         work(images_NCHW, labels_N)
-        if not self._captures_update:
+        if not self._updates_in_work:
             self._update()
         self._images += len(labels_N)
         self.step += 1
@@ -219,7 +219,7 @@ class TrainStep:
     def _work(self, images_NCHW: Tensor, labels_N: Tensor, resolution: int) -> None:
         """Do the device's part of a step, except for an update that cannot be captured."""
         logits_NK, loss = self._forward_backward(shrink(images_NCHW, resolution), labels_N)
-        if self._captures_update:
+        if self._updates_in_work:
             self._update()
         correct = (logits_NK.argmax(1) == labels_N).sum()
         loss_sum = loss * len(labels_N)

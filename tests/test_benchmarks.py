@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import accuracy, airbench, harness, peers, tables
+from benchmarks import accuracy, airbench, committed, harness, peers, tables
 from benchmarks import all as all_benchmarks
 from benchmarks.all import Part
 from benchmarks.peers import check
@@ -105,12 +105,12 @@ def test_a_table_wraps_its_names_and_keeps_its_figures_whole(capsys) -> None:
 
 def test_what_a_user_measures_is_not_what_git_has(tmp_path: Path) -> None:
     """`make bench` writes into a folder that git ignores; RESULTS= makes it publish."""
-    before = {path: path.stat().st_mtime_ns for path in harness.PUBLISHED.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in committed.RESULTS.rglob("*")}
     done = run_benchmark("all", "--small", "--only", "machine", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     written = {path.name for path in tmp_path.glob("bench-results/*/*.json")}
     assert written == {"machine.json"}
-    assert before == {path: path.stat().st_mtime_ns for path in harness.PUBLISHED.rglob("*")}
+    assert before == {path: path.stat().st_mtime_ns for path in committed.RESULTS.rglob("*")}
     ignored = (ROOT / ".gitignore").read_text().splitlines()
     assert "/bench-results/" in ignored
     for variable, expected in (

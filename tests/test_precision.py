@@ -32,7 +32,7 @@ def test_auto_takes_bf16_where_the_cpu_has_it(
 ) -> None:
     give_cpu_instructions(monkeypatch, **{instruction: True})
     monkeypatch.setattr(precision, "bf16_speedup_on_cpu", lambda: 2.4)
-    assert precision.pick_compute_dtype("auto", CPU) == dtype
+    assert precision.DTYPES[precision.pick_precision("auto", CPU)] == dtype
 
 
 def test_auto_leaves_bf16_where_the_cpu_is_slower_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,8 +46,10 @@ def test_auto_leaves_bf16_where_the_cpu_is_slower_in_it(monkeypatch: pytest.Monk
     monkeypatch.setattr(precision, "measure_matmul_tflops", measure)
     precision.bf16_speedup_on_cpu.cache_clear()
     try:
-        assert precision.pick_compute_dtype("auto", CPU) == torch.float32
-        assert precision.pick_compute_dtype("bf16", CPU) == torch.bfloat16  # who asks for it gets it
+        assert precision.DTYPES[precision.pick_precision("auto", CPU)] == torch.float32
+        assert (
+            precision.DTYPES[precision.pick_precision("bf16", CPU)] == torch.bfloat16
+        )  # who asks for it gets it
         # One is not held up by another thread that waits for a busy core: the answer stays the same there.
         assert threads == {1} and torch.get_num_threads() == ours
     finally:
@@ -59,14 +61,14 @@ def test_auto_takes_a_half_precision_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, has_bf16: bool, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(precision, "has_native_bf16", lambda device: has_bf16)
-    assert precision.pick_compute_dtype("auto", torch.device("cuda", 0)) == dtype
+    assert precision.DTYPES[precision.pick_precision("auto", torch.device("cuda", 0))] == dtype
 
 
 @pytest.mark.parametrize("requested", ["bf16", "fp16", "tf32"])
 def test_a_precision_that_the_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch, requested: str) -> None:
     give_cpu_instructions(monkeypatch)
     with pytest.raises(UserError, match=f"--compute-dtype {requested}: .* fp32"):
-        precision.pick_compute_dtype(requested, CPU)  # type: ignore[arg-type]
+        precision.pick_precision(requested, CPU)  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("error")

@@ -26,4 +26,4 @@ def test_a_cpu_that_emulates_a_precision_is_measured_with_smaller_matrices(
 def test_compute_on_a_gpu() -> None:
     device = machine.pick_device("auto")
     assert device.type == "cuda"
-    assert rates.measure_matmul_tflops(device, precision.pick_compute_dtype("auto", device)) > 1
+    assert rates.measure_matmul_tflops(device, precision.DTYPES[precision.pick_precision("auto", device)]) > 1

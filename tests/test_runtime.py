@@ -35,12 +35,12 @@ def test_compile_policy_is_eager_on_a_cpu_and_falls_back_in_one_line(monkeypatch
     [
         (GPU, None, {}, True),
         (GPU, "default", {}, True),
-        (GPU, "reduce-overhead", {}, False),  # records graphs of its own
+        (GPU, "reduce-overhead", {}, False),  # captures its own graphs
         (GPU, "default", {"cuda_graph": False}, False),
         (CPU, None, {}, False),
     ],
 )
-def test_a_step_is_recorded_once_at_most_and_only_on_an_nvidia_gpu(device, mode, fields, expected) -> None:
+def test_a_step_is_captured_once_at_most_and_only_on_an_nvidia_gpu(device, mode, fields, expected) -> None:
     assert can_capture(Recipe(**fields), device, mode) is expected
 
 

@@ -228,8 +228,8 @@ def test_compiling_changes_neither_the_model_nor_the_result(device: torch.device
 
 
 @pytest.fixture
-def recordings(monkeypatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """A stand-in for CUDA graphs that calls the work where they replay it; lists what it recorded on."""
+def captures(monkeypatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A stand-in for CUDA graphs that calls the work where they replay it; lists what it captured on."""
     made: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def capture(work, images, labels):
@@ -266,36 +266,36 @@ def addresses(step: TrainStep) -> list[int]:
     ],
 )
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_recorded_step_trains_as_an_eager_one(
-    recordings, precision, fields: dict, monkeypatch: pytest.MonkeyPatch
+def test_a_captured_step_trains_as_an_eager_one(
+    captures, precision, fields: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def rounded(*args: Any) -> tuple[float, float | None]:
-        """The schedule in the float32 of a recorded step's rate: a batch of eight magnifies its rounding."""
+        """The schedule in the float32 of a captured step's rate: a batch of eight magnifies its rounding."""
         lr, beta1 = one_cycle(*args)
         return torch.tensor(lr).item(), beta1
 
     monkeypatch.setattr(step_module, "one_cycle", rounded)
     # As little as can be: a CPU is slow in float16.
     fields = {"dropout": 0.1, "width": 4, "resolution": 16, "ema_epochs": 4.0} | fields
-    eager, recorded = (build(precision, cuda_graph=graph, **fields) for graph in (False, True))
+    eager, captured = (build(precision, cuda_graph=graph, **fields) for graph in (False, True))
     images, labels = batch(side=eager.recipe.resolution)
     losses = []
-    for step in (eager, recorded):
+    for step in (eager, captured):
         torch.manual_seed(1)  # the dropout's
         losses.append([])
         for shift in range(6):
             step(images.roll(shift, 0), labels)
             losses[-1].append(step.take_metrics()[0])
-    assert len(recordings) == (2 if "early_resolution" in fields else 1)
+    assert len(captures) == (2 if "early_resolution" in fields else 1)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert eager.lr == recorded.lr
-    for models in ((recorded.model, eager.model), (recorded.eval_model, eager.eval_model)):
+    assert eager.lr == captured.lr
+    for models in ((captured.model, eager.model), (captured.eval_model, eager.eval_model)):
         ours, reference = (model.state_dict() for model in models)
         for name, value in ours.items():
             torch.testing.assert_close(value.float(), reference[name].float(), rtol=1e-2, atol=1e-3)
 
 
-def test_a_recorded_update_takes_its_rate_from_a_tensor_and_no_address_ever_changes(recordings) -> None:
+def test_a_captured_update_takes_its_rate_from_a_tensor_and_no_address_ever_changes(captures) -> None:
     fields = {"width": 8, "ema_epochs": 4.0, "bn_bias_lr_scale": 3.0}
     fields |= {"optimizer": "muon", "muon_lr_scale": 2.0}
     step, (images, labels) = build(cuda_graph=True, **fields), batch()
@@ -340,11 +340,11 @@ def test_compiling_covers_both_resolutions_before_the_first_step(monkeypatch) ->
     assert set(seen) == {16, 32}
 
 
-def test_recording_leaves_no_trace(recordings) -> None:
+def test_capturing_leaves_no_trace(captures) -> None:
     step, (images, labels) = build(cuda_graph=True, width=8, dropout=0.5, ema_epochs=4.0), batch()
     before, rng = copy.deepcopy(step.model.state_dict()), torch.get_rng_state()
     average = copy.deepcopy(step.eval_model.state_dict())
-    assert step.warm_up(images, labels) > 0 and len(recordings) == 1
+    assert step.warm_up(images, labels) > 0 and len(captures) == 1
     assert step.state_dict()["optimizer"]["state"] == {} and step.step == 0
     assert all(torch.equal(now, before[name]) for name, now in step.model.state_dict().items())
     assert all(torch.equal(now, average[name]) for name, now in step.eval_model.state_dict().items())
@@ -361,7 +361,7 @@ def test_recording_leaves_no_trace(recordings) -> None:
         )
 
 
-def test_a_restored_step_is_recorded_anew_and_goes_on_bit_exactly(recordings) -> None:
+def test_a_restored_step_is_captured_anew_and_goes_on_bit_exactly(captures) -> None:
     step, (images, labels) = build(cuda_graph=True, width=8), batch()
     for _ in range(3):
         step(images, labels)
@@ -372,7 +372,7 @@ def test_a_restored_step_is_recorded_anew_and_goes_on_bit_exactly(recordings) ->
     other.model.load_state_dict(weights)
     other.load_state_dict(state)
     other(images, labels)
-    assert len(recordings) == 3 and other.lr == step.lr
+    assert len(captures) == 3 and other.lr == step.lr
     assert all(
         torch.equal(a, b) for a, b in zip(step.model.parameters(), other.model.parameters(), strict=True)
     )
@@ -380,13 +380,13 @@ def test_a_restored_step_is_recorded_anew_and_goes_on_bit_exactly(recordings) ->
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_restored_step_goes_on_where_the_recorded_one_stood_on_a_gpu(precision: str) -> None:
+def test_a_restored_step_goes_on_where_the_captured_one_stood_on_a_gpu(precision: str) -> None:
     device = torch.device("cuda")
     images, labels = batch(device, count=64)
     step, other = (build(precision, device, cuda_graph=True, ema_epochs=1.0) for _ in range(2))
     for _ in range(3):
         step(images, labels)
-    other(images, labels)  # has a recording of its own, which the restored state must not go on with
+    other(images, labels)  # has its own capture, which the restored state must not replay
     weights, state = copy.deepcopy((step.eval_model.state_dict(), step.state_dict()))
     other.eval_model.load_state_dict(weights)
     other.load_state_dict(state)
@@ -422,13 +422,13 @@ def test_a_replayed_step_has_the_losses_of_an_eager_one_over_fifty_steps(precisi
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile_mode", [None, "default"])
-def test_memory_stays_flat_and_nothing_is_compiled_or_recorded_again(compile_mode, monkeypatch) -> None:
+def test_memory_stays_flat_and_nothing_is_compiled_or_captured_again(compile_mode, monkeypatch) -> None:
     device = torch.device("cuda")
     step = build("bf16", device, compile_mode, cuda_graph=True)
     images, labels = batch(device, count=64)
     step.warm_up(images, labels)
     step(images, labels)
-    monkeypatch.setattr(step_module, "capture", lambda *_: pytest.fail("recorded again"))
+    monkeypatch.setattr(step_module, "capture", lambda *_: pytest.fail("captured again"))
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     step.take_metrics()
     before = torch.cuda.memory_allocated()
@@ -472,7 +472,7 @@ def test_a_step_never_waits_for_the_gpu(
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile_mode", [None, "default"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_step_is_recorded_anew_where_the_images_grow(precision, compile_mode) -> None:
+def test_a_step_is_captured_anew_where_the_images_grow(precision, compile_mode) -> None:
     device, losses = torch.device("cuda"), []
     images, labels = batch(device, count=64)
     for graph in (False, True):

@@ -185,7 +185,7 @@ def test_auto_compiles_where_it_can_pay_and_a_resumed_run_keeps_what_was_decided
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", ["default", "assignment", "fast", "speedrun"])
-def test_a_gpu_run_trains_records_its_step_and_can_be_evaluated(
+def test_a_gpu_run_trains_captures_its_step_and_can_be_evaluated(
     recipe: str, dataset_dir: Path, tmp_path, capsys
 ) -> None:
     small = ["--epochs", "3", "--batch-size", "16", "--max-lr", "0.005", "--device", "cuda"]

@@ -75,11 +75,6 @@ def pick_precision(requested: str, device: torch.device) -> str:
     return requested
 
 
-def pick_compute_dtype(requested: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of the precision that pick_precision chooses."""
-    return DTYPES[pick_precision(requested, device)]
-
-
 def evaluation_precision(trained: str | None, device: torch.device) -> str:
     """Choose the precision for an evaluation: that of the training if this device has it, else auto's."""
     try:
