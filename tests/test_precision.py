@@ -47,9 +47,8 @@ def test_auto_leaves_bf16_where_the_cpu_is_slower_in_it(monkeypatch: pytest.Monk
     precision.bf16_speedup_on_cpu.cache_clear()
     try:
         assert precision.DTYPES[precision.pick_precision("auto", CPU)] == torch.float32
-        assert (
-            precision.DTYPES[precision.pick_precision("bf16", CPU)] == torch.bfloat16
-        )  # who asks for it gets it
+        # Whoever asks for it gets it.
+        assert precision.DTYPES[precision.pick_precision("bf16", CPU)] == torch.bfloat16
         # One is not held up by another thread that waits for a busy core: the answer stays the same there.
         assert threads == {1} and torch.get_num_threads() == ours
     finally:
