@@ -1,5 +1,8 @@
 """Both loaders, held to one contract and to each other."""
 
+import contextlib
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -269,33 +272,118 @@ def test_a_cutout_leaves_the_mean_of_each_channel(kind: str) -> None:
 
 
 @needs_dali
-def test_images_on_the_device_and_on_the_host_give_the_same_crops() -> None:
+def test_images_on_the_device_and_on_the_host_are_gathered_alike() -> None:
     from fasttrain.data.dali import DeviceStore, HostStore
 
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (50, 40, 40, 3), dtype=np.uint8), rng.integers(0, 10, 50, np.uint8)
-    indices, (rows, columns) = rng.permutation(50)[:20], rng.integers(9, size=(2, 20))
-    expected = HostStore(images, labels, 32).gather(indices, rows, columns)
-    for ours, theirs in zip(
-        DeviceStore(images, labels, 32, CPU).gather(indices, rows, columns), expected, strict=True
-    ):
-        assert torch.equal(ours, torch.from_numpy(theirs)) and ours.is_contiguous()
-    window = images[indices[3], rows[3] : rows[3] + 32, columns[3] : columns[3] + 32]
-    assert (expected[0][3] == window).all() and expected[1][3] == labels[indices[3]]
+    indices = rng.permutation(50)[:20]
+    stores = HostStore(images, labels), DeviceStore(images, labels, CPU)
+    for found in (list(map(torch.as_tensor, store.gather(indices))) for store in stores):
+        assert np.array_equal(found[0], images[indices]) and found[0].is_contiguous()
+        assert found[1].tolist() == labels[indices].tolist() and found[1].dtype == torch.int64
 
 
 @needs_dali
-def test_a_run_of_the_pipeline_makes_several_batches_and_is_none_the_longer_for_it(monkeypatch) -> None:
+@pytest.mark.parametrize("train", [True, False])
+def test_a_chunk_holds_several_batches_and_changes_none_of_them(train: bool, monkeypatch) -> None:
     from fasttrain.data import dali
 
-    whole = epoch(loader_of("dali", random_dataset(), batch_size=100))
-    for images in (100, 250, 10_000):  # one batch, two, more than an epoch holds
+    monkeypatch.setattr(build_loader_module, "EVAL_BATCH_SIZE", 100)
+    dataset = random_dataset(train=650, test=650)
+    wanted = loader_of("tensor", dataset, batch_size=100, train=train)
+    expected = [epoch(wanted) for _ in range(2)]
+    for images, chunk in ((100, 1), (250, 2), (10_000, len(wanted))):
         monkeypatch.setattr(dali, "CHUNK_BYTES", images * 32 * 32 * 3)
-        batches = epoch(loader_of("dali", random_dataset(), batch_size=100))
-        assert len(batches) == 6
-        assert all(
-            torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(whole, batches, strict=False)
-        )
+        loader = loader_of("dali", dataset, batch_size=100, train=train)
+        assert loader._batches_per_chunk == chunk
+        for batches in expected:
+            for ours, theirs in zip(epoch(loader), batches, strict=True):
+                assert all(map(torch.equal, ours, theirs))
+
+
+@needs_dali
+def test_a_gpus_chunks_fit_into_its_memory_and_its_grids(monkeypatch) -> None:
+    from fasttrain.data.dali import batches_per_chunk
+
+    def images_of(sampler: Sampler, free: int, resolution: int = 32) -> int:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2 * free))
+        return sampler.batch_size * batches_per_chunk(sampler, resolution, torch.device("cuda"))
+
+    sampler = Sampler(50_000, 512, train=True, seed=0)
+    assert images_of(sampler, 80 << 30) == 16_384
+    assert images_of(sampler, 1 << 30) == 5120 <= (1 << 30) / 64 / (32 * 32 * 3)
+    assert images_of(sampler, 1 << 20) == 512  # one batch, whatever it takes
+    assert images_of(sampler, 80 << 30, resolution=256) == 6656 <= (80 << 30) / 64 / (256 * 256 * 3)
+    assert images_of(Sampler(1000, 100, train=True, seed=0), 80 << 30) == 1000  # an epoch
+
+
+@needs_dali
+def test_the_pipeline_launches_one_warp_for_all_images_and_takes_no_scalar_of_each(monkeypatch) -> None:
+    """On a GPU a flip, or a condition, costs a kernel or a copy per image."""
+    from nvidia.dali import fn
+
+    called: list[tuple[str, dict[str, Any]]] = []
+
+    def recorded(name: str) -> Any:
+        make = getattr(fn, name)
+
+        def operator(*args: Any, **settings: Any) -> Any:
+            called.append((name, settings))
+            return make(*args, **settings)
+
+        return operator
+
+    for name in ("external_source", "warp_affine", "erase", "flip", "crop_mirror_normalize", "slice"):
+        monkeypatch.setattr(fn, name, recorded(name))
+    next(iter(loader_of("dali", random_dataset())))
+    assert [name for name, _ in called] == ["external_source", "external_source", "warp_affine", "erase"]
+    assert called[1][1]["ndim"] == [2, 1]  # a matrix and a corner per image, each one tensor
+
+
+@needs_dali
+def test_a_gpus_images_come_on_a_stream_of_their_own(monkeypatch) -> None:
+    from fasttrain.data import dali
+
+    device, stream, entered = torch.device("cuda"), object(), []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda it: entered.append(it) or contextlib.nullcontext())
+    for name in ("to", "pin_memory"):
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, *_, **__: tensor.long())
+    store = dali.DeviceStore(np.zeros((5, 8, 8, 3), np.uint8), np.arange(5), device)
+    assert store.settings["cuda_stream"] is stream and not store.settings["no_copy"]
+    assert store.gather(np.array([4, 2]))[1].tolist() == [4, 2] and entered == [stream]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loader_that_was_started_gives_the_same_batches(kind: str) -> None:
+    started, other = (loader_of(kind, random_dataset()) for _ in range(2))
+    started.start()
+    started.start()
+    for _ in range(2):
+        for ours, theirs in zip(epoch(started), epoch(other), strict=True):
+            assert all(map(torch.equal, ours, theirs))
+    started.start()
+    started.load_state_dict({"step": 1})
+    other.load_state_dict({"step": 1})
+    started.start()
+    for ours, theirs in zip(epoch(started), epoch(other), strict=True):
+        assert all(map(torch.equal, ours, theirs))
+
+
+@needs_dali
+def test_a_loader_that_is_dropped_closes_its_pipeline_at_once() -> None:
+    """A pipeline left to the garbage collector may be shut down in the middle of a capture."""
+    loader = loader_of("dali", random_dataset())
+    loader.start()
+    gone = weakref.ref(loader._pipeline)
+    gc.collect()
+    gc.disable()
+    try:
+        del loader
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.gpu
@@ -321,7 +409,11 @@ def test_dalis_gpu_pipeline_gives_what_its_cpu_backend_gives(
 
 
 @pytest.mark.gpu
-def test_the_gpu_pipeline_hands_its_batches_over_without_a_host_sync() -> None:
+def test_the_gpu_pipeline_hands_its_batches_over_without_a_host_sync(monkeypatch) -> None:
+    """Of torch's: that DALI's own threads do not wait for the training is seen in a trace."""
+    from fasttrain.data import dali
+
+    monkeypatch.setattr(dali, "CHUNK_IMAGES", 128)  # every batch runs the pipeline
     batches = loader_of("dali", random_dataset(), device=torch.device("cuda", 0))
     epoch(batches)
     torch.cuda.set_sync_debug_mode("error")

@@ -10,7 +10,7 @@ import torch
 from fasttrain.data.augmentation import Augmentation, first_flips
 from fasttrain.data.dataset import Dataset, Split
 from fasttrain.data.loader import Loader
-from fasttrain.data.padding import LazyCrops, pad
+from fasttrain.data.padding import LazyPadded, pad
 from fasttrain.data.sampler import WHOLE, Sampler, Shard
 from fasttrain.errors import UserError
 from fasttrain.recipe import Recipe
@@ -117,14 +117,14 @@ def build_loader(
     return TensorLoader(**settings)
 
 
-def _padded(split: Split, padding: int, loader: LoaderName) -> np.ndarray | LazyCrops:
+def _padded(split: Split, padding: int, loader: LoaderName) -> np.ndarray | LazyPadded:
     """Return the images as the loader takes them. Raises UserError if they are too large for it."""
     size = split.images.shape[1] + 2 * padding
     gib = 3 * size * size * len(split.labels) / 2**30
     if gib <= PADDED_GIB_MAX:
         return pad(split.images, padding)
     if loader == "dali":
-        return LazyCrops(split.images, padding)
+        return LazyPadded(split.images, padding)
     raise UserError(f"--loader tensor: holds all images in memory, here {gib:,.1f} GiB; use --loader dali")
 
 

@@ -24,10 +24,20 @@ class Loader(ABC):
     def __init__(self, sampler: Sampler, device: torch.device) -> None:
         self.sampler, self.device = sampler, device
         self._step = 0
+        self._prepared: tuple[Tensor, Tensor] | None = None
 
     @abstractmethod
     def _next(self) -> tuple[Tensor, Tensor]:
         """Return the batch of `self._step`."""
+
+    def start(self) -> None:
+        """Prepare the first batch now and wait for it; otherwise that happens when it is taken.
+
+        Everything that the loader builds or allocates is built here, so it also shows here whether it works.
+        """
+        self._prepared = self._prepared or self._next()
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -36,7 +46,7 @@ class Loader(ABC):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the rest of the current epoch: all of it, unless a restored step lies within the epoch."""
         while True:
-            batch = self._next()
+            batch, self._prepared = self._prepared or self._next(), None
             self._step += 1
             yield batch
             if self._step % len(self) == 0:
@@ -48,4 +58,4 @@ class Loader(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the position that state_dict returned."""
-        self._step = state["step"]
+        self._step, self._prepared = state["step"], None
