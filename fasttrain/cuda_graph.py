@@ -4,13 +4,23 @@ Launching the few hundred kernels of a step one by one takes the host longer tha
 them.
 """
 
+import gc
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from fasttrain.errors import one_line
+
 WARM_UP_CALLS = 3
 """Calls before the capture, in which libraries choose kernels, compilers compile, and optimizers allocate."""
+
+ATTEMPTS = 2
+"""Captures to try: the first may be disturbed by another thread."""
+
+
+class CaptureError(RuntimeError):
+    """The work cannot be captured."""
 
 
 def capture(
@@ -22,6 +32,7 @@ def capture(
     persistent tensors, and read everything that changes from step to step from tensors, never from Python
     numbers; each batch is copied to where the captured kernels read it. `work` is called WARM_UP_CALLS times
     and then captured, which computes nothing. It must not wait for the GPU.
+    Raises CaptureError if the capture fails twice; errors of the calls before it pass.
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html, "Whole-network capture".
     """
     images, labels = torch.empty_like(images_NCHW), torch.empty_like(labels_N)  # keeps channels_last
@@ -35,10 +46,7 @@ def capture(
             work(images, labels)
     torch.cuda.current_stream(device).wait_stream(aside)
 
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: DALI's and the checkpoints' threads may allocate memory in the meantime.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        work(images, labels)
+    graph = _capture_safely(lambda: work(images, labels), device)
 
     def replay(images_NCHW: Tensor, labels_N: Tensor) -> None:
         require_like(images_NCHW, images)
@@ -48,6 +56,34 @@ def capture(
         graph.replay()
 
     return replay
+
+
+def _capture_safely(work: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
+    """Capture while nothing else on this device waits, allocates or frees.
+
+    A call that waits for the whole device fails the capture, from any thread: DALI's makes one when it frees
+    a batch (its tensors are freed on a thread of their own, which synchronises the device). So drop all
+    garbage first, wait until the device is idle, keep the collector off, and try once more.
+    """
+    failure: RuntimeError | None = None
+    for _ in range(ATTEMPTS):
+        gc.collect()
+        torch.cuda.synchronize(device)
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: the threads of DALI and of the checkpoints may allocate memory in the meantime.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                work()
+            return graph
+        except RuntimeError as error:
+            failure = error
+        finally:
+            if collects:
+                gc.enable()
+    assert failure is not None
+    raise CaptureError(one_line(failure)) from failure
 
 
 def require_like(batch: Tensor, captured: Tensor) -> None:

@@ -22,3 +22,9 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.status = 128 + signum
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's message as one line of at most 200 characters, or its type if it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:199]}…"

@@ -62,6 +62,9 @@ class TrainOptions(RunOptions):
     """Steps (500) or seconds (60s) between two checkpoints; an epoch of 10 s or more also ends with one."""
     on_nan: Literal["stop", "rollback"] = "stop"
     """On NaN or inf: stop, or roll back and halve the learning rate (at most 3 times)."""
+    fallback: bool = True
+    """Where DALI, bf16, torch.compile, the CUDA graph, a fused optimizer or pinned memory fails on this
+    machine, use the next best and say so; --no-fallback makes that an error."""
     tensorboard: bool = False
     """Write event files to the run's folder: every epoch's metrics, and a grid of augmented images."""
     report: tyro.conf.Suppress[bool] = True

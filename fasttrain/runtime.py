@@ -3,14 +3,15 @@
 import contextlib
 import importlib
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from fasttrain.data.build_loader import LoaderName, pick_loader
 from fasttrain.recipe import Recipe
 from fasttrain.system.compiler import pick_compile_mode
+from fasttrain.system.fallbacks import Fallbacks
+from fasttrain.system.memory import pinning_fails
 from fasttrain.system.precision import DTYPES, pick_precision, prepare
 
 OWN_GRAPHS = ("reduce-overhead", "max-autotune")
@@ -24,6 +25,7 @@ class Runtime:
     precision: that of the matrix products: bf16, fp16, fp32 or tf32. loader: dali or tensor.
     compile_mode: torch.compile's mode; None for eager.
     cuda_graph: whether to capture the whole training step as a CUDA graph.
+    fallbacks: takes a line for whatever fails here and is replaced.
     """
 
     device: torch.device
@@ -31,6 +33,7 @@ class Runtime:
     loader: LoaderName = "tensor"
     compile_mode: str | None = None
     cuda_graph: bool = False
+    fallbacks: Fallbacks = field(default_factory=Fallbacks, compare=False, repr=False)
 
     @classmethod
     def resolve(
@@ -41,24 +44,31 @@ class Runtime:
         precision: str | None = None,
         compiles: bool = True,
         num_ranks: int = 1,
-        log: Callable[[str], object] = print,
+        fallbacks: Fallbacks | None = None,
     ) -> "Runtime":
         """Decide everything that the recipe leaves to the machine, and set up this process for it.
 
+        What can fail is tried once, and replaced if it fails; torch.compile and the capture of a CUDA graph
+        are tried on the step itself (compile.py).
+
         precision: the precision to compute in; by default chosen from the recipe's compute_dtype.
         compiles: whether steps will be compiled and captured, as in a training.
-        log: called with a line for everything that is missing and replaced.
-        Raises UserError if the device lacks something that the recipe asks for by name.
+        fallbacks: by default anything may be replaced, and lines are printed.
+        Raises UserError if something fails that the recipe asks for by name, or that may not be replaced.
         """
-        precision = precision or pick_precision(recipe.compute_dtype, device)
+        fallbacks = fallbacks or Fallbacks()
+        precision = precision or pick_precision(recipe.compute_dtype, device, fallbacks)
         prepare(device, precision)
-        compile_mode = pick_compile_mode(recipe.compile if compiles else "off", device, log)
+        if device.type == "cuda" and (failure := pinning_fails()):
+            fallbacks(f"pinned memory: {failure}; the host waits for every copy to the GPU and back")
+        compile_mode = pick_compile_mode(recipe.compile if compiles else "off", device, fallbacks)
         return cls(
             device=device,
             precision=precision,
-            loader=pick_loader(recipe.loader, device, log),
+            loader=pick_loader(recipe.loader, device, fallbacks),
             compile_mode=compile_mode,
             cuda_graph=compiles and can_capture(recipe, device, compile_mode, num_ranks),
+            fallbacks=fallbacks,
         )
 
     @property

@@ -14,7 +14,7 @@ import torch
 
 from fasttrain.checkpoint.fingerprint import fingerprint
 from fasttrain.checkpoint.manager import CheckpointManager, SaveInterval
-from fasttrain.checkpoint.resume import ResumePoint, restore_latest, resume_command
+from fasttrain.checkpoint.resume import ResumePoint, restore_latest, resume_command, say_how_to_resume
 from fasttrain.checkpoint.state import RunState
 from fasttrain.checkpoint.writer import CheckpointWriter
 from fasttrain.compile import cache_of, compile_step, example_batch, pick_final_mode
@@ -33,6 +33,7 @@ from fasttrain.report.html import first_images, write_report
 from fasttrain.report.run import Run, load_run
 from fasttrain.runtime import Runtime, import_in_background
 from fasttrain.step import TrainStep
+from fasttrain.system.fallbacks import Fallbacks
 from fasttrain.system.files import hold_folder, remove_temporaries
 from fasttrain.system.machine import describe, hardware_name, pick_device
 from fasttrain.system.memory import peak_memory_gib, report_full_memory
@@ -75,14 +76,15 @@ def train(recipe: Recipe, **options: Any) -> Run:
     origin = world.broadcast(lambda: _resume_point(unfinished, opts))
     recipe = origin.recipe(recipe)
     world.share(recipe.batch_size)  # refuse a batch that cannot be divided
-    precision = origin.precision or _agree_on_precision(recipe, world)
+    fallbacks = Fallbacks(world.print, allowed=opts.fallback)
+    precision = origin.precision or _agree_on_precision(recipe, world, fallbacks)
 
     import_in_background("nvidia.dali", "torch._dynamo")
     dataset = world.main_first(lambda: _load(opts, recipe, world))
     # The fingerprint will need the hash: compute it while the images are padded.
     threading.Thread(target=lambda: dataset.content_hash, name="hash").start()
     runtime = Runtime.resolve(
-        recipe, world.device, precision=precision, num_ranks=world.size, log=world.print
+        recipe, world.device, precision=precision, num_ranks=world.size, fallbacks=fallbacks
     )
     where: dict[str, Any] = {"device": world.device, "loader": runtime.loader, "shard": world.shard}
     train_loader = build_loader(dataset, recipe, train=True, **where)
@@ -97,7 +99,8 @@ def train(recipe: Recipe, **options: Any) -> Run:
         origin.require_unchanged(world)
         trainer = Trainer(recipe, opts, world, runtime, dataset, train_loader, test_loader, log)
         trainer.prepare(origin)
-        test = trainer.fit()
+        with say_how_to_resume(folder, opts):
+            test = trainer.fit()
         run = trainer.finish()
         world.close()
         if test is not None and opts.report and world.is_main:
@@ -161,8 +164,14 @@ class Trainer:
         compile_seconds = compile_step(step, compile_mode, cache, *example)
         if compile_mode:
             log.print(f"compiled ({compile_mode}) in {compile_seconds:.1f} s")
+        setup_seconds = self._start_loaders()
         started = self.options.started or time.perf_counter()
-        self.state.add_up(started, compile_seconds=compile_seconds, matmul_tflops=matmul_tflops)
+        self.state.add_up(
+            started,
+            compile_seconds=compile_seconds,
+            setup_seconds=setup_seconds,
+            matmul_tflops=matmul_tflops,
+        )
 
     def fit(self) -> Evaluation | None:
         """Train the remaining epochs; returns the last evaluation, or None if there was no need for one.
@@ -273,6 +282,8 @@ class Trainer:
             "loader": self.train_loader.name,
             "precision": runtime.precision,
             "compile": runtime.compile_mode or "off",
+            "cuda_graph": runtime.cuda_graph,
+            "fallbacks": runtime.fallbacks.lines,
             "epochs": self.recipe.epochs,
             "max_lr": self.state.step.max_lr,
             **self.state.figures(matmul_tflops),
@@ -321,6 +332,13 @@ class Trainer:
             world=world,
         )
 
+    def _start_loaders(self) -> float:
+        """Prepare the first batches before any clock runs; returns the seconds taken."""
+        start = time.perf_counter()
+        self.train_loader.start()
+        self.test_loader.start()
+        return time.perf_counter() - start
+
     def _find_max_lr(self) -> float:
         log = self.log
         log.print("max_lr auto: searching for the peak rate first, on separate networks")
@@ -335,6 +353,7 @@ class Trainer:
         if self.options.on_nan == "stop" or state.progress.rollbacks == MAX_ROLLBACKS:
             raise error
         checkpoints.roll_back()
+        self._start_loaders()
         self.log.rewind(state.progress.epochs)
         rate = f"{state.step.max_lr:.3g}"
         self.log.print(f"{error} Rolled back to step {state.step.step} with half the rate, {rate}")
@@ -369,9 +388,9 @@ def _resume_point(unfinished: Path | None, opts: TrainOptions) -> ResumePoint:
     return ResumePoint.find(unfinished, opts.resume)
 
 
-def _agree_on_precision(recipe: Recipe, world: World) -> str:
+def _agree_on_precision(recipe: Recipe, world: World, fallbacks: Fallbacks) -> str:
     """Return the recipe's precision here. A CPU measures it, so all ranks use the first one's choice."""
-    picked = pick_precision(recipe.compute_dtype, world.device)
+    picked = pick_precision(recipe.compute_dtype, world.device, fallbacks)
     return world.broadcast(lambda: picked)
 
 

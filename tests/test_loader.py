@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -439,7 +440,8 @@ def test_a_batch_larger_than_the_training_set_is_refused() -> None:
 
 
 def test_without_dali_the_torch_loader_takes_over_in_one_line(monkeypatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "nvidia.dali", None)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    monkeypatch.setattr(build_loader_module, "dali_unusable", build_loader_module.dali_unusable.__wrapped__)
     said: list[str] = []
     assert pick_loader("auto", CPU, said.append) == "tensor"
     assert len(said) == 1 and "DALI" in said[0]

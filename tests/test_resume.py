@@ -18,6 +18,7 @@ from fasttrain.checkpoint.file import load_checkpoint, save_checkpoint
 from fasttrain.checkpoint.state import Progress
 from fasttrain.checkpoint.writer import CheckpointWriter
 from fasttrain.cli import main
+from fasttrain.data import build_loader as build_loader_module
 from fasttrain.data.build_loader import build_loader
 from fasttrain.data.sources import cifar
 from fasttrain.errors import DivergedError, Interrupted, UserError
@@ -107,6 +108,42 @@ def test_the_loader_of_dali_resumes_too(dataset_dir, tmp_path, monkeypatch) -> N
     assert same(outcome(folder), outcome(undisturbed))
 
 
+def test_a_run_whose_dali_fails_on_its_next_machine_goes_on_without_it(
+    dataset_dir, tmp_path, monkeypatch, capsys
+) -> None:
+    recipe = dataclasses.replace(RECIPE, loader="auto")
+    undisturbed = train(dataset_dir, tmp_path / "whole", recipe)
+    folder = stop_at(dataset_dir, tmp_path / "stopped", 6, monkeypatch, recipe=recipe)
+    monkeypatch.setattr(build_loader_module, "dali_unusable", lambda _: "DALI fails on cpu (old driver)")
+    train(dataset_dir, tmp_path / "stopped", recipe, resume=folder)
+    assert same(outcome(folder), outcome(undisturbed))
+    result = json.loads((folder / "result.json").read_text())
+    assert result["loader"] == "tensor-cpu"
+    [line] = result["fallbacks"]
+    assert "DALI fails on cpu (old driver)" in line and line in capsys.readouterr().out
+
+
+def fail(_: TrainStep) -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be")
+
+
+def test_an_error_in_the_middle_leaves_the_last_checkpoint_and_one_line_that_resumes(
+    whole, dataset_dir, tmp_path, monkeypatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(UserError) as error:
+        after_step(patch, 6, fail)
+        train(dataset_dir, tmp_path, save_every="2")
+    folder, line = only(tmp_path), str(error.value)
+    assert line.startswith(
+        "CUDA error: an illegal memory access was encountered CUDA kernel errors might be ("
+    )
+    assert "\n" not in line and f"fasttrain train --resume {folder}" in line
+    assert "in fail" in (folder / "error.txt").read_text()
+    assert load_checkpoint(folder / "last.pt")["scheduler"]["step"] == 4
+    train(dataset_dir, tmp_path, resume=folder)
+    assert same(outcome(folder), outcome(whole))
+
+
 def test_a_run_with_muon_and_shrunk_images_ends_with_the_same_bits(
     dataset_dir, tmp_path, monkeypatch
 ) -> None:
@@ -160,7 +197,7 @@ def choose(monkeypatch, precision: str) -> None:
     """Let this machine choose a precision for new runs."""
     for module in (trainer, resume_module):
         monkeypatch.setattr(
-            module, "pick_precision", lambda requested, _: precision if requested == "auto" else requested
+            module, "pick_precision", lambda requested, *_: precision if requested == "auto" else requested
         )
 
 

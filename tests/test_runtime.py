@@ -1,20 +1,28 @@
 """What a recipe leaves to the machine is decided once, and what is missing is said in a line."""
 
+import sys
+
 import pytest
 import torch
 
+from fasttrain import runtime as runtime_module
+from fasttrain.data.build_loader import dali_unusable
 from fasttrain.errors import UserError
 from fasttrain.recipe import Recipe
 from fasttrain.runtime import Runtime, can_capture
 from fasttrain.system import compiler
 from fasttrain.system.compiler import pick_compile_mode
+from fasttrain.system.fallbacks import Fallbacks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture
-def no_dali(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "nvidia.dali", None)
+def no_dali(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    dali_unusable.cache_clear()
+    yield
+    dali_unusable.cache_clear()
 
 
 def test_compile_policy_is_eager_on_a_cpu_and_falls_back_in_one_line(monkeypatch) -> None:
@@ -26,8 +34,10 @@ def test_compile_policy_is_eager_on_a_cpu_and_falls_back_in_one_line(monkeypatch
     assert pick_compile_mode("max-autotune", CPU, said.append) == "max-autotune"
     assert not said
     monkeypatch.setattr(compiler, "compiler_available", lambda device: "no C++ compiler: install g++")
-    assert pick_compile_mode("default", CPU, said.append) is None
+    assert pick_compile_mode("auto", GPU, said.append) is None
     assert len(said) == 1 and "install g++" in said[0] and "eager" in said[0]
+    with pytest.raises(UserError, match="--compile default: no C"):
+        pick_compile_mode("default", CPU, said.append)
 
 
 @pytest.mark.parametrize(
@@ -50,12 +60,13 @@ def test_with_several_ranks_no_step_is_captured() -> None:
 
 def test_everything_is_decided_at_once_and_each_fallback_is_a_line(no_dali, monkeypatch) -> None:
     monkeypatch.setattr(compiler, "compiler_available", lambda device: "no C++ compiler: install g++")
-    lines: list[str] = []
-    recipe = Recipe(compute_dtype="fp32", compile="default")
-    runtime = Runtime.resolve(recipe, CPU, log=lines.append)
+    monkeypatch.setattr(
+        runtime_module, "pick_compile_mode", lambda mode, _, log: pick_compile_mode(mode, GPU, log)
+    )
+    runtime = Runtime.resolve(Recipe(compute_dtype="fp32"), CPU, fallbacks=Fallbacks(lambda _: None))
     assert runtime == Runtime(device=CPU, precision="fp32", loader="tensor")
     assert runtime.dtype == torch.float32
-    assert ["compile" in line or "loader" in line for line in lines] == [True, True]
+    assert ["compile" in line or "loader" in line for line in runtime.fallbacks.lines] == [True, True]
 
 
 def test_a_kept_precision_comes_before_the_recipes() -> None:

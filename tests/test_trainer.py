@@ -33,6 +33,7 @@ RESULT_KEYS = {
     "epoch_seconds",
     "train_seconds",
     "compile_seconds",
+    "setup_seconds",
     "wall_seconds",
     "images_per_sec",
     "data_wait_share",

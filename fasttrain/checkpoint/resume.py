@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import shlex
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from fasttrain.checkpoint.fingerprint import differences, recipe_flags
 from fasttrain.checkpoint.network import saved_precision, unproven
 from fasttrain.checkpoint.state import RunState
 from fasttrain.distributed import World, command
-from fasttrain.errors import UserError
+from fasttrain.errors import UserError, one_line
 from fasttrain.options import TrainOptions
 from fasttrain.recipe import Recipe, flag, load_recipe
-from fasttrain.system.files import quarantine
+from fasttrain.system.files import quarantine, write_atomically
+from fasttrain.system.memory import is_full_memory
 from fasttrain.system.precision import pick_precision
-from fasttrain.system.run_folder import RECIPE_FILE
+from fasttrain.system.run_folder import ERROR_FILE, RECIPE_FILE
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,34 @@ class ResumePoint:
         if self.precision is None:
             return None
         try:
-            now = pick_precision(requested, device)
+            now = pick_precision(requested, device, lambda _: None)
         except UserError:
             return f"resumed in {self.precision}, as started; {device} only emulates it, which is slow"
         if now == self.precision:
             return None
         return f"resumed in {self.precision}, as started; a new run would use {now} here, which is faster"
+
+
+@contextlib.contextmanager
+def say_how_to_resume(folder: Path, opts: TrainOptions) -> Iterator[None]:
+    """Within the block, an error of torch, DALI or the GPU becomes a UserError that says how to resume.
+
+    The traceback goes into the run's folder. Out-of-memory errors pass.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if is_full_memory(error):
+            raise
+        where = "has its traceback"
+        try:
+            write_atomically(folder / ERROR_FILE, lambda file: file.write(traceback.format_exc().encode()))
+        except UserError as unwritable:
+            where = f"could not be written ({unwritable})"
+        raise UserError(
+            f"{one_line(error)} ({folder / ERROR_FILE} {where}). The run goes on from its last checkpoint: "
+            f"{resume_command(folder, opts)}"
+        ) from error
 
 
 def find_checkpoints(folder: Path, resume: str | Path) -> tuple[Path, ...]:
@@ -144,8 +168,11 @@ def _first_sound(
 def resume_command(folder: Path, options: TrainOptions) -> str:
     """Return the command that resumes this run, without the options that have their default."""
     words = ["train", "--resume", str(folder)]
-    for name in ("data", "data_dir", "skip_bad", "device", "save_every", "on_nan", "tensorboard"):
+    names = ("data", "data_dir", "skip_bad", "device", "save_every", "on_nan", "fallback", "tensorboard")
+    for name in names:
         value, default = getattr(options, name), getattr(TrainOptions, name)
-        if value != default and isinstance(value, bool | str | Path):  # data may be a Dataset
-            words += [flag(name)] if value is True else [flag(name), str(value)]
+        if value != default and isinstance(value, bool):
+            words.append(flag(name) if value else flag(f"no_{name}"))
+        elif value != default and isinstance(value, str | Path):  # data may be a Dataset
+            words += [flag(name), str(value)]
     return shlex.join(command(words))

@@ -38,6 +38,7 @@ class Progress:
     """The progress of a run.
 
     epochs: a row of figures per finished epoch. seconds, wait_seconds: those of the current epoch.
+    compile_seconds: to compile and capture the step. setup_seconds: to start the loaders.
     wall_seconds: up to the checkpoint, without lost work and the time between two processes.
     matmul_tflops: the highest rate measured so far. resumed, rollbacks: how many times.
     changes: what was different, in words, when the run was resumed.
@@ -47,6 +48,7 @@ class Progress:
     seconds: float = 0.0
     wait_seconds: float = 0.0
     compile_seconds: float = 0.0
+    setup_seconds: float = 0.0
     wall_seconds: float = 0.0
     matmul_tflops: float = 0.0
     resumed: int = 0
@@ -88,10 +90,13 @@ class RunState:
         self.progress = Progress()
         self._started = time.perf_counter()
 
-    def add_up(self, started: float, *, compile_seconds: float, matmul_tflops: float) -> None:
+    def add_up(
+        self, started: float, *, compile_seconds: float, setup_seconds: float, matmul_tflops: float
+    ) -> None:
         """Add this process's figures to those of earlier ones; started: time.perf_counter() at its start."""
         self._started = started - self.progress.wall_seconds
         self.progress.compile_seconds += compile_seconds
+        self.progress.setup_seconds += setup_seconds
         self.progress.matmul_tflops = max(self.progress.matmul_tflops, matmul_tflops)
 
     @property
@@ -123,6 +128,7 @@ class RunState:
             "train_seconds": train_seconds,
             "test_seconds": sum(row["test_seconds"] for row in rows),
             "compile_seconds": progress.compile_seconds,
+            "setup_seconds": progress.setup_seconds,
             "wall_seconds": self.wall_seconds,
             "resumed": progress.resumed,
             "changes": progress.changes,

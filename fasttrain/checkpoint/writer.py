@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fasttrain.checkpoint.file import BEST, LAST, PREVIOUS, save_checkpoint
 from fasttrain.system.files import link_atomically
+from fasttrain.system.memory import pinning_fails
 
 
 class CheckpointWriter:
@@ -77,7 +78,7 @@ def snapshot(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
     def copy(value: Any) -> Any:
         if isinstance(value, Tensor):
-            host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda and not pinning_fails())
             return host.copy_(value, non_blocking=value.is_cuda)
         if isinstance(value, dict):
             return {key: copy(entry) for key, entry in value.items()}

@@ -24,6 +24,7 @@ from fasttrain.data.augmentation import Augmentation, AugmentParams
 from fasttrain.data.loader import Loader
 from fasttrain.data.padding import LazyPadded
 from fasttrain.data.sampler import Sampler
+from fasttrain.system.memory import pinned
 
 PREFETCH = 2
 """Chunks that DALI prepares ahead of the consumer."""
@@ -145,8 +146,6 @@ class DaliLoader(Loader):
             in_flight.append([matrices] * warp + [corners] * bool(cutout))
             return in_flight[-1]
 
-        whole_batches = {"batch": True, "batch_info": True}
-
         @pipeline_def(
             batch_size=self.sampler.batch_size * self._batches_per_chunk,
             num_threads=self._threads,
@@ -159,7 +158,8 @@ class DaliLoader(Loader):
                 num_outputs=2,
                 dtype=[types.UINT8, types.INT64],
                 layout=["HWC", ""],
-                **whole_batches,
+                batch=True,
+                batch_info=True,
                 **store.settings,
             )
             if on_gpu and store.settings["device"] == "cpu":
@@ -171,8 +171,9 @@ class DaliLoader(Loader):
                     num_outputs=len(ndims),
                     dtype=types.FLOAT,
                     ndim=ndims,
+                    batch=True,
+                    batch_info=True,
                     no_copy=True,
-                    **whole_batches,
                 )
                 if ndims
                 else []
@@ -259,7 +260,7 @@ class DeviceStore:
     def gather(self, indices: np.ndarray) -> list[Any]:
         indices_N = torch.from_numpy(indices)
         if self._device.type == "cuda":
-            indices_N = indices_N.pin_memory()  # otherwise the copy would make the host wait
+            indices_N = pinned(indices_N)  # otherwise the copy would make the host wait
         with torch.cuda.stream(self._stream):
             indices_N = indices_N.to(self._device, non_blocking=True)
             return [self._images_NHWC.index_select(0, indices_N), self._labels_N.index_select(0, indices_N)]

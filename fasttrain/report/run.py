@@ -23,7 +23,7 @@ RESULT_FIGURES = (
 )
 
 RESULT_UNKNOWNS = ("mfu", "matmul_tflops_measured", "peak_memory_gib", "peak_resident_gib")
-RESULT_OPTIONS = ("test_accuracy_flip",)  # if the recipe asked for it
+RESULT_OPTIONS = ("test_accuracy_flip", "setup_seconds")  # if the recipe asked for it; in newer runs
 RESULT_NAMES = ("dataset", "device", "loader", "precision", "compile")
 
 

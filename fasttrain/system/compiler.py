@@ -9,18 +9,23 @@ from pathlib import Path
 
 import torch
 
+from fasttrain.errors import UserError
+
 
 def pick_compile_mode(requested: str, device: torch.device, log: Callable[[str], object]) -> str | None:
     """Choose torch.compile's mode; None means eager.
 
     auto compiles on a GPU and stays eager on a CPU, where the measured gain did not pay for the compilation
-    (docs/lab-notebook.md). Falls back to eager where there is no compiler, and logs one line about it.
+    (docs/lab-notebook.md), nor where there is no compiler, about which it logs one line.
+    Raises UserError if compiling was requested and there is no compiler.
     """
     if requested == "off" or (requested == "auto" and device.type == "cpu"):
         return None
     reason = compiler_available(device)
     if reason is not None:
-        log(f"torch.compile: {reason}; running eager")
+        if requested != "auto":
+            raise UserError(f"--compile {requested}: {reason}; or use --compile off")
+        log(f"torch.compile: {reason}; running eager, which launches more and smaller kernels")
         return None
     return "default" if requested == "auto" else requested
 

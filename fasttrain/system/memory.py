@@ -1,14 +1,16 @@
 """Memory: the peak, what glibc does with freed memory, and a one-line error when it is full."""
 
 import ctypes
+import functools
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
-from fasttrain.errors import UserError
+from fasttrain.errors import UserError, one_line
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -33,15 +35,35 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, -1))
 
 
+@functools.cache
+def pinning_fails() -> str | None:
+    """Try to pin memory, which a GPU can read while the host continues; returns None, or why it fails."""
+    try:
+        torch.empty(1, pin_memory=True)
+    except RuntimeError as error:
+        return one_line(error)
+    return None
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """Return a copy of a CPU tensor in pinned memory; where pinning fails, the tensor itself."""
+    return tensor if pinning_fails() else tensor.pin_memory()
+
+
+def is_full_memory(error: BaseException) -> bool:
+    """Return whether torch, NumPy or DALI ran out of memory."""
+    text = str(error).lower()
+    full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return full or "can't allocate memory" in text or "out of memory" in text
+
+
 @contextmanager
 def report_full_memory(batch_size: int) -> Iterator[None]:
-    """Within the block, out-of-memory errors of torch, NumPy and DALI become a UserError."""
+    """Within the block, out-of-memory errors become a UserError."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        text = str(error).lower()
-        full = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not full and "can't allocate memory" not in text and "out of memory" not in text:
+        if not is_full_memory(error):
             raise
         half = max(2, batch_size // 2)
         raise UserError(f"--batch-size {batch_size}: out of memory; try --batch-size {half}") from error

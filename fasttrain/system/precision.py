@@ -1,12 +1,13 @@
 """The precision of the matrix products: what the hardware supports, which to use, and torch's settings."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.nn import functional
 
-from fasttrain.errors import UserError
+from fasttrain.errors import UserError, one_line
 from fasttrain.system.memory import keep_freed_memory
 from fasttrain.system.rates import measure_matmul_tflops
 
@@ -53,18 +54,17 @@ def bf16_speedup_on_cpu() -> float:
     return rates[torch.bfloat16] / rates[torch.float32]
 
 
-def pick_precision(requested: str, device: torch.device) -> str:
+def pick_precision(requested: str, device: torch.device, log: Callable[[str], object] = print) -> str:
     """Choose the precision of the matrix products: bf16, fp16, fp32 or tf32.
 
-    auto takes the fastest that the hardware has. On a CPU a short measurement decides: some processors
-    compute bf16 products at more than twice float32's rate, others at half of it (docs/lab-notebook.md).
-    Raises UserError for a precision that this device lacks or only emulates.
+    auto takes the fastest that the hardware has and that works. On a CPU a short measurement decides: some
+    processors compute bf16 products at more than twice float32's rate, others at half of it
+    (docs/lab-notebook.md).
+    log: called with a line for each precision that fails. Raises UserError for a requested precision that
+    this device lacks, only emulates, or fails in.
     """
     if requested == "auto":
-        if device.type == "cuda":
-            return "bf16" if has_native_bf16(device) else "fp16"
-        pays = has_native_bf16(device) and bf16_speedup_on_cpu() > BF16_PAYS_FROM
-        return "bf16" if pays else "fp32"
+        return _pick_automatically(device, log)
     if requested == "bf16" and not has_native_bf16(device):
         raise UserError(f"--compute-dtype bf16: {device} has no bf16 arithmetic; use auto or fp32")
     if requested == "fp16" and device.type == "cpu":
@@ -72,7 +72,41 @@ def pick_precision(requested: str, device: torch.device) -> str:
         raise UserError("--compute-dtype fp16: slower than fp32 on a CPU; use auto or fp32")
     if requested == "tf32" and device.type != "cuda":
         raise UserError(f"--compute-dtype tf32: only on an NVIDIA GPU, not on {device}; use auto or fp32")
+    failure = None if requested == "fp32" else fails_in(requested, device)
+    if failure is not None:
+        raise UserError(f"--compute-dtype {requested}: {failure}; use auto or fp32")
     return requested
+
+
+def _pick_automatically(device: torch.device, log: Callable[[str], object]) -> str:
+    wanted: list[str] = []
+    if device.type == "cuda":
+        wanted = ["bf16"] * has_native_bf16(device) + ["fp16"]
+    elif has_native_bf16(device) and bf16_speedup_on_cpu() > BF16_PAYS_FROM:
+        wanted = ["bf16"]
+    for precision, next_best in zip(wanted, [*wanted[1:], "fp32"], strict=False):
+        failure = fails_in(precision, device)
+        if failure is None:
+            return precision
+        log(f"precision: {failure}; computing in {next_best}, which may be slower")
+    return "fp32"
+
+
+@functools.cache
+def fails_in(precision: str, device: torch.device) -> str | None:
+    """Try a convolution and its gradients in this precision; returns None, or what went wrong, in a line."""
+    images_NCHW = torch.ones(2, 8, 8, 8, device=device).to(memory_format=torch.channels_last)
+    filters_FCHW = torch.full((8, 8, 3, 3), 1 / 72, device=device, requires_grad=True)
+    try:
+        with autocast(device, DTYPES[precision]):
+            product_NCHW = functional.conv2d(images_NCHW, filters_FCHW, padding=1)
+        product_NCHW.float().mean().backward()
+        # Away from the border every product is a mean of ones.
+        worst = (product_NCHW[:, :, 1:-1, 1:-1].float() - 1).abs().max().item()
+    except RuntimeError as error:
+        return f"{precision} fails on {device} ({one_line(error)})"
+    exact = worst < 0.02 and filters_FCHW.grad is not None and bool(filters_FCHW.grad.isfinite().all())
+    return None if exact else f"a convolution in {precision} gives wrong values on {device}"
 
 
 def evaluation_precision(trained: str | None, device: torch.device) -> str:
@@ -124,6 +158,8 @@ def prepare(device: torch.device, compute_dtype: str) -> None:
 
     compute_dtype: a recipe's compute_dtype, or a precision.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # a CUDA graph is captured on the current device
     set_fp32_precision(allow_tf32=compute_dtype == "tf32")
     torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN time its kernels once
     if device.type == "cpu":

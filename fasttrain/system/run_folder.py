@@ -14,6 +14,9 @@ RECIPE_FILE, RESULT_FILE = "recipe.json", "result.json"
 MACHINE_FILE = "machine.json"
 """The machine that the run was started on, and its compile mode."""
 
+ERROR_FILE = "error.txt"
+"""The traceback of an error that ended the training, if there was one."""
+
 
 def read_text(path: Path) -> str:
     """Read one of the run's text files. Raises UserError if it cannot be read or is not UTF-8."""

@@ -1,0 +1,125 @@
+"""What fails on a machine is replaced with one line, or is an error; every failure here is injected."""
+
+import pytest
+import torch
+
+from fasttrain.data import build_loader
+from fasttrain.data.build_loader import pick_loader
+from fasttrain.errors import UserError, one_line
+from fasttrain.recipe import Recipe
+from fasttrain.runtime import Runtime
+from fasttrain.system import memory, precision
+from fasttrain.system.fallbacks import Fallbacks
+from fasttrain.system.precision import pick_precision
+from tests.helpers import CPU
+
+GPU = torch.device("cuda", 0)
+
+try:
+    import nvidia.dali  # noqa: F401
+except ImportError:
+    pytest.skip("DALI has no wheel here", allow_module_level=True)
+
+
+def fail(text: str):
+    def raises(*_: object, **__: object) -> None:
+        raise RuntimeError(text)
+
+    return raises
+
+
+@pytest.fixture
+def broken_dali(monkeypatch: pytest.MonkeyPatch):
+    """A DALI that imports and does not run, as with an old driver."""
+    from fasttrain.data.dali import DaliLoader
+
+    monkeypatch.setattr(DaliLoader, "_build", fail("CUDA driver version is insufficient\nfor CUDA runtime"))
+    build_loader.dali_unusable.cache_clear()
+    yield
+    build_loader.dali_unusable.cache_clear()
+
+
+def test_a_line_is_logged_and_kept_or_is_an_error() -> None:
+    said: list[str] = []
+    fallbacks = Fallbacks(said.append)
+    fallbacks("bf16 fails")
+    assert said == fallbacks.lines == ["bf16 fails"]
+    with pytest.raises(UserError, match=r"^--no-fallback: bf16 fails$"):
+        Fallbacks(pytest.fail, allowed=False)("bf16 fails")
+    assert one_line(RuntimeError("a\n  b")) == "a b" and one_line(KeyError()) == "KeyError"
+    assert len(one_line(RuntimeError("x" * 999))) == 200
+
+
+def test_a_dali_that_does_not_run_is_replaced(broken_dali) -> None:
+    fallbacks = Fallbacks(lambda _: None)
+    assert pick_loader("auto", CPU, fallbacks) == "tensor"
+    [line] = fallbacks.lines
+    assert "DALI fails on cpu (CUDA driver version is insufficient for CUDA runtime)" in line
+    assert "pure-torch loader" in line
+    with pytest.raises(UserError, match=r"--loader dali: DALI fails on cpu .*; use --loader tensor"):
+        pick_loader("dali", CPU, fallbacks)
+    with pytest.raises(UserError, match="--no-fallback: loader: DALI fails"):
+        pick_loader("auto", CPU, Fallbacks(allowed=False))
+
+
+def test_a_dali_with_other_pixels_is_replaced(monkeypatch) -> None:
+    from fasttrain.data import dali
+
+    right = dali.warp_matrices
+    monkeypatch.setattr(dali, "warp_matrices", lambda params, side: right(params, side + 1))
+    build_loader.dali_unusable.cache_clear()
+    fallbacks = Fallbacks(lambda _: None)
+    try:
+        assert pick_loader("auto", CPU, fallbacks) == "tensor"
+    finally:
+        build_loader.dali_unusable.cache_clear()
+    assert "pixels on cpu are not the expected ones" in fallbacks.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("failing", "chosen"), [((), "bf16"), (("bf16",), "fp16"), (("bf16", "fp16"), "fp32")]
+)
+def test_a_precision_that_fails_is_replaced_by_the_next(monkeypatch, failing, chosen) -> None:
+    reasons = {name: f"{name} fails on cuda:0 (no kernel image)" for name in failing}
+    monkeypatch.setattr(precision, "has_native_bf16", lambda _: True)
+    monkeypatch.setattr(precision, "fails_in", lambda name, _: reasons.get(name))
+    fallbacks = Fallbacks(lambda _: None)
+    assert pick_precision("auto", GPU, fallbacks) == chosen
+    assert len(fallbacks.lines) == len(failing)
+    if failing:
+        assert "bf16 fails on cuda:0 (no kernel image); computing in fp16" in fallbacks.lines[0]
+        with pytest.raises(UserError, match="--compute-dtype bf16: bf16 fails"):
+            pick_precision("bf16", GPU, fallbacks)
+        with pytest.raises(UserError, match="--no-fallback"):
+            pick_precision("auto", GPU, Fallbacks(allowed=False))
+
+
+def test_a_convolution_is_tried_forwards_and_backwards(monkeypatch) -> None:
+    tried = precision.fails_in.__wrapped__
+    assert tried("bf16", CPU) is None
+    conv2d = precision.functional.conv2d
+    monkeypatch.setattr(precision.functional, "conv2d", lambda *args, **more: 2 * conv2d(*args, **more))
+    assert tried("bf16", CPU) == "a convolution in bf16 gives wrong values on cpu"
+    monkeypatch.setattr(precision.functional, "conv2d", fail("CUDNN_STATUS_NOT_SUPPORTED"))
+    assert tried("bf16", CPU) == "bf16 fails on cpu (CUDNN_STATUS_NOT_SUPPORTED)"
+
+
+def test_memory_that_cannot_be_pinned_is_used_as_it_is(monkeypatch) -> None:
+    memory.pinning_fails.cache_clear()
+    monkeypatch.setattr(torch, "empty", fail("CUDA error: OS call failed"))
+    try:
+        assert memory.pinning_fails() == "CUDA error: OS call failed"
+    finally:
+        monkeypatch.undo()
+    tensor = torch.ones(3)
+    assert memory.pinned(tensor) is tensor
+    from fasttrain import runtime
+
+    monkeypatch.setattr(runtime, "prepare", lambda *_: None)
+    monkeypatch.setattr(runtime, "pick_loader", lambda *_: "tensor")
+    fallbacks = Fallbacks(lambda _: None)
+    try:
+        Runtime.resolve(Recipe(), GPU, precision="fp32", compiles=False, fallbacks=fallbacks)
+    finally:
+        memory.pinning_fails.cache_clear()
+    assert fallbacks.lines[0].startswith("pinned memory: CUDA error: OS call failed; the host waits")
