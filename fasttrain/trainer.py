@@ -213,8 +213,7 @@ class Trainer:
         state, step, loader = self.state, self.state.step, self.train_loader
         progress, epoch = state.progress, state.epoch + 1
         left = epoch * len(loader) - step.step
-        timer = WaitTimer(islice(loader, left))
-        timer.wait_seconds = progress.wait_seconds
+        timer = WaitTimer(islice(loader, left), self.runtime.device, progress.wait_seconds)
         start = time.perf_counter() - progress.seconds
 
         def live_metrics() -> dict[str, float]:

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from fasttrain.cli import main
+from fasttrain.tools import profiler
 from fasttrain.tools.profiler import MATRIX, REST, STEP, WAIT, Profile, sentences
 
 FOUND = Profile(
@@ -88,3 +91,25 @@ def test_a_folder_that_cannot_be_written_is_one_line(dataset_dir: Path, tmp_path
     assert main(["profile", *options, "--out", str(tmp_path / "file")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("fasttrain profile: --out") and error.count("\n") == 1
+
+
+def test_a_named_range_is_no_kernel_whoever_named_it() -> None:
+    """torch lists every range among the GPU's kernels, from the start of its first to the end of its last."""
+
+    def event(name: str, start: float, end: float, is_user_annotation: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(
+            name=name,
+            key=name,
+            time_range=SimpleNamespace(start=start, end=end),
+            self_device_time_total=end - start,
+            device_type=DeviceType.CUDA,
+            is_user_annotation=is_user_annotation,
+        )
+
+    kernels = [event("cutlass_conv", 0, 300_000), event("Memcpy DtoD", 900_000, 1_000_000)]
+    ranges = [
+        event(name, 0, 1_000_000, True) for name in (STEP, "ProfilerStep#3", "## Call CompiledFxGraph ##")
+    ]
+    assert profiler._device_busy_seconds(kernels + ranges) == pytest.approx(0.4)
+    shares = profiler._group_shares(kernels + ranges, on_gpu=True)
+    assert shares == {MATRIX: pytest.approx(0.75), "copies and fills": pytest.approx(0.25)}

@@ -28,6 +28,7 @@ from fasttrain.step import TrainStep
 from fasttrain.system.files import write_atomically, write_json
 from fasttrain.system.machine import cpu_cores, describe, hardware_name
 from fasttrain.system.rates import measure_matmul_tflops
+from fasttrain.system.throughput import WaitTimer
 
 MATRIX = "convolutions and matrix products"
 REST = "everything else"
@@ -113,7 +114,7 @@ def profile_training(
     batches = chain.from_iterable(repeat(loader))
     cache = cache_of(step, hardware_name(describe(device)), runtime.compile_mode, recipe.batch_size)
     compile_step(step, runtime.compile_mode, cache, *next(batches))
-    profiler, clock = _watch(step, batches, wait, warmup, active)
+    profiler, clock, wait_seconds = _watch(step, batches, wait, warmup, active)
 
     matmul_tflops = max(matmul_tflops, measure_matmul_tflops(device, runtime.dtype))
     flop = training_flop_per_image(step.model) * recipe.batch_size
@@ -126,7 +127,7 @@ def profile_training(
         batch_size=recipe.batch_size,
         steps=active,
         step_ms=1000 * clock.seconds / active,
-        wait_share=clock.wait_seconds / clock.seconds,
+        wait_share=wait_seconds / clock.seconds,
         idle_share=max(0.0, 1 - busy / clock.seconds),
         group_shares=_group_shares(profiler.key_averages(), on_gpu),
         matmul_tflops_measured=matmul_tflops,
@@ -143,29 +144,32 @@ def profile_training(
 
 def _watch(
     step: TrainStep, batches: Iterator[Batch], wait: int, warmup: int, active: int
-) -> tuple[Any, "_Clock"]:
-    """Train wait + warmup + active steps; returns torch's profiler and the clock of the active ones."""
+) -> tuple[Any, "_Clock", float]:
+    """Train wait + warmup + active steps; returns torch's profiler, and of the active ones clock and wait."""
     from torch.profiler import ProfilerActivity, profile, schedule
 
-    device, clock = step.device, _Clock(first_step=wait + warmup)
+    device, clock, waited_before = step.device, _Clock(), 0.0
+    timer = WaitTimer(batches, device)
+    timed_batches = iter(timer)
     with profile(
         activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda"),
         schedule=schedule(wait=wait, warmup=warmup, active=active, repeat=1),
         profile_memory=True,
     ) as profiler:
         for number in range(wait + warmup + active):
-            if number == clock.first_step:
+            if number == wait + warmup:
                 step.take_metrics()  # waits for the device: the clock starts with nothing queued
                 clock.start()
-            with _range(WAIT, device), clock.waiting():
-                batch = next(batches)
+                waited_before = timer.wait_seconds
+            with _range(WAIT, device):
+                batch = next(timed_batches)
             with _range(STEP, device):
                 step(*batch)
             if number == wait + warmup + active - 1:
                 step.take_metrics()
                 clock.stop()
             profiler.step()
-    return profiler, clock
+    return profiler, clock, timer.wait_seconds - waited_before
 
 
 def sentences(found: Profile) -> list[str]:
@@ -219,25 +223,14 @@ def _without(found: Profile, lost_share: float) -> str:
 
 
 class _Clock:
-    """Wall-clock, waiting and CPU seconds of the steps that count."""
-
-    def __init__(self, first_step: int) -> None:
-        self.first_step = first_step
-        self.seconds = self.wait_seconds = self.cpu_seconds = 0.0
+    """Wall-clock and CPU seconds of the steps that count."""
 
     def start(self) -> None:
-        self.wait_seconds = 0.0
         self.seconds, self.cpu_seconds = -time.perf_counter(), -time.process_time()
 
     def stop(self) -> None:
         self.seconds += time.perf_counter()
         self.cpu_seconds += time.process_time()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.wait_seconds += time.perf_counter() - start
 
 
 @contextmanager
@@ -251,8 +244,14 @@ def _range(name: str, device: torch.device) -> Iterator[None]:
             yield
 
 
-def _is_range(name: str) -> bool:
-    """Return whether the name is that of a range, ours or the profiler's, and not of an operator."""
+def _is_range(event: Any, name: str) -> bool:
+    """Return whether a profiler's event is a named range, ours or another's, and no kernel or operator.
+
+    torch lists the ranges of the host once more among the GPU's kernels. A CPU's time in compiled code has
+    no operators, only such a range of the compiler's: there, only our own and the profiler's are left out.
+    """
+    if event.device_type == DeviceType.CUDA:
+        return bool(event.is_user_annotation)
     return name in (WAIT, STEP) or name.startswith("ProfilerStep")
 
 
@@ -260,7 +259,7 @@ def _group_shares(averages: Any, on_gpu: bool) -> dict[str, float]:
     """Return each group's share of all operators' own time, the largest first."""
     seconds: dict[str, float] = {}
     for average in averages:
-        if _is_range(average.key) or (on_gpu and average.device_type != DeviceType.CUDA):
+        if _is_range(average, average.key) or (on_gpu and average.device_type != DeviceType.CUDA):
             continue  # an operator's time is that of its kernels, which are listed separately
         name = average.key.lower()
         group = next((group for group, parts in GROUPS.items() if any(p in name for p in parts)), REST)
@@ -275,7 +274,7 @@ def _device_busy_seconds(events: Any) -> float:
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in events
-        if event.device_type == DeviceType.CUDA and not _is_range(event.name)
+        if event.device_type == DeviceType.CUDA and not _is_range(event, event.name)
     )
     busy, reached = 0.0, float("-inf")
     for start, end in spans:
