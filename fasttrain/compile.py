@@ -19,16 +19,23 @@ from fasttrain.system.files import write_atomically, write_json
 COLD_SECONDS, WARM_SECONDS = 40.0, 6.0
 """Assumed cost of compiling until this machine has shown it: from scratch, and from the cache."""
 
+COMPILER_SHARE = 0.35
+"""Share that a compiler saves of an eager step's time above its matrix products.
+
+From a model of the default recipe's step on an H200, batch 512, as a CUDA graph: eager 4.5 ms, compiled 3.45,
+products at the measured rate 1.5. To be replaced by what a GPU shows.
+"""
+
 NOTHING_NEW = 1.0
 """Seconds below which nothing new was compiled: a second network in one process reuses torch's code."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompileEstimate:
-    """An estimate of whether compiling can pay for itself within a run; true if it can.
+    """An estimate of whether compiling pays for itself within a run; true if it does.
 
     steps: steps left in the run. step_seconds: time of an eager step. floor_seconds: time of a step's matrix
-    products at the measured rate, the limit for any compiler. compile_seconds: expected time to compile.
+    products at the measured rate, which no compiler changes. compile_seconds: expected time to compile.
     """
 
     steps: int
@@ -37,17 +44,17 @@ class CompileEstimate:
     compile_seconds: float
 
     @property
-    def most_seconds(self) -> float:
-        """The most seconds that compiling can save in the run."""
-        return self.steps * max(0.0, self.step_seconds - self.floor_seconds)
+    def gain_seconds(self) -> float:
+        """The seconds that compiled steps save in the run."""
+        return self.steps * COMPILER_SHARE * max(0.0, self.step_seconds - self.floor_seconds)
 
     def __bool__(self) -> bool:
-        return self.most_seconds > self.compile_seconds
+        return self.gain_seconds > self.compile_seconds
 
     def __str__(self) -> str:
         verdict = "compiling" if self else "running eager (--compile default compiles anyway)"
         return (
-            f"torch.compile: at most {self.most_seconds:.1f} s to gain in {self.steps:,} steps, about "
+            f"torch.compile: about {self.gain_seconds:.1f} s to gain in {self.steps:,} steps, about "
             f"{self.compile_seconds:.0f} s to compile; {verdict}"
         )
 
@@ -144,7 +151,7 @@ def pick_final_mode(
     """Choose the mode to compile a run's steps in; None means eager.
 
     compile_mode: the mode that this machine allows. kept: the mode that the run was started with, or off;
-    None for a new run. With auto, a new run compiles only if that can pay within its steps, and logs the
+    None for a new run. With auto, a new run compiles only if that pays within its steps, and logs the
     estimate.
     example: images_NCHW and labels_N to time a step on.
     """

@@ -38,7 +38,7 @@ from fasttrain.system.files import hold_folder, remove_temporaries
 from fasttrain.system.machine import describe, hardware_name, pick_device
 from fasttrain.system.memory import peak_memory_gib, report_full_memory
 from fasttrain.system.precision import pick_precision
-from fasttrain.system.rates import measure_matmul_tflops
+from fasttrain.system.rates import glance_at_matmul_tflops, measure_matmul_tflops
 from fasttrain.system.run_folder import (
     MACHINE_FILE,
     RECIPE_FILE,
@@ -140,8 +140,8 @@ class Trainer:
         if self.options.tensorboard and self.world.is_main:
             log.open_tensorboard(first_images(self.dataset, recipe, runtime.device)[0])
         log.print(self._headline())
-        # Briefly, since the user is waiting.
-        matmul_tflops = measure_matmul_tflops(runtime.device, runtime.dtype, seconds=0.1)
+        # Only a glance, since the user is waiting: `finish` measures for longer.
+        matmul_tflops = glance_at_matmul_tflops(runtime.device, runtime.dtype)
         step = self._build_step(is_resumed=bool(origin.checkpoints))
         share = self.world.share(recipe.batch_size)
         example = example_batch(share, recipe.resolution, runtime.device)

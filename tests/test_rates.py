@@ -22,6 +22,14 @@ def test_a_cpu_that_emulates_a_precision_is_measured_with_smaller_matrices(
     assert rates.measure_matmul_tflops(CPU, torch.float32) == 2 * side**3 / seconds / 1e12
 
 
+def test_a_glance_takes_a_few_products_and_is_near_the_measured_rate(monkeypatch) -> None:
+    products, multiply = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: products.append(1) or multiply(*args, **kwargs))
+    glance = rates.glance_at_matmul_tflops(CPU, torch.float32)
+    assert len(products) == 2  # to warm up, and to measure
+    assert 0.2 < glance / rates.measure_matmul_tflops(CPU, torch.float32, seconds=0.05, side=1024) < 5
+
+
 @pytest.mark.gpu
 def test_compute_on_a_gpu() -> None:
     device = machine.pick_device("auto")

@@ -158,11 +158,11 @@ def test_two_runs_of_one_seed_are_equal_bit_for_bit(run: Path, dataset_dir: Path
 
 
 @pytest.mark.parametrize("pays", [False, True])
-def test_auto_compiles_where_it_can_pay_and_a_resumed_run_keeps_what_was_decided(
+def test_auto_compiles_where_it_pays_and_a_resumed_run_keeps_what_was_decided(
     pays: bool, dataset_dir: Path, tmp_path, monkeypatch, capsys
 ) -> None:
     gain = CompileEstimate(
-        steps=4, step_seconds=1.0, floor_seconds=0.5, compile_seconds=1.0 if pays else 60.0
+        steps=4, step_seconds=2.0, floor_seconds=0.5, compile_seconds=1.0 if pays else 60.0
     )
     compile_, calls = torch.compile, []
     monkeypatch.setattr(runtime, "pick_compile_mode", lambda *_: "default")
@@ -175,7 +175,7 @@ def test_auto_compiles_where_it_can_pay_and_a_resumed_run_keeps_what_was_decided
     assert result["compile"] == ("default" if pays else "off")
     assert (result["compile_seconds"] > 0) is pays
     out = capsys.readouterr().out
-    assert "2.0 s to gain in 4 steps" in out and ("compiled (default)" in out) is pays
+    assert "about 2.1 s to gain in 4 steps" in out and ("compiled (default)" in out) is pays
 
     [folder] = tmp_path.iterdir()
     (folder / "result.json").unlink()  # as if it had been killed behind its last checkpoint
@@ -197,7 +197,7 @@ def test_a_gpu_run_trains_captures_its_step_and_can_be_evaluated(
     result = json.loads((folder / "result.json").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert result["loader"].endswith("-gpu") and result["device"] == "cuda" and result["compile"] == "off"
-    assert "at most" in out and rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert "s to gain" in out and rows[-1]["train_loss"] < rows[0]["train_loss"]
     assert main(["evaluate", str(folder / "last.pt"), "--data-dir", str(dataset_dir)]) == 0
 
 
