@@ -57,6 +57,7 @@ def rungs(options: Options, device: torch.device, usual: str, best: str) -> list
         layout=torch.contiguous_format,
         fused=False,
         keep_memory=False,
+        cudnn_benchmark=False,
         width=options.width,
     )
     ladder = [Rung(name=f"float32, NCHW, eager, Adam, {usual}", variant=variant, loader=usual)]
@@ -72,6 +73,8 @@ def rungs(options: Options, device: torch.device, usual: str, best: str) -> list
         climb("TF32", tf32=True)
     if half != "fp32":
         climb(str(DTYPES[half]).removeprefix("torch."), precision=half)
+    if on_gpu:
+        climb("cuDNN's kernels timed", cudnn_benchmark=True)
     climb("fused Adam", fused=True)
     if not on_gpu:
         climb("freed memory kept", keep_memory=True)
@@ -90,7 +93,7 @@ def climbed(rung: Rung, images: int, batch_size: int, device: torch.device) -> W
     step, stream = build_step(variant, device), endless(loaders(images, batch_size, device)[rung.loader])
     in_layout = ((images.contiguous(memory_format=variant.layout), labels) for images, labels in stream)
     repeats = 20 if device.type == "cuda" else 2
-    seconds = timed_step(step, in_layout, repeats=repeats, tf32=variant.tf32)
+    seconds = timed_step(step, variant, in_layout, repeats=repeats)
     return lambda: 1000 * seconds()
 
 

@@ -86,7 +86,7 @@ def step_of(batch_size: int, width: int, device: torch.device) -> Workload:
     """Seconds of one step."""
     of_width = variant(device, width)
     step, batch = build_step(of_width, device), random_batch(batch_size, device, of_width.layout)
-    return timed_step(step, endless([batch]), repeats=repeats(device))
+    return timed_step(step, of_width, endless([batch]), repeats=repeats(device))
 
 
 def variant(device: torch.device, width: int) -> Variant:
@@ -135,9 +135,10 @@ def rank_step(
     os.environ |= {name: str(value) for name, value in names.items()}
     torch.set_num_threads(1)
     world = World.join(device)
-    step = build_step(variant(device, width), world.device, world)
+    of_width = variant(device, width)
+    step = build_step(of_width, world.device, world)
     batch = random_batch(world.share(batch_size), world.device, torch.channels_last)
-    return timed_step(step, endless([batch]), repeats=repeats(device), meet=world.barrier)
+    return timed_step(step, of_width, endless([batch]), repeats=repeats(device), meet=world.barrier)
 
 
 def build_axes(

@@ -58,7 +58,7 @@ def step_ms(variant: Variant, batch_size: int, device: torch.device) -> Workload
     """A warm training step on one fixed batch; each call returns its milliseconds."""
     step, batch = build_step(variant, device), random_batch(batch_size, device, variant.layout)
     repeats = 20 if device.type == "cuda" else 1
-    seconds = timed_step(step, endless([batch]), repeats=repeats, tf32=variant.tf32)
+    seconds = timed_step(step, variant, endless([batch]), repeats=repeats)
     return lambda: 1000 * seconds()
 
 

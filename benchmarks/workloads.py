@@ -41,7 +41,9 @@ class Variant:
     cuda_graph: bool = False
     """On a GPU, the whole step as one launch."""
     tf32: bool = False
-    """On a GPU, let float32 products round their inputs."""
+    """On a GPU, let float32 products round their inputs; it holds for the whole process."""
+    cudnn_benchmark: bool = True
+    """On a GPU, let cuDNN time its kernels and keep the fastest; it holds for the whole process."""
     change: Callable[[CustomResNet], None] = unchanged
     """Made to the network, in place, before it trains."""
     width: int = 64
@@ -83,6 +85,11 @@ def build_step(variant: Variant, device: torch.device, world: World | None = Non
     torch.manual_seed(0)
     model = network(width=variant.width)
     variant.change(model)
+    if variant.compile_mode:
+        # Dynamo counts the compiled networks of all widths and batch sizes as one function's, and by default
+        # runs those after the eighth eagerly.
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     step = TrainStep(
         model,
         Recipe(width=variant.width),
@@ -107,19 +114,20 @@ def build_step(variant: Variant, device: torch.device, world: World | None = Non
 
 def timed_step(
     step: TrainStep,
+    variant: Variant,
     stream: Iterator[Batch],
     *,
     repeats: int,
-    tf32: bool = False,
     meet: Callable[[], object] = lambda: None,
 ) -> Callable[[], float]:
-    """A warm training step; each call takes `repeats` of them and returns the seconds of one.
+    """A warm training step of this variant; each call takes `repeats` of them, returns the seconds of one.
 
     meet: called before the clock starts, where ranks have to begin at the same time.
     """
 
     def timed() -> float:
-        set_fp32_precision(tf32)  # it holds for the whole process
+        set_fp32_precision(variant.tf32)
+        torch.backends.cudnn.benchmark = variant.cudnn_benchmark
         meet()
         start = time.perf_counter()
         for _ in range(repeats):

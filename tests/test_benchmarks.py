@@ -1,5 +1,6 @@
 """The benchmarks run."""
 
+import dataclasses
 import json
 import os
 import re
@@ -14,17 +15,19 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import accuracy, airbench, committed, harness, peers, tables
+from benchmarks import accuracy, airbench, committed, harness, ladder, peers, tables
 from benchmarks import all as all_benchmarks
 from benchmarks.all import Part
 from benchmarks.peers import check
 from benchmarks.research import designs, published
+from benchmarks.workloads import Variant, build_step
 from fasttrain.data.build_loader import build_loader
 from fasttrain.data.dataset import Dataset, Split
 from fasttrain.errors import UserError
 from fasttrain.model import CustomResNet
 from fasttrain.recipe import Recipe
 from fasttrain.system.machine import describe
+from tests.helpers import CPU
 
 ROOT = Path(__file__).parents[1]
 
@@ -249,6 +252,24 @@ def test_the_check_of_peers_names_what_differs() -> None:
     assert "mirrored" in differences(flip=False)
     assert "[49]" in differences(cutout=7)
     assert "not the normalised pixels" in differences(std=(0.25, 0.251, 0.25))
+
+
+def test_more_sizes_than_dynamo_allows_by_default_are_all_compiled() -> None:
+    build_step(Variant(precision="fp32", compile_mode="default", width=1), CPU)
+    counters = torch._dynamo.utils.counters["stats"]
+    before, double = counters["unique_graphs"], torch.compile(lambda x: 2 * x, backend="eager", dynamic=False)
+    for size in range(2, 11):
+        double(torch.ones(size))
+    assert counters["unique_graphs"] - before == 9
+
+
+def test_the_ladder_ends_with_what_a_training_takes(monkeypatch) -> None:
+    monkeypatch.setattr(ladder, "pick_precision", lambda *_: "bf16")
+    bottom, *_, top = ladder.rungs(ladder.Options(), torch.device("cuda"), "usual", "best")
+    assert top.loader == "best" and bottom.loader == "usual"
+    expected = Variant(precision="bf16", compile_mode="default", cuda_graph=True)
+    assert dataclasses.replace(top.variant, tf32=False, keep_memory=True) == expected
+    assert not bottom.variant.cudnn_benchmark  # torch's default
 
 
 class FakeAirbench:
