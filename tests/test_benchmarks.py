@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from benchmarks import accuracy, airbench, committed, harness, ladder, peers, ta
 from benchmarks import all as all_benchmarks
 from benchmarks.all import Part
 from benchmarks.peers import check
+from benchmarks.peers.dataset import ImageDataset, data_loader
 from benchmarks.research import designs, published
 from benchmarks.workloads import Variant, build_step
 from fasttrain.data.build_loader import build_loader
@@ -233,6 +235,19 @@ def test_a_peer_does_the_same_work(peer: str) -> None:
         device=torch.device("cpu"),
     )
     assert check.differences(check.statistics(loader, count)) == []
+
+
+def parents_id(image_HWC: np.ndarray) -> torch.Tensor:
+    """In the place of a peer's transform: tells which process has forked the worker."""
+    return torch.tensor([image_HWC[0, 0, 0], os.getppid()])
+
+
+def test_a_process_that_uses_a_gpu_is_never_forked() -> None:
+    images = ImageDataset(np.full((8, 1, 1, 3), 7, np.uint8), np.zeros(8, np.uint8), parents_id)
+    loader = data_loader(images, batch_size=8, workers=1, device=torch.device("cuda"))
+    with warnings.catch_warnings(action="ignore"):  # there may be no GPU to pin memory for
+        [(values, _)] = loader._loader  # type: ignore[attr-defined]
+    assert values[:, 0].tolist() == 8 * [7] and os.getpid() not in values[:, 1]
 
 
 def test_the_check_of_peers_names_what_differs() -> None:
