@@ -77,6 +77,8 @@ class Options:
     """Instead of the recipe's own: a narrow network makes it cheap."""
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] | None = None
     """Instead of the recipe's own."""
+    loader: Literal["auto", "dali", "tensor"] | None = None
+    """Instead of the recipe's own."""
     out: Path = Path("runs/accuracy")
     """Where the runs' folders are, and are made."""
     data: Literal["auto", "cifar10", "cifar100", "synthetic"] = "auto"
@@ -105,7 +107,7 @@ def variants(options: Options) -> dict[str, Recipe]:
             if changed != base:
                 recipes[f"{base.name}-{field}={value}"] = changed
     settings: dict[str, Any] = {"test_flip": True}
-    for field in ("epochs", "width", "compile"):
+    for field in ("epochs", "width", "compile", "loader"):
         if getattr(options, field) is not None:
             settings[field] = getattr(options, field)
     return {name: dataclasses.replace(recipe, **settings) for name, recipe in recipes.items()}

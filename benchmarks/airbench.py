@@ -1,27 +1,34 @@
 """The fastest public CIFAR-10 trainer beside ours: seconds and accuracy on one GPU, on the same images.
 
-    python -m benchmarks.airbench --data-dir data [--seeds 10] [--recipe fast] [--levels 94 95 96]
+    python -m benchmarks.airbench --script airbench94_muon.py --data-dir data [--seeds 10] [--recipe fast]
 
-They take turns. cifar10-airbench's trainers run as published (`pip install airbench`), with a network and an
-optimizer of their own, on files that hold the very images that ours trains on. Each trains once before the
-clock counts. Its seconds are those that it reports; ours are `train_seconds`: neither holds a test.
+They take turns. The script is cifar10-airbench's (github.com/KellerJordan/cifar10-airbench; its package lacks
+it) and runs as published, with a network and an optimizer of its own, in a process of its own, on files that
+hold the very images that ours trains on. Each trains once before the clock counts. There are two clocks:
+training alone, and training with the evaluation of the trained network, predictions averaged, which is the
+time that airbench names. Neither counts the tests between epochs.
 """
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 
 from benchmarks.accuracy import GOALS, seconds_to
-from benchmarks.harness import run, save, show
+from benchmarks.harness import OwnProcess, require_counts, run, save, show
 from benchmarks.stats import describe
 from fasttrain import trainer
 from fasttrain.data.dataset import Dataset, Split
@@ -31,17 +38,17 @@ from fasttrain.recipe import Recipe, load_recipe
 from fasttrain.system.machine import pick_device
 
 Sample = dict[str, Any]
-"""One training: epochs, seconds, accuracy, accuracy_tta, and what `seconds_to` asks for."""
+"""One training: epochs, its seconds and accuracies, and what `seconds_to` asks for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Train our recipe and cifar10-airbench in turn, on one GPU."""
+    """Train our recipe and cifar10-airbench's script in turn, on one GPU."""
 
+    script: Path
+    """airbench94_muon.py, as published."""
     recipe: str = "fast"
     """A preset or a recipe's JSON file."""
-    levels: tuple[Literal[93, 94, 95, 96], ...] = (94,)
-    """Which of airbench's trainers, by the accuracy on the original images that each is made for."""
     seeds: int = 10
     """Trainings of each that count."""
     data: Literal["auto", "cifar10", "synthetic"] = "auto"
@@ -50,6 +57,11 @@ class Options:
     """As in fasttrain train."""
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] | None = None
     """Instead of the recipe's."""
+    loader: Literal["auto", "dali", "tensor"] | None = None
+    """Instead of the recipe's."""
+
+    def __post_init__(self) -> None:
+        require_counts(seeds=self.seeds)
 
 
 def write_images(dataset: Dataset, folder: Path) -> None:
@@ -76,19 +88,53 @@ def working_in(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def theirs(package: Any, level: int, folder: Path) -> Sample:
+def load_script(path: Path) -> ModuleType:
+    """The script as a module: its main program does not run. Raises UserError if it is not airbench's."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--script {path}: expected airbench94_muon.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        with mock.patch.object(sys, "argv", [str(path)]):  # it reads its own text
+            spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--script {path}: cannot be loaded ({error})") from error
+    for name in ("CifarNet", "main", "logging_columns_list"):
+        if not hasattr(module, name):
+            raise UserError(f"--script {path}: it has no {name}; expected airbench94_muon.py")
+    return module
+
+
+def theirs(script: Path, folder: Path) -> Callable[[], Sample]:
+    """The script's trainer, set up as its main program does it; each call trains once, the first warms up.
+
+    folder: cifar10/ in it holds the images.
+    """
+    module = load_script(script)
+    model = module.CifarNet().cuda().to(memory_format=torch.channels_last)
+    model.compile(mode="max-autotune")
+    runs = chain(["warmup"], count())
+
+    def training() -> Sample:
+        with working_in(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
+            module.main(next(runs), model)
+        return read_table(module.logging_columns_list, printed.getvalue())
+
+    return training
+
+
+def read_table(columns: Sequence[str], printed: str) -> Sample:
     """One training by airbench, as the table that it prints tells it."""
-    printed = io.StringIO()
-    with working_in(folder), contextlib.redirect_stdout(printed):
-        getattr(package, f"train{level}")(run=1)
-    names = [name.strip() for name in package.utils.logging_columns_list]
-    lines = [line for line in printed.getvalue().splitlines() if line.startswith("|")]
+    names = [name.strip() for name in columns]
+    [clock_name] = [name for name in names if name.endswith("time_seconds")]
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
     rows = [dict(zip(names, (cell.strip() for cell in line.split("|")[1:-1]), strict=True)) for line in lines]
     *epochs, last = rows  # the last one adds its evaluation with averaged predictions
-    clock = [float(row["total_time_seconds"]) for row in epochs]
+    clock = [float(row[clock_name]) for row in epochs]
     return {
         "epochs": len(epochs),
         "seconds": clock[-1],
+        "seconds_with_test": float(last[clock_name]),
         "accuracy": float(last["val_acc"]),
         "accuracy_tta": float(last["tta_val_acc"]),
         "epoch_seconds": [now - before for before, now in zip([0.0, *clock], clock, strict=False)],
@@ -104,6 +150,7 @@ def ours(recipe: Recipe, dataset: Dataset, device: torch.device) -> Sample:
     return {
         "epochs": result["epochs"],
         "seconds": result["train_seconds"],
+        "seconds_with_test": result["train_seconds"] + finished.column("test_seconds")[-1],
         "accuracy": result["test_accuracy"],
         "accuracy_tta": result["test_accuracy_flip"],
         "epoch_seconds": result["epoch_seconds"],
@@ -137,7 +184,7 @@ def summarize(samples: dict[str, list[Sample]]) -> list[dict[str, Any]]:
     for name, runs in samples.items():
         row: dict[str, Any] = {"trainer": name, "epochs": runs[0]["epochs"], "n": len(runs)}
         row["first_seconds"] = runs[0]["first_seconds"]
-        for key in ("seconds", "accuracy", "accuracy_tta"):
+        for key in ("seconds", "seconds_with_test", "accuracy", "accuracy_tta"):
             row[key] = describe([sample[key] for sample in runs])
         for goal in GOALS:
             curves = [(sample["epoch_seconds"], sample["epoch_accuracy"]) for sample in runs]
@@ -156,13 +203,21 @@ def table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         return f"{factor * value['mean']:.2f}{spread}"
 
     goals = [f"{goal:.0%}" for goal in GOALS]
-    columns = ["trainer", "epochs", "training s", "accuracy, %", "with averaged predictions, %"]
+    columns = [
+        "trainer",
+        "epochs",
+        "training s",
+        "with its test, s",
+        "accuracy, %",
+        "with averaged predictions, %",
+    ]
     columns += [f"s to {goal}" for goal in goals] + ["first call, s", "n"]
     rows = [
         [
             row["trainer"],
             str(row["epochs"]),
             figure(row["seconds"], 1),
+            figure(row["seconds_with_test"], 1),
             figure(row["accuracy"], 100),
             figure(row["accuracy_tta"], 100),
             *(
@@ -181,25 +236,21 @@ def main(options: Options) -> None:
     device = pick_device()
     if device.type != "cuda":
         raise UserError("cifar10-airbench needs an NVIDIA GPU, and there is none here")
-    try:
-        import airbench
-    except ImportError as error:
-        raise UserError(f"airbench: not installed ({error}): pip install -e '.[bench]'") from error
-    changes: dict[str, Any] = {"test_flip": True}
-    if options.compile is not None:
-        changes["compile"] = options.compile
-    recipe = dataclasses.replace(load_recipe(options.recipe), **changes)
+    load_script(options.script)  # refuse a mistake before training anything
+    named = {"compile": options.compile, "loader": options.loader}
+    changes: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
+    recipe = dataclasses.replace(load_recipe(options.recipe), test_flip=True, **changes)
     dataset = load_dataset(options.data, options.data_dir)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_images(dataset, folder / "cifar10")
+        rival = stack.enter_context(OwnProcess(theirs, options.script.resolve(), folder))
         trainings: dict[str, Callable[[int], Sample]] = {
             f"fasttrain, {recipe.name}": lambda seed: ours(
                 dataclasses.replace(recipe, seed=seed), dataset, device
-            )
+            ),
+            options.script.stem: lambda _: rival(),
         }
-        for level in options.levels:
-            trainings[f"airbench{level}"] = lambda _, level=level: theirs(airbench, level, folder)  # type: ignore[misc]
         for samples in in_turn(trainings, options.seeds):  # if this is stopped, the turns so far are saved
             values = {"dataset": dataset.name, "rows": summarize(samples), "samples": samples}
             path = save("airbench", device, values)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import tyro
@@ -62,41 +62,41 @@ def interleave(workloads: dict[str, Workload], rounds: int) -> dict[str, list[fl
     return samples
 
 
-class OwnProcess:
+class OwnProcess(Generic[T]):
     """A workload in a process of its own, for settings of a whole process; it sleeps between samples.
 
     set_up: called in that process with `args`, returns the workload. Both have to be picklable.
     The process ends with the `with` block.
     """
 
-    def __init__(self, set_up: Callable[..., Workload], *args: Any) -> None:
+    def __init__(self, set_up: Callable[..., Callable[[], T]], *args: Any) -> None:
         self._pool = ProcessPoolExecutor(
             1, mp_context=get_context("spawn"), initializer=_set_up, initargs=(set_up, args)
         )
 
-    def __enter__(self) -> "OwnProcess":
+    def __enter__(self) -> "OwnProcess[T]":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
 
-    def __call__(self) -> float:
+    def __call__(self) -> T:
         return self._pool.submit(_sample).result()
 
     def extra_memory_gib(self, device: torch.device) -> float | None:
         return self._pool.submit(_extra_memory_gib, device).result()
 
 
-_workload: Workload
+_workload: Callable[[], Any]
 """What an OwnProcess runs, in that process."""
 
 
-def _set_up(set_up: Callable[..., Workload], args: tuple[Any, ...]) -> None:
+def _set_up(set_up: Callable[..., Callable[[], Any]], args: tuple[Any, ...]) -> None:
     global _workload
     _workload = set_up(*args)
 
 
-def _sample() -> float:
+def _sample() -> Any:
     return _workload()
 
 

@@ -373,25 +373,74 @@ def test_trainings_of_a_published_recipe_are_read_where_they_are_and_refused_for
         published.main(published.Options(seeds=3, **options))  # type: ignore[arg-type]
 
 
-def test_the_public_trainer_sees_the_same_images_and_is_read_as_it_prints(dataset: Dataset, tmp_path) -> None:
-    package = FakeAirbench()
+SCRIPT = """
+import sys
+import torch
+
+text = open(sys.argv[0]).read()
+logging_columns_list = ["run   ", "epoch", "train_acc", "val_acc", "tta_val_acc", "time_seconds"]
+
+
+class CifarNet(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(1, 1)
+        self.settings = []
+
+    def cuda(self):
+        return self
+
+    def compile(self, mode):
+        self.settings.append(mode)
+
+
+def main(run, model):
+    assert model.settings == ["max-autotune"]
+    images = torch.load("cifar10/train.pt")["images"]
+    print("-" * 40)
+    print(f"|  {run!s:>6}  |      0  |   0.9500  |   0.8000  |                |        1.5000  |")
+    print(f"|          |      1  |   0.9500  |   0.9100  |                |        3.0000  |")
+    print(f"|          |   eval  |   0.9500  |   0.9100  |        0.9200  |        3.2000  |")
+    if run != len(images):
+        return 0.92
+
+
+if __name__ == "__main__":
+    raise SystemExit("the script's own trainings must not run")
+"""
+"""A stand-in with the interface of airbench94_muon.py."""
+
+
+def test_the_public_script_sees_the_same_images_and_is_read_as_it_prints(dataset: Dataset, tmp_path) -> None:
     airbench.write_images(dataset, tmp_path / "cifar10")
+    images, test = (torch.load(tmp_path / "cifar10" / f"{name}.pt") for name in ("train", "test"))
+    assert torch.equal(images["images"], torch.from_numpy(dataset.train.images))
+    assert images["labels"].tolist() == dataset.train.labels.tolist()
+    assert len(test["labels"]) == len(dataset.test.labels)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    rival = airbench.theirs(tmp_path / "script.py", tmp_path)
     trainings = {
         "ours": lambda seed: airbench.ours(
             Recipe(batch_size=32, epochs=1, seed=seed, test_flip=True), dataset, torch.device("cpu")
         ),
-        "theirs": lambda seed: airbench.theirs(package, 94, tmp_path),
+        "theirs": lambda _: rival(),
     }
-    [samples] = airbench.in_turn(trainings, seeds=1)
-    assert len(package.seen) == 2  # the first one warms up
-    images = package.seen[0]
-    assert torch.equal(images["images"], torch.from_numpy(dataset.train.images))
-    assert images["labels"].tolist() == dataset.train.labels.tolist()
-    assert len(images["test"]["labels"]) == len(dataset.test.labels)
+    [samples] = airbench.in_turn(trainings, seeds=1)  # the first one warms up
     ours, theirs = airbench.summarize(samples)
     assert theirs["seconds"]["mean"] == 3.0 and theirs["epochs"] == 2  # without its last evaluation
+    assert theirs["seconds_with_test"]["mean"] == 3.2
     assert (theirs["accuracy"]["mean"], theirs["accuracy_tta"]["mean"]) == (0.91, 0.92)
     assert theirs["to_90%"] == {"seconds": 3.0, "n": 1} and theirs["to_94%"] == {"seconds": None, "n": 0}
-    assert ours["n"] == 1 and ours["seconds"]["mean"] > 0
+    assert ours["n"] == 1 and 0 < ours["seconds"]["mean"] < ours["seconds_with_test"]["mean"]
     columns, rows = airbench.table({"rows": [ours, theirs]})
     assert len(columns) == len(rows[0]) and "91.00" in rows[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("x = 1", "it has no CifarNet"), ("import nothing_here", "cannot be loaded"), (None, "")],
+)
+def test_a_script_that_is_not_airbenchs_is_refused(text: str | None, reason: str, tmp_path) -> None:
+    if text is not None:
+        (tmp_path / "script.py").write_text(text)
+    with pytest.raises(UserError, match=f"--script .*script.py: .*{reason}"):
+        airbench.load_script(tmp_path / "script.py")
