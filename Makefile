@@ -95,7 +95,7 @@ $(VENV)/bench-installed: $(VENV)/installed
 profile: setup  ## show where the time of a training goes: the variables of train
 	$(fasttrain) profile$(flags)
 
-gpu-report: setup  ## run every benchmark in one visit to a GPU: RESULTS= ARGS="--data-dir data"
+gpu-report: setup  ## run every benchmark where there is a GPU: RESULTS= ARGS="--visit first"
 	$(measure) benchmarks.all --plan gpu $(ARGS)
 
 soak: setup  ## kill and resume trainings, damage and read files, for minutes: RESULTS= ARGS=

@@ -1,21 +1,25 @@
-"""Every benchmark in one command: `make bench` on your machine, `make gpu-report` in one visit to a GPU.
+"""Every benchmark in one command: `make bench` on your machine, `make gpu-report` on a machine with a GPU.
 
     python -m benchmarks.all                       # how fast fasttrain is here, in about 12 minutes
-    python -m benchmarks.all --plan gpu --data-dir data [--only step ladder]
+    python -m benchmarks.all --plan gpu --data-dir data --visit first [--airbench airbench94_muon.py]
 
 Each part is a process of its own, writes its JSON at once, and cannot stop the next one. With --plan gpu the
 parts come in order of importance and have time limits, and all together keep within --minutes: parts that no
-longer fit are left out, and named. --small makes all of it small enough to test on a CPU.
+longer fit are left out, and named. The parts are divided into visits, as GPUs are lent for minutes: `first`
+needs no DALI, `dali` measures its loader, `seeds` takes the rest. --small makes all of it small enough to
+test on a CPU.
 """
 
 import contextlib
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -27,21 +31,30 @@ from fasttrain.system.machine import cpu_cores
 BENCH = ("machine", "step", "loaders", "ladder", "scaling", "start")
 """The parts of `make bench`, which need neither a GPU nor the images."""
 
-GPU = (
-    *("machine", "tests", "run-cold", "run-warm", "accuracy-default", "loaders", "step", "ladder"),
-    *(
-        "accuracy-fast",
-        "accuracy-speedrun",
-        "airbench",
-        "profile",
-        "folder",
-        "folder-run",
-        "designs",
-        "start",
+Visit = Literal["first", "dali", "seeds"]
+
+VISITS: dict[Visit, tuple[str, ...]] = {
+    "first": (
+        *("doctor", "machine", "layers", "tests-step"),
+        *("short-eager", "short-graph", "short-compiled", "short-compiled-graph", "fastest"),
+        *("airbench", "accuracy-speedrun"),
     ),
-    *("networks", "scaling"),
-)
+    "dali": ("tests-loaders", "loaders", "run-cold", "run-warm", "profile", "trace"),
+    "seeds": (
+        *("accuracy-default", "accuracy-fast", "ladder", "profile-speedrun", "folder", "folder-run"),
+        *("start", "scaling", "step", "networks", "designs"),
+    ),
+}
 """The parts of `make gpu-report`, the most important first."""
+
+MINUTES = 9
+"""Of a visit: a GPU that is lent for ten needs one to start."""
+
+TWINS = {
+    *("tests-loaders", "short-graph", "short-compiled", "short-compiled-graph", "run-warm"),
+    *("accuracy-fast", "accuracy-speedrun", "profile-speedrun"),
+}
+"""Parts that --small leaves out: on a CPU each does what another one does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +67,12 @@ class Options:
     """Folder of CIFAR-10."""
     out: Path = Path("bench-results")
     """Where logs, runs and the trace go, and the JSON files if FASTTRAIN_RESULTS names no other folder."""
+    visit: Visit | None = None
+    """Which parts of --plan gpu; by default all visits, one after another."""
+    airbench: Path | None = None
+    """cifar10-airbench's airbench94_muon.py, to train it beside ours."""
     minutes: float | None = None
-    """For all parts together; by default 8 with --plan gpu, and no limit otherwise."""
+    """For all parts together; by default 9 for a visit of --plan gpu, and no limit otherwise."""
     only: tuple[str, ...] = ()
     """Parts to run, by name, as after a change that concerns them; by default all."""
     small: bool = False
@@ -64,12 +81,19 @@ class Options:
 
 @dataclass(frozen=True)
 class Part:
-    """A process to run; seconds: its limit on a GPU."""
+    """A process to run; seconds: its limit on a GPU.
+
+    caches: folder for everything that compilers keep; by default their own. cold: empty it first.
+    """
 
     name: str
     seconds: float
     command: list[str]
+    caches: Path | None = None
+    cold: bool = False
 
+
+TESTS = Path(__file__).resolve().parents[1] / "tests"
 
 ENOUGH_SECONDS = 10
 """A part that has less time left than this is not started."""
@@ -81,7 +105,9 @@ def parts(options: Options) -> list[Part]:
         found = {part.name: part for part in benchmark_parts(options)}
         return [found[name] for name in BENCH]
     found = {part.name: part for part in (*benchmark_parts(options), *training_parts(options))}
-    return [found[name] for name in GPU if name in found]
+    visits = [options.visit] if options.visit else list(VISITS)
+    names = [name for visit in visits for name in VISITS[visit] if name in found]
+    return [found[name] for name in names if not (options.small and name in TWINS)]
 
 
 def module(options: Options, name: str, *arguments: str, full: str = "", small: str = "") -> list[str]:
@@ -103,7 +129,8 @@ def benchmark_parts(options: Options) -> list[Part]:
     tiny_scaling = "--rounds 1 --width 8 --batch-size 8 "
     tiny_scaling += "--images 32 64 --batch-sizes 4 8 --epochs 1 2 --widths 8 16"
     return [
-        part("machine", 60),
+        part("machine", 30),
+        part("layers", 90, small="--batch-sizes 8 --width 8 --seconds 0"),
         part("loaders", 120, f"--cores {cpu_cores()} --batch-sizes 512", tiny_loaders),
         part("step", 120, "--batch-sizes 512", "--rounds 1 --width 8 --batch-sizes 8"),
         part("ladder", 120, small="--rounds 1 --width 8 --batch-size 8 --images 64"),
@@ -118,43 +145,85 @@ def benchmark_parts(options: Options) -> list[Part]:
 def training_parts(options: Options) -> list[Part]:
     """The parts that train on the images, with the tests that need a GPU."""
     data = ["--data-dir", str(options.data_dir)]
-    runs = ["--out", str(options.out / "runs")]
-    # Compiled even where auto finds that one run is too short for it: figures are those of a warm cache.
-    compiled = "--compile default"
+    out = options.out
 
-    def recipe(name: str) -> str:
-        return str(small_recipe(options)) if options.small else name
+    def recipe(name: str) -> list[str]:
+        return ["--recipe", str(small_recipe(options)) if options.small else name]
 
     def fasttrain(command: str, *arguments: str, full: str = "", small: str = "") -> list[str]:
         return module(options, "fasttrain", command, *data, *arguments, full=full, small=small)
 
-    def accuracy(preset: str) -> Part:
-        out = ["--out", str(options.out / "accuracy")]
-        wanted = ["--mode", "final", "--presets", recipe(preset), *data, *out]
-        full, small = f"--seeds 5 {compiled}", "--seeds 1"
-        return Part(
-            f"accuracy-{preset}", 120, module(options, "benchmarks.accuracy", *wanted, full=full, small=small)
-        )
+    def run_of(name: str, seconds: float, *, cold: bool = False) -> Part:
+        # Compiled even where auto finds that a run is too short for it.
+        full = "--compile default --loader dali"
+        command = fasttrain("train", *recipe("default"), "--out", str(out / "runs"), full=full)
+        return Part(name, seconds, command, caches=out / "caches", cold=cold)
 
-    train = fasttrain("train", "--recipe", recipe("default"), *runs, full=compiled)
-    profile = ["--recipe", recipe("default"), "--out", str(options.out / "profile")]
-    # -v: every outcome is printed at once, so it is known even if the tests are stopped early.
-    flags = ["-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    def profile(name: str, preset: str, full: str) -> Part:
+        into = ["--out", str(out / name)]
+        return Part(name, 60, fasttrain("profile", *recipe(preset), *into, full=full, small="--active 1"))
+
+    trace = module(options, "benchmarks.trace", str(out / "profile" / "trace.json"))
     found = [
-        Part("tests", 200, module(options, "pytest", *flags, small="tests/test_ema.py")),
-        Part("run-cold", 150, train),
-        Part("run-warm", 90, train),
-        *map(accuracy, ("default", "fast", "speedrun")),
-        Part("profile", 90, fasttrain("profile", *profile, full=compiled, small="--active 1")),
+        Part("doctor", 30, module(options, "fasttrain", "doctor")),
+        *test_parts(options),
+        *short_parts(options, fasttrain, recipe("default")),
+        *(accuracy_part(options, preset, recipe(preset)[1]) for preset in ("default", "fast", "speedrun")),
+        run_of("run-cold", 150, cold=True),
+        run_of("run-warm", 90),
+        profile("profile", "default", "--compile default --loader dali --active 20"),
+        Part("trace", 30, trace),
+        profile("profile-speedrun", "speedrun", ""),
     ]
-    if not options.small:  # its package needs a GPU
-        airbench = module(options, "benchmarks.airbench", *data, full=f"--seeds 5 {compiled}")
-        found.append(Part("airbench", 120, airbench))
+    if options.airbench:
+        rival = ["--script", str(options.airbench), *data]
+        full = "--recipe speedrun --loader tensor --seeds 5"
+        found.append(Part("airbench", 180, module(options, "benchmarks.airbench", *rival, full=full)))
     images = options.data_dir / "images"
     if images.is_dir():
-        folder = fasttrain("train", "--data", f"folder:{images}", *runs, "--epochs", "1")
-        found.append(Part("folder-run", 90, folder))
+        folder = ["--data", f"folder:{images}", "--out", str(out / "runs"), "--epochs", "1"]
+        found.append(Part("folder-run", 90, fasttrain("train", *folder)))
     return found
+
+
+def test_parts(options: Options) -> list[Part]:
+    """The tests that need a GPU: those of a step, and those that need DALI too."""
+
+    def tests(name: str, seconds: float, *files: str) -> Part:
+        # -v: every outcome is printed at once, so it is known even if the tests are stopped early.
+        flags = ["-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
+        paths = [str(TESTS / f"test_{file}.py") for file in files]
+        return Part(name, seconds, module(options, "pytest", *flags, *paths))
+
+    of_a_step = ["ema"] if options.small else ["machine", "rates", "ema", "proof", "step"]
+    return [tests("tests-step", 120, *of_a_step), tests("tests-loaders", 60, "loader", "trainer")]
+
+
+def short_parts(options: Options, fasttrain: Callable[..., list[str]], default: list[str]) -> list[Part]:
+    """Three epochs in each way to take a step, and the whole training in the fastest; all without DALI."""
+    short, data = options.out / "short", ["--data-dir", str(options.data_dir)]
+    ways = {
+        "eager": (30, "--compile off --no-cuda-graph"),
+        "graph": (30, "--compile off"),
+        "compiled": (75, "--compile default --no-cuda-graph"),
+        "compiled-graph": (45, "--compile default"),
+    }
+    runs = ["--loader", "tensor", "--out", str(short)]
+    parts = [
+        Part(f"short-{way}", seconds, fasttrain("train", *default, *runs, full=f"--epochs 3 {flags}"))
+        for way, (seconds, flags) in ways.items()
+    ]
+    whole = ["--short", str(short), *data, "--out", str(options.out / "runs")]
+    return [*parts, Part("fastest", 60, module(options, "benchmarks.fastest", *whole, small="--epochs 1"))]
+
+
+def accuracy_part(options: Options, preset: str, recipe: str) -> Part:
+    """A preset over five seeds; the speedrun, of the first visit, without DALI."""
+    wanted = ["--mode", "final", "--presets", recipe, "--data-dir", str(options.data_dir)]
+    wanted += ["--out", str(options.out / "accuracy")]
+    full = "--seeds 5 " + ("--loader tensor" if preset == "speedrun" else "--compile default")
+    command = module(options, "benchmarks.accuracy", *wanted, full=full, small="--seeds 1")
+    return Part(f"accuracy-{preset}", 150, command)
 
 
 def small_recipe(options: Options) -> Path:
@@ -164,13 +233,16 @@ def small_recipe(options: Options) -> Path:
 
 
 def main(options: Options) -> None:
+    if options.visit and options.plan != "gpu":
+        raise UserError(f"--visit {options.visit}: expected with --plan gpu")
     options.out.mkdir(parents=True, exist_ok=True)
     everything = parts(options)
     names = [part.name for part in everything]
     for name in options.only:
         if name not in names:
             raise UserError(f"--only {name!r}: expected some of {', '.join(map(repr, names))}")
-    minutes = options.minutes or (8 if options.plan == "gpu" else math.inf)
+    visits = 1 if options.visit else len(VISITS)
+    minutes = options.minutes or (visits * MINUTES if options.plan == "gpu" else math.inf)
     deadline = time.perf_counter() + 60 * minutes
     limited = options.plan == "gpu" and not options.small
     rows = []
@@ -193,6 +265,8 @@ def main(options: Options) -> None:
 
 def run_part(part: Part, limit: float, out: Path) -> str:
     """Run one part, showing its output and keeping it in its log; returns done, or how it ended."""
+    if part.caches and part.cold:
+        shutil.rmtree(part.caches, ignore_errors=True)
     process = subprocess.Popen(
         part.command,
         stdout=subprocess.PIPE,
@@ -200,7 +274,7 @@ def run_part(part: Part, limit: float, out: Path) -> str:
         text=True,
         errors="replace",
         # Unbuffered: when a part is stopped, its log has all that it said.
-        env=os.environ | {"FASTTRAIN_RESULTS": results_folder(out), "PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"FASTTRAIN_RESULTS": results_folder(out), "PYTHONUNBUFFERED": "1"} | caches(part),
         start_new_session=True,
     )
     assert process.stdout
@@ -216,6 +290,12 @@ def run_part(part: Part, limit: float, out: Path) -> str:
             os.killpg(process.pid, signal.SIGKILL)  # and whatever processes it has left behind
         process.wait()
         copier.join()
+
+
+def caches(part: Part) -> dict[str, str]:
+    """The variables that say where torch's compiler, Triton and fasttrain keep what was compiled."""
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FASTTRAIN_CACHE")
+    return {name: str(part.caches.resolve() / name.lower()) for name in names} if part.caches else {}
 
 
 def results_folder(out: Path) -> str:

@@ -1,4 +1,7 @@
-"""Tests marked `gpu` run where there is an NVIDIA GPU, and are skipped with a reason elsewhere."""
+"""Tests marked `gpu` run where there is an NVIDIA GPU, and are skipped with a reason elsewhere.
+
+`gpu(seconds=5)` tells how long such a test may take. The shortest come first: a visit to a GPU may end early.
+"""
 
 import functools
 import os
@@ -15,10 +18,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from fasttrain.data import dataset
 from fasttrain.data.sources import cifar, synthetic
 
+GPU_SECONDS, ALL_GPU_SECONDS = 1.0, 120.0
+"""How long a test marked `gpu` takes unless its mark says otherwise, and how long all of them may take."""
+
+
+def gpu_seconds(item: pytest.Item) -> float:
+    """The seconds that a test may take on a GPU; 0 for one that needs none."""
+    return max((mark.kwargs.get("seconds", GPU_SECONDS) for mark in item.iter_markers("gpu")), default=0.0)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch  # not above: the process that hands the tests out to others starts without it
 
+    items.sort(key=gpu_seconds)
+    together = sum(map(gpu_seconds, items))
+    if together > ALL_GPU_SECONDS:
+        raise pytest.UsageError(f"tests marked gpu take {together:.0f} s, and may take {ALL_GPU_SECONDS:.0f}")
     if torch.cuda.is_available():
         return
     for item in items:
@@ -40,6 +55,7 @@ def quick_rate() -> Iterator[None]:
     measure = functools.partial(trainer.measure_matmul_tflops, seconds=0.01, side=512)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "measure_matmul_tflops", measure)
+        patch.setattr(trainer, "glance_at_matmul_tflops", measure)
         yield
 
 

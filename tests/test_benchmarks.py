@@ -1,6 +1,7 @@
 """The benchmarks run."""
 
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -14,21 +15,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import tyro
 from torch import nn
 
-from benchmarks import accuracy, airbench, committed, harness, ladder, peers, tables
+from benchmarks import accuracy, airbench, committed, fastest, harness, ladder, peers, tables, trace
 from benchmarks import all as all_benchmarks
 from benchmarks.all import Part
 from benchmarks.peers import check
 from benchmarks.peers.dataset import ImageDataset, data_loader
 from benchmarks.research import designs, published
 from benchmarks.workloads import Variant, build_step
+from fasttrain import cli
 from fasttrain.data.build_loader import build_loader
 from fasttrain.data.dataset import Dataset, Split
 from fasttrain.errors import UserError
 from fasttrain.model import CustomResNet
+from fasttrain.options import ProfileOptions, TrainCommand
 from fasttrain.recipe import Recipe
 from fasttrain.system.machine import describe
+from fasttrain.tools.profiler import STEP
 from tests.helpers import CPU
 
 ROOT = Path(__file__).parents[1]
@@ -47,12 +52,19 @@ def test_workloads_take_turns() -> None:
 
 @pytest.fixture(scope="module")
 def small_visit(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that a visit to a GPU leaves behind, tiny and on the CPU: every part of `benchmarks.all`."""
-    out = tmp_path_factory.mktemp("visit")
-    flags = ["--plan", "gpu", "--small", "--minutes", "60", "--data-dir", str(dataset_dir), "--out", str(out)]
-    done = run_benchmark("all", *flags, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    """The folder that the visits to a GPU leave behind, tiny and on the CPU; the first one without DALI."""
+    out, nothing = tmp_path_factory.mktemp("visit"), tmp_path_factory.mktemp("nothing")
+    (nothing / "nvidia" / "dali").mkdir(parents=True)
+    (nothing / "nvidia" / "dali" / "__init__.py").write_text("raise ImportError('no DALI in this visit')")
+    visit: dict[str, Any] = {"plan": "gpu", "small": True, "minutes": 60, "data_dir": dataset_dir, "out": out}
+    later = {*all_benchmarks.VISITS["dali"], *all_benchmarks.VISITS["seeds"]}
+    later -= {*all_benchmarks.TWINS, "folder-run"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FASTTRAIN_RESULTS", raising=False)
+        patch.setenv("PYTHONPATH", f"{nothing}{os.pathsep}{ROOT}")
+        all_benchmarks.main(all_benchmarks.Options(**visit, visit="first"))
+        patch.setenv("PYTHONPATH", str(ROOT))
+        all_benchmarks.main(all_benchmarks.Options(**visit, only=tuple(later)))
     return out
 
 
@@ -64,17 +76,118 @@ def run_benchmark(name: str, *flags: str, cwd: Path, **names: str) -> subprocess
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=1200)
 
 
-def test_one_command_runs_every_benchmark(small_visit: Path) -> None:
+def test_the_visits_run_every_benchmark(small_visit: Path) -> None:
     measured = {path.stem: json.loads(path.read_text()) for path in small_visit.glob("*-*/*.json")}
-    speed = {"machine", "step", "loader", "ladder", "scaling", "start", "folder", "designs", "networks"}
+    speed = {
+        "machine",
+        "step",
+        "loader",
+        "ladder",
+        "scaling",
+        "start",
+        "folder",
+        "designs",
+        "networks",
+        "layers",
+    }
     assert {*measured} == speed | {"final-default"}
     for name, values in measured.items():
         assert values["rows"] and values["machine"]["torch"], name
     assert (small_visit / "profile" / "trace.json").exists()
     assert "conv" in (small_visit / "profile.log").read_text()
+    assert "1 steps, and nothing of them ran on a GPU" in (small_visit / "trace.log").read_text()
+    assert "no DALI in this visit" in (small_visit / "doctor.log").read_text()
+    [short] = small_visit.glob("short/*/result.json")
+    assert short.parent.name in (small_visit / "fastest.log").read_text()
     assert len(list(small_visit.glob("runs/*-default/result.json"))) == 2
-    plans = {*all_benchmarks.BENCH, *all_benchmarks.GPU}
-    assert plans - {path.stem for path in small_visit.glob("*.log")} == {"airbench", "folder-run"}
+    plans = {*all_benchmarks.BENCH, *(name for names in all_benchmarks.VISITS.values() for name in names)}
+    left_out = plans - {path.stem for path in small_visit.glob("*.log")}
+    assert left_out == {"airbench", "folder-run"} | all_benchmarks.TWINS
+
+
+def test_every_command_for_a_gpu_is_one_that_is_understood(tmp_path: Path) -> None:
+    """In full: a wrong flag would only be seen on a GPU, where minutes are few."""
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    folders = {"out": tmp_path, "data_dir": tmp_path / "data"}
+    found = all_benchmarks.parts(all_benchmarks.Options(plan="gpu", airbench=Path("script.py"), **folders))
+    names = [name for visit in all_benchmarks.VISITS.values() for name in visit]
+    assert [part.name for part in found] == names and not any(" " in name for name in names)
+    for part in found:
+        python, flag, module, *arguments = part.command
+        assert (python, flag) == (sys.executable, "-m")
+        if module.startswith("benchmarks."):
+            tyro.cli(importlib.import_module(module).Options, args=arguments)
+        elif module == "pytest":
+            assert all(Path(path).is_file() for path in arguments if path.endswith(".py"))
+        elif arguments != ["doctor"]:
+            options = {"train": TrainCommand, "profile": ProfileOptions}[arguments[0]]
+            cli._parse_recipe(options, arguments[0], arguments[1:])
+    loaders = {part.name: " ".join(part.command) for part in found if "dali" not in part.name}
+    assert all("--loader tensor" in loaders[f"short-{way}"] for way in ("eager", "graph", "compiled"))
+
+
+def test_a_cold_run_finds_nothing_and_a_warm_one_what_the_cold_one_left(tmp_path: Path) -> None:
+    code = """if True:
+        import os, pathlib
+        names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FASTTRAIN_CACHE")
+        folders = [os.environ[name] for name in names]
+        print([pathlib.Path(folder).exists() for folder in folders])
+        for folder in folders:
+            pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    """
+    found = []
+    for cold in (True, False, True):
+        part = Part("run", 60, [sys.executable, "-c", code], caches=tmp_path / "caches", cold=cold)
+        assert all_benchmarks.run_part(part, 60, tmp_path) == "done"
+        found.append((tmp_path / "run.log").read_text().strip())
+    assert found == [str(3 * [exists]) for exists in (False, True, False)]
+
+
+def test_the_commit_is_told_where_there_is_no_repository(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("FASTTRAIN_COMMIT", "abc")
+    part = Part("run", 60, [sys.executable, "-c", "import os; print(os.environ['FASTTRAIN_COMMIT'])"])
+    all_benchmarks.run_part(part, 60, tmp_path)
+    assert (tmp_path / "run.log").read_text() == "abc\n"
+
+
+def test_the_fastest_run_is_told_by_its_later_epochs() -> None:
+    def short(*seconds: float) -> Any:
+        return SimpleNamespace(result={"epoch_seconds": list(seconds)})
+
+    assert fastest.epoch_seconds(short(9.0, 1.0, 1.2)) == pytest.approx(1.1)
+    assert fastest.epoch_seconds(short(9.0)) == 9.0
+
+
+def test_a_trace_tells_the_streams_and_threads_apart_and_finds_the_gaps(tmp_path: Path, capsys) -> None:
+    def event(category: str, name: str, start: float, duration: float, **more: Any) -> dict[str, Any]:
+        return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": duration, "tid": 1, **more}
+
+    def on_gpu(category: str, name: str, start: float, duration: float, stream: int) -> dict[str, Any]:
+        return event(category, name, start, duration, args={"stream": stream})
+
+    events = [
+        *(event("user_annotation", STEP, 1000.0 * number, 500) for number in range(2)),
+        on_gpu("gpu_user_annotation", STEP, 0, 2000, 7),
+        on_gpu("kernel", "conv", 0, 300, 7),
+        on_gpu("kernel", "crop", 100, 100, 20),  # beside the other: no gap follows its end
+        on_gpu("gpu_memcpy", "Memcpy HtoD", 250, 250, 20),
+        on_gpu("kernel", "conv", 1500, 500, 7),
+        event("cuda_runtime", "cudaLaunchKernel", 0, 10),
+        event("cuda_runtime", "cudaEventSynchronize", 0, 800, tid=2),
+        event("cuda_runtime", "cudaGetDevice", 0, 10),
+    ]
+    assert [tuple(row.values()) for row in trace.count(events, steps=2)] == [
+        ("copies", "stream 20", 0.5, 0.125),
+        ("kernels", "stream 20", 0.5, 0.05),
+        ("kernels", "stream 7", 1.0, 0.4),
+        ("cudaLaunchKernel", "thread 1", 0.5, 0.005),
+        ("cudaEventSynchronize", "thread 2", 0.5, 0.4),
+    ]
+    [gap] = trace.gaps(events)
+    assert gap == {"at_ms": 0.5, "ms": 1.0, "after": "Memcpy HtoD", "before": "conv"}
+    (tmp_path / "no.json").write_text("[]")
+    with pytest.raises(UserError, match="cannot be read as a trace"):
+        trace.main(trace.Options(trace=tmp_path / "no.json"))
 
 
 def test_no_part_ends_with_a_traceback(small_visit: Path) -> None:
@@ -91,10 +204,13 @@ def test_every_table_fits_80_columns_when_piped(small_visit: Path) -> None:
         assert not any("…" in block for block in found), log.read_text()
         tables[log.stem] = len(found)
     assert {name for name, count in tables.items() if not count} <= {
-        "tests",
+        "doctor",
+        "tests-step",
+        "short-eager",
+        "fastest",
         "run-cold",
-        "run-warm",
         "profile",
+        "trace",
     }
 
 

@@ -24,8 +24,8 @@ def measure_matmul_tflops(
     noise = torch.Generator(device)  # leaves torch's global generator alone
     left, right = (torch.randn(side, side, generator=noise, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(left)
-    best_seconds = _best_seconds(lambda: torch.mm(left, right, out=product), device, seconds)
-    return 2 * side**3 / best_seconds / 1e12
+    work_seconds = best_seconds(lambda: torch.mm(left, right, out=product), device, seconds)
+    return 2 * side**3 / work_seconds / 1e12
 
 
 def glance_at_matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
@@ -40,11 +40,11 @@ def measure_copy_gbps(device: torch.device, seconds: float = 0.5) -> float:
     """
     source = torch.zeros(2**28, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    best_seconds = _best_seconds(lambda: target.copy_(source), device, seconds)
-    return 2 * source.numel() / best_seconds / 1e9
+    work_seconds = best_seconds(lambda: target.copy_(source), device, seconds)
+    return 2 * source.numel() / work_seconds / 1e9
 
 
-def _best_seconds(work: Callable[[], object], device: torch.device, budget_seconds: float) -> float:
+def best_seconds(work: Callable[[], object], device: torch.device, budget_seconds: float) -> float:
     """Return the seconds that one call of `work` takes: the best burst within the budget, after a warm-up."""
     on_cpu = device.type == "cpu"
     calls = 1 if on_cpu else 10  # a burst of ten hides the cost of launching and waiting
