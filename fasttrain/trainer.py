@@ -25,10 +25,11 @@ from fasttrain.data.loader import Loader
 from fasttrain.distributed import World
 from fasttrain.errors import DivergedError
 from fasttrain.evaluate import Evaluation, concat, evaluate
+from fasttrain.laptop import FIRST_STEPS, estimate_full_recipe, is_laptop
 from fasttrain.lr_finder import find_max_lr
-from fasttrain.model import build_model, training_flop_per_image
+from fasttrain.model import build_model
 from fasttrain.options import TrainOptions
-from fasttrain.recipe import PRESETS, Recipe
+from fasttrain.recipe import Recipe
 from fasttrain.report.html import first_images, write_report
 from fasttrain.report.run import Run, load_run
 from fasttrain.runtime import Runtime, import_in_background
@@ -50,9 +51,6 @@ from fasttrain.system.run_folder import (
 from fasttrain.system.run_log import RunLog, SilentLog, require_tensorboard
 from fasttrain.system.signals import catch_signals
 from fasttrain.system.throughput import WaitTimer, watch
-
-FIRST_STEPS = 5
-"""Steps after which the laptop recipe estimates how long the full one would take."""
 
 MAX_ROLLBACKS = 3
 """How many times a diverged run may be rolled back, its learning rate halved each time."""
@@ -230,8 +228,9 @@ class Trainer:
         with watch(timer, self._warn_of_wait):
             for images_NCHW, labels_N in self.log.steps(timer, left, title, live_metrics):
                 step(images_NCHW, labels_N)
-                if step.step == min(FIRST_STEPS, step.total_steps) and self._is_laptop():
-                    self._estimate_full_recipe((time.perf_counter() - start) / step.step)
+                if step.step == min(FIRST_STEPS, step.total_steps) and is_laptop(self.recipe, step.device):
+                    seconds = (time.perf_counter() - start) / step.step
+                    self.log.print(estimate_full_recipe(step, seconds, loader.sampler.count))
                 if checkpoints.due():
                     state.require_finite()  # waits for the device, so that the clock below includes its work
                     progress.seconds = time.perf_counter() - start
@@ -356,22 +355,6 @@ class Trainer:
         self.log.rewind(state.progress.epochs)
         rate = f"{state.step.max_lr:.3g}"
         self.log.print(f"{error} Rolled back to step {state.step.step} with half the rate, {rate}")
-
-    def _is_laptop(self) -> bool:
-        """Whether a CPU trains the short recipe at full width: another width takes a different time."""
-        recipe, on_cpu = self.recipe, self.runtime.device.type == "cpu"
-        return on_cpu and recipe.name == "laptop" and recipe.width == PRESETS["default"].width
-
-    def _estimate_full_recipe(self, seconds: float) -> None:
-        """Print an estimate of the full recipe's time; seconds: those of one of the first steps."""
-        full, step, images = PRESETS["default"], self.state.step, self.train_loader.sampler.count
-        resolution = self.recipe.training_resolution(0, step.total_steps)
-        seconds *= training_flop_per_image(step.model) / training_flop_per_image(step.model, resolution)
-        minutes = full.epochs * images * seconds / self.recipe.batch_size / 60
-        self.log.print(
-            f"No GPU: this is the short laptop recipe. The full one, {full.epochs} epochs, would take about "
-            f"{minutes:.0f} minutes here: fasttrain train --recipe {full.name}"
-        )
 
     def _warn_of_wait(self, seconds: float) -> None:
         stacks = f"; to see every thread's stack: kill -USR1 {os.getpid()}" if os.name == "posix" else ""

@@ -14,13 +14,14 @@ from fasttrain.checkpoint.state import mean_flop_per_image
 from fasttrain.cli import main
 from fasttrain.compile import CompileEstimate
 from fasttrain.data.sources import cifar
+from fasttrain.laptop import is_laptop
 from fasttrain.model import CustomResNet, training_flop_per_image
 from fasttrain.recipe import PRESETS, Recipe
 from fasttrain.report import network_table
 from fasttrain.runtime import Runtime
 from fasttrain.step import TrainStep
 from fasttrain.system.machine import cpu_cores
-from fasttrain.trainer import Trainer, train
+from fasttrain.trainer import train
 
 RESULT_KEYS = {
     "recipe",
@@ -309,6 +310,4 @@ def test_data_and_doctor_answer(dataset_dir: Path, capsys) -> None:
 
 @pytest.mark.parametrize(("device", "expected"), [("cpu", True), ("cuda", False)])
 def test_only_a_cpu_is_told_that_it_has_no_gpu(device: str, expected: bool) -> None:
-    one = object.__new__(Trainer)
-    one.recipe, one.runtime = PRESETS["laptop"], Runtime(device=torch.device(device))
-    assert one._is_laptop() is expected
+    assert is_laptop(PRESETS["laptop"], torch.device(device)) is expected

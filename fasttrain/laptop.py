@@ -1,0 +1,29 @@
+"""What the short recipe for a machine without a GPU says about the full one."""
+
+import torch
+
+from fasttrain.model import training_flop_per_image
+from fasttrain.recipe import PRESETS, Recipe
+from fasttrain.step import TrainStep
+
+FIRST_STEPS = 5
+"""Steps after which the laptop recipe estimates how long the full one would take."""
+
+
+def is_laptop(recipe: Recipe, device: torch.device) -> bool:
+    """Whether a CPU trains the short recipe at full width: another width takes a different time."""
+    return device.type == "cpu" and recipe.name == "laptop" and recipe.width == PRESETS["default"].width
+
+
+def estimate_full_recipe(step: TrainStep, seconds: float, images: int) -> str:
+    """Return a line that says how long the full recipe would take here.
+
+    seconds: those of one of the first steps. images: how many there are to train on.
+    """
+    full, resolution = PRESETS["default"], step.recipe.training_resolution(0, step.total_steps)
+    seconds *= training_flop_per_image(step.model) / training_flop_per_image(step.model, resolution)
+    minutes = full.epochs * images * seconds / step.recipe.batch_size / 60
+    return (
+        f"No GPU: this is the short laptop recipe. The full one, {full.epochs} epochs, would take about "
+        f"{minutes:.0f} minutes here: fasttrain train --recipe {full.name}"
+    )
