@@ -335,7 +335,5 @@ class _SyncBatchNorm(nn.BatchNorm2d):
     def _follow(self, mean_C: Tensor, variance_C: Tensor, count: int) -> None:
         """Update the running statistics with the unbiased variance, like nn.BatchNorm2d."""
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        assert self.num_batches_tracked is not None
         self.running_mean.lerp_(mean_C, self.momentum)
         self.running_var.lerp_(variance_C * (count / (count - 1)), self.momentum)
-        self.num_batches_tracked += 1

@@ -41,8 +41,28 @@ def _block(
     layers: list[nn.Module] = [nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)]
     if pool:
         layers.append(nn.MaxPool2d(2))
-    norm = nn.BatchNorm2d(out_channels, momentum=bn_momentum)
+    norm = BatchNorm2d(out_channels, momentum=bn_momentum)
     return [*layers, norm, nn.ReLU(inplace=True) if activation == "relu" else nn.GELU(), nn.Dropout(dropout)]
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm that does not count its batches: that takes a launch, and a fixed momentum needs no count.
+
+    The counter stays in the state dict as it was loaded, so that checkpoints keep their keys.
+    """
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        assert self.momentum is not None
+        return F.batch_norm(
+            images_NCHW,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum,
+            self.eps,
+        )
 
 
 class GlobalMaxPool2d(nn.Module):

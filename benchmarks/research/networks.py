@@ -19,7 +19,7 @@ from benchmarks.harness import Workload, interleave, run, save, show
 from benchmarks.stats import spread
 from benchmarks.step import step_ms
 from benchmarks.workloads import unchanged, usual_variant
-from fasttrain.model import CustomResNet
+from fasttrain.model import BatchNorm2d, CustomResNet
 from fasttrain.system.machine import pick_device
 
 Change = Callable[[CustomResNet], None]
@@ -77,7 +77,7 @@ class TwoStageBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        assert self.momentum is not None and self.num_batches_tracked is not None
+        assert self.momentum is not None
         assert self.running_mean is not None and self.running_var is not None
         values, count = x.float(), x.numel() // x.shape[1]
         mean_C = values.mean((2, 3)).mean(0)
@@ -85,13 +85,12 @@ class TwoStageBatchNorm(nn.BatchNorm2d):
         with torch.no_grad():
             self.running_mean.lerp_(mean_C, self.momentum)
             self.running_var.lerp_(var_C * (count / (count - 1)), self.momentum)
-            self.num_batches_tracked.add_(1)
         scale_C = self.weight * (var_C + self.eps).rsqrt()
         shift_C = self.bias - mean_C * scale_C
         return (values * scale_C[:, None, None] + shift_C[:, None, None]).to(x.dtype)
 
 
-class LibraryBatchNorm(nn.BatchNorm2d):
+class LibraryBatchNorm(BatchNorm2d):
     """BatchNorm by cuDNN's or torch's own kernel: a compiler leaves it out of what it fuses."""
 
     @torch.compiler.disable
