@@ -114,7 +114,7 @@ def cache_of(step: TrainStep, hardware: str, compile_mode: str | None, batch_siz
     """
     recipe = step.recipe
     shape = (batch_size, recipe.resolution, recipe.width, recipe.activation)
-    return CompileCache(hardware, step.compute_dtype, compile_mode, *shape)
+    return CompileCache(hardware, step.compute_dtype, compile_mode, *shape, recipe.label_smoothing)
 
 
 def compile_step(

@@ -22,21 +22,33 @@ class WeightAverage:
         self.model = copy.deepcopy(model)
         self._decay = math.exp(-1 / horizon)
         self.tensors, self._values = _floating(self.model), _floating(model)
-        # A tensor at a fixed address, from which a captured update reads each step's share.
-        self._share = torch.ones((), device=self._values[0].device)
 
-    def set_step(self, step: int) -> None:
-        """Set the share that the weights after this step (counted from 0) get in the average."""
-        self._share.fill_((1 - self._decay) / (1 - self._decay ** (step + 1)))
+    def share(self, step: int) -> float:
+        """Return the share that the weights after this step (counted from 0) get in the average."""
+        return (1 - self._decay) / (1 - self._decay ** (step + 1))
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Add the trained network's weights, with the share from set_step. Does not wait for the device."""
-        # torch.optim.swa_utils asks the device whether this is the first update, and _foreach_lerp_ takes its
-        # weight from the host: both would wait.
-        differences = torch._foreach_sub(self._values, self.tensors)
-        torch._foreach_mul_(differences, self._share)
-        torch._foreach_add_(self.tensors, differences)
+    def update(self, share: float | Tensor) -> None:
+        """Add the trained network's weights with this share, in one kernel that never waits for the device.
+
+        share: if a tensor, on the network's device, where a captured update reads it.
+        """
+        # average -= share * (average - values) is a step of gradient descent for the gradient -values, with a
+        # weight decay of 1. torch's fused kernel for it reads a rate on the device (FusedSgdKernel.cu), while
+        # _foreach_lerp_ takes one weight for all only from the host, and torch.optim.swa_utils asks the
+        # device whether this is the first update.
+        torch._fused_sgd_(
+            self.tensors,
+            self._values,
+            momentum_buffer_list=[],
+            weight_decay=1.0,
+            momentum=0.0,
+            lr=share,
+            dampening=0.0,
+            nesterov=False,
+            maximize=True,
+            is_first_step=False,
+        )
 
 
 def _floating(model: nn.Module) -> list[Tensor]:

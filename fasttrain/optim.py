@@ -1,5 +1,6 @@
 """The optimizers, and the one-cycle schedule of learning rate and beta1."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,9 @@ from fasttrain.recipe import Recipe
 
 BASE_MOMENTUM, MAX_MOMENTUM = 0.85, 0.95
 """Range of Adam's beta1 if the recipe cycles it, as in torch's OneCycleLR."""
+
+PADDING_SHARE = 0.01
+"""Share of Muon's matrix products that zeros may add for each matrix that then shares its launches."""
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
@@ -48,7 +52,7 @@ class Muon(torch.optim.AdamW):
     becomes the share of the weights that is replaced.
     It never waits for the device and reads rates that are tensors as tensors, so it can be captured; but with
     fp16 the gradient scaler waits at every step. Matrix products use the precision of the current autocast.
-    Axis suffixes: F filters, C channels, H rows, W columns, X the axes after F flattened together.
+    Axis suffixes: F filters, C channels, H rows, W columns, X those three flattened, S matrices in a stack.
     Source: K. Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", and the settings
     of cifar10-airbench's Muon trainer.
     """
@@ -65,26 +69,107 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         groups = self.param_groups
-        *others, filters = groups
+        *others, last = groups
         self.param_groups = others  # AdamW must not see the filters
         try:
             loss = super().step(closure)
         finally:
             self.param_groups = groups
-        for parameter in filters["params"]:
-            if parameter.grad is not None:
-                self._update_filters(parameter, filters["lr"])
+        self._update_filters(last)
         return loss
 
-    def _update_filters(self, filters_FCHW: Tensor, lr: float | Tensor) -> None:
-        gradient, state = filters_FCHW.grad, self.state[filters_FCHW]
+    def _update_filters(self, group: dict[str, Any]) -> None:
+        """Update each convolution's filters (F, C, H, W) that have a gradient."""
+        filters = [filters_FCHW for filters_FCHW in group["params"] if filters_FCHW.grad is not None]
+        if not filters:
+            return
+        gradients = [filters_FCHW.grad for filters_FCHW in filters]
+        momenta = [self._momentum(filters_FCHW) for filters_FCHW in filters]
+        torch._foreach_mul_(momenta, self.MOMENTUM)
+        torch._foreach_add_(momenta, gradients)
+        ahead = torch._foreach_add(gradients, momenta, alpha=self.MOMENTUM)  # Nesterov's
+        # In channels_last, this order of the columns makes a view. Any order gives the same singular values.
+        ahead_as_matrices = [ahead_FCHW.permute(0, 2, 3, 1).flatten(1) for ahead_FCHW in ahead]
+        updates = orthogonalize(ahead_as_matrices, -group["lr"])
+        norms = torch._foreach_norm(filters)
+        torch._foreach_mul_(norms, [len(filters_FCHW) ** -0.5 for filters_FCHW in filters])
+        for filters_FCHW, norm, update_FX in zip(filters, norms, updates, strict=True):
+            channels, *kernel = filters_FCHW.shape[1:]
+            update_FCHW = update_FX.unflatten(1, (*kernel, channels)).permute(0, 3, 1, 2)
+            torch.addcdiv(update_FCHW, filters_FCHW, norm, out=filters_FCHW)
+
+    def _momentum(self, filters_FCHW: Tensor) -> Tensor:
+        state = self.state[filters_FCHW]
         if not state:
             state["momentum"] = torch.zeros_like(filters_FCHW)
-        momentum = state["momentum"].mul_(self.MOMENTUM).add_(gradient)
-        ahead_FX = (gradient + self.MOMENTUM * momentum).flatten(1)  # Nesterov's
-        update = orthogonalize(ahead_FX).view_as(filters_FCHW)
-        filters_FCHW.mul_(len(filters_FCHW) ** 0.5 / filters_FCHW.norm())
-        filters_FCHW.sub_(update * lr)
+        return state["momentum"]
+
+
+def orthogonalize(matrices: list[Tensor], factor: float | Tensor = 1.0) -> list[Tensor]:
+    """Return matrices (F, X) with their singular values brought near 1, to about 0.7 to 1.2, times `factor`.
+
+    They are stacked, for few and large products, in autocast's precision if that is on, else in their own.
+    """
+    device = matrices[0].device
+    dtype = matrices[0].dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    norms = torch._foreach_norm(matrices)
+    torch._foreach_add_(norms, 1e-7)
+    results: dict[int, Tensor] = {}
+    for members in plan_stacks(tuple(tuple(matrix_FX.shape) for matrix_FX in matrices)):
+        shape_FX = matrices[members[0]].shape
+        is_padded = any(matrices[index].shape != shape_FX for index in members)
+        allocate = torch.zeros if is_padded else torch.empty
+        stack_SFX = allocate(len(members), *shape_FX, dtype=dtype, device=device)
+        places = [(slice(matrices[i].shape[0]), slice(matrices[i].shape[1])) for i in members]
+        for matrix_FX, index, place in zip(stack_SFX, members, places, strict=True):
+            torch.div(matrices[index], norms[index], out=matrix_FX[place])
+        stack_SFX = newton_schulz(stack_SFX).mul_(factor)
+        for matrix_FX, index, place in zip(stack_SFX, members, places, strict=True):
+            results[index] = matrix_FX[place]
+    return [results[index] for index in range(len(matrices))]
+
+
+def newton_schulz(stack_SFX: Tensor) -> Tensor:
+    """Bring the singular values of matrices with a norm of at most 1 near 1.
+
+    Three steps of an iteration whose polynomial is steep at 0: they only lift the values that matter, and
+    cost three products each. Rows and columns of zeros stay zeros and change nothing else.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for _ in range(3):
+        gram_SFF = torch.bmm(stack_SFX, stack_SFX.mT)
+        gram_SFF = torch.baddbmm(gram_SFF, gram_SFF, gram_SFF, beta=b, alpha=c)
+        stack_SFX = torch.baddbmm(stack_SFX, gram_SFF, stack_SFX, beta=a)
+    return stack_SFX
+
+
+@functools.cache
+def plan_stacks(shapes: tuple[tuple[int, int], ...]) -> list[list[int]]:
+    """Return which matrices of these shapes (F, X) to stack, as lists of their indices, the largest first.
+
+    All matrices of a stack are padded with zeros to the shape of its first. For each matrix, that may cost
+    PADDING_SHARE of the products of all: a stack of its own takes nine products more.
+    """
+
+    def flop(rows: int, columns: int) -> int:
+        """Floating-point operations of one step of newton_schulz."""
+        return 2 * (2 * rows * rows * columns + rows**3)
+
+    stacks: list[list[int]] = []
+    most = PADDING_SHARE * sum(flop(*shape) for shape in shapes)
+    for index in sorted(range(len(shapes)), key=lambda index: -flop(*shapes[index])):
+        rows, columns = shapes[index]
+        for stack in stacks:
+            stack_rows, stack_columns = shapes[stack[0]]
+            fits = rows <= stack_rows and columns <= stack_columns
+            if fits and flop(stack_rows, stack_columns) - flop(rows, columns) <= most:
+                stack.append(index)
+                break
+        else:
+            stacks.append([index])
+    return stacks
 
 
 def state_example(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
@@ -100,21 +185,6 @@ def state_example(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tenso
         else {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
         for index, (group, parameter) in enumerate(pairs)
     }
-
-
-def orthogonalize(matrix_MN: Tensor) -> Tensor:
-    """Return the matrix with its singular values brought near 1, to about 0.7 to 1.2; float32.
-
-    Three steps of a Newton-Schulz iteration whose polynomial is steep at 0: they only lift the values that
-    matter, and cost a few products.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    wide = matrix_MN if matrix_MN.shape[0] <= matrix_MN.shape[1] else matrix_MN.T
-    wide = wide / (wide.norm() + 1e-7)
-    for _ in range(3):
-        square = wide @ wide.T
-        wide = a * wide + (b * square + c * square @ square) @ wide
-    return wide if matrix_MN.shape[0] <= matrix_MN.shape[1] else wide.T
 
 
 def _batch_norm_biases(model: nn.Module) -> list[nn.Parameter]:
@@ -143,17 +213,35 @@ def one_cycle(step: int, total_steps: int, max_lr: float, recipe: Recipe) -> tup
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, lr: float, beta1: float | None) -> None:
-    """Write the schedule's values into the optimizer, without waiting for the device.
+    """Write the schedule's values into the optimizer, as plain floats, which kernels take as arguments.
 
     lr: the rate of groups with an lr_scale of 1; the others get their multiple of it.
-    A rate that is a tensor is changed in place, where a captured step reads it. Other rates are plain floats,
-    which fused kernels take as arguments.
     """
     for group in optimizer.param_groups:
-        rate = lr * group["lr_scale"]
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
+        group["lr"] = lr * group["lr_scale"]
         if beta1 is not None:
             group["betas"] = (beta1, group["betas"][1])
+
+
+class ScheduleTable:
+    """What changes from step to step, as a table on the device, for captured steps.
+
+    A captured step cannot be given numbers. It reads the row of its step, and moves on to the next row by
+    itself, so that the host need not do anything.
+    rows: the values of each step. step: (1,) int64, the row that the next call of `advance` reads.
+    values: those of the row that was read last, each a 0-dim float32 tensor at a fixed address.
+    Shape suffixes: T steps, V values.
+    """
+
+    def __init__(self, rows: list[list[float]], step: int, device: torch.device) -> None:
+        self._table_TV = torch.tensor(rows, dtype=torch.float32, device=device)
+        self._row_1V = self._table_TV[:1].clone()
+        self.step = torch.tensor([step], device=device)
+        self.values = self._row_1V[0].unbind()
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Read the step's row into `values`, and count the step. Does not wait for the device."""
+        torch.index_select(self._table_TV, 0, self.step, out=self._row_1V)
+        # A warm-up is undone afterwards, but may need more steps than the schedule has left.
+        self.step.add_(1).clamp_(max=len(self._table_TV) - 1)

@@ -4,6 +4,7 @@ A step never waits for the device, except with fp16 and Muon, where the gradient
 """
 
 import functools
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from fasttrain.cuda_graph import capture
 from fasttrain.distributed import World
 from fasttrain.ema import WeightAverage
 from fasttrain.model import CustomResNet
-from fasttrain.optim import build_optimizer, one_cycle, set_schedule
+from fasttrain.optim import ScheduleTable, build_optimizer, one_cycle, set_schedule
 from fasttrain.recipe import Recipe
 from fasttrain.runtime import Runtime
 from fasttrain.system.precision import autocast
@@ -56,21 +57,18 @@ class TrainStep:
         horizon = recipe.ema_epochs * total_steps / recipe.epochs
         self.average = WeightAverage(self.model, horizon) if horizon else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.compute_dtype == torch.float16)
-        self.loss_fn = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
         self._captures = runtime.cuda_graph
         self._replay: Callable[[Tensor, Tensor], None] | None = None
-        self._captured_resolution = 0
-        # A captured update reads its rate from a tensor. But fused Adam takes beta1 only as a number, and a
+        self._captured_for: tuple[int, int, float] | None = None
+        # A captured update reads its rate from a table. But fused Adam takes beta1 only as a number, and a
         # scaler counts on the host: with cycle_momentum or fp16 the graph ends before the update.
         self._updates_in_work = not self._captures or not (self.scaler.is_enabled() or recipe.cycle_momentum)
-        if self._captures and self._updates_in_work:
-            for group in self.optimizer.param_groups:
-                group["lr"], group["capturable"] = torch.tensor(group["lr"], device=device), True
-        self._lr = max_lr
+        self._table: ScheduleTable | None = None
         self._compiled = False
-        self._network = self.world.parallel(self.model)
-        self._forward: Callable[[Tensor], Tensor] = self._network
-        self._sums = torch.zeros(3, device=device)  # loss, correct, steps with a finite loss
+        objective = _Objective(self.model, recipe.label_smoothing, device)
+        self._sums = objective.sums
+        self._objective = self.world.parallel(objective)
+        self._forward: Callable[[Tensor, Tensor], Tensor] = self._objective
         self._images = 0
         self._since = 0
         self._peek = _Peek(device)
@@ -78,7 +76,7 @@ class TrainStep:
     @property
     def lr(self) -> float:
         """The learning rate of the last step taken."""
-        return self._lr
+        return one_cycle(max(self.step - 1, 0), self.total_steps, self.max_lr, self.recipe)[0]
 
     @property
     def resolution(self) -> int:
@@ -98,12 +96,10 @@ class TrainStep:
         if self.step >= self.total_steps:
             raise ValueError(f"step {self.step} is past the schedule's {self.total_steps} steps")
         resolution = self.resolution
-        if self._captures and (self._replay is None or self._captured_resolution != resolution):
+        if self._captures and self._captured_for != (resolution, self.total_steps, self.max_lr):
             self.warm_up(images_NCHW, labels_N)
-        self._lr, beta1 = one_cycle(self.step, self.total_steps, self.max_lr, self.recipe)
-        set_schedule(self.optimizer, self._lr, beta1)
-        if self.average:
-            self.average.set_step(self.step)
+        if self._table is None:
+            set_schedule(self.optimizer, *one_cycle(self.step, self.total_steps, self.max_lr, self.recipe))
         work = self._replay or functools.partial(self._work, resolution=resolution)
         work(images_NCHW, labels_N)
         if not self._updates_in_work:
@@ -135,9 +131,10 @@ class TrainStep:
         return None if finite.all().item() else self.step
 
     def compile(self, mode: str) -> None:
-        """Apply torch.compile to the network in this mode; the time is spent in warm_up or the first step."""
-        self._forward = torch.compile(self._network, mode=mode, dynamic=False)
-        self._compiled, self._replay = True, None
+        """Apply torch.compile to the network and its loss; the time is spent in warm_up or the first step."""
+        self._forward = torch.compile(self._objective, mode=mode, dynamic=False)
+        self._compiled = True
+        self._forget_capture()
 
     def measure_seconds(self, images_NCHW: Tensor, labels_N: Tensor) -> float:
         """Return the seconds of a step at full resolution, the mean of 20. Restores the state afterwards."""
@@ -166,16 +163,19 @@ class TrainStep:
             return 0.0
         start = time.perf_counter()
         resolution = resolution or self.resolution
+        if self._captures:
+            self._forget_capture()  # frees its memory for the next one
+            if self._updates_in_work:
+                self._table = self._tabulate_schedule()
         with self._preserve_state(), warnings.catch_warnings():
             # A capturable optimizer warns about the calls before the capture.
             warnings.filterwarnings("ignore", message=".*capturable=True")
             if self._compiled and resolution != self.recipe.resolution:
                 self._work(images_NCHW, labels_N, self.recipe.resolution)
             if self._captures:
-                self._replay = None  # frees its memory for the next capture
                 work = functools.partial(self._work, resolution=resolution)
                 self._replay = capture(work, images_NCHW, labels_N)
-                self._captured_resolution = resolution
+                self._captured_for = resolution, self.total_steps, self.max_lr
             else:
                 self._work(images_NCHW, labels_N, resolution)
         if self.device.type == "cuda":
@@ -201,9 +201,6 @@ class TrainStep:
         self.total_steps = state["scheduler"]["total_steps"]
         self.max_lr = state["scheduler"]["max_lr"]
         # The groups' settings follow from the recipe and the step: none of them are taken from a file.
-        if self.step:
-            self._lr, beta1 = one_cycle(self.step - 1, self.total_steps, self.max_lr, self.recipe)
-            set_schedule(self.optimizer, self._lr, beta1)
         self.optimizer.load_state_dict(
             {
                 "state": state["optimizer"]["state"],
@@ -214,35 +211,43 @@ class TrainStep:
         self._sums.copy_(state["metrics"]["sums"])
         self._images, self._since = state["metrics"]["images"], state["metrics"]["since"]
         self._peek.forget()
-        self._replay = None  # it refers to the optimizer's former tensors: capture again
+        self._forget_capture()  # it refers to the optimizer's former tensors
 
     def _work(self, images_NCHW: Tensor, labels_N: Tensor, resolution: int) -> None:
         """Do the device's part of a step, except for an update that cannot be captured."""
-        logits_NK, loss = self._forward_backward(shrink(images_NCHW, resolution), labels_N)
-        if self._updates_in_work:
-            self._update()
-        correct = (logits_NK.argmax(1) == labels_N).sum()
-        loss_sum = loss * len(labels_N)
-        # Once NaN or infinite, the sum stays so: the count of finite steps stops at the first bad one.
-        self._sums += torch.stack([loss_sum, correct, (self._sums[0] + loss_sum).isfinite()])
-
-    def _update(self) -> None:
-        with autocast(self.device, self.compute_dtype):  # for the optimizer's matrix products
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.average:
-            self.average.update()
-
-    def _forward_backward(self, images_NCHW: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits and mean loss, both detached; the gradients are left on the parameters."""
         self.model.train()
         # Before the backward pass, not after the update: the graph has to allocate the gradients itself.
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.compute_dtype):
-            logits_NK = self._forward(images_NCHW)
-        loss = self.loss_fn(logits_NK.float(), labels_N)
+            loss = self._forward(shrink(images_NCHW, resolution), labels_N)
         self.scaler.scale(loss).backward()
-        return logits_NK.detach(), loss.detach()
+        if self._updates_in_work:
+            self._update()
+
+    def _update(self) -> None:
+        if self._table:
+            self._table.advance()
+        with autocast(self.device, self.compute_dtype):  # for the optimizer's matrix products
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average:
+            self.average.update(self._table.values[-1] if self._table else self.average.share(self.step))
+
+    def _tabulate_schedule(self) -> ScheduleTable:
+        """Return the table of all steps, and let the optimizer read its groups' rates from it."""
+        groups = self.optimizer.param_groups
+        rows = []
+        for step in range(self.total_steps):
+            lr, _ = one_cycle(step, self.total_steps, self.max_lr, self.recipe)
+            share = [self.average.share(step)] if self.average else []
+            rows.append([*(lr * group["lr_scale"] for group in groups), *share])
+        table = ScheduleTable(rows, self.step, self.device)
+        for group, rate in zip(groups, table.values, strict=False):  # the last value may be the share
+            group["lr"], group["capturable"] = rate, True
+        return table
+
+    def _forget_capture(self) -> None:
+        self._replay, self._captured_for = None, None
 
     @contextmanager
     def _preserve_state(self) -> Iterator[None]:
@@ -250,6 +255,7 @@ class TrainStep:
         is_new = not self.optimizer.state
         kept = [*self.model.parameters(), *self.model.buffers(), self._sums, *self._optimizer_tensors()]
         kept += self.average.tensors if self.average else []
+        kept += [self._table.step] if self._table else []
         copies, scaler = [tensor.detach().clone() for tensor in kept], self.scaler.state_dict()
         with fork_rng(self.device):
             yield
@@ -264,6 +270,32 @@ class TrainStep:
 
     def _optimizer_tensors(self) -> list[Tensor]:
         return [tensor for state in self.optimizer.state.values() for tensor in state.values()]
+
+
+class _Objective(nn.Module):
+    """The network and its loss as one module, for a compiler to fuse, and DistributedDataParallel to wrap.
+
+    sums: (3,) float32, over all batches: loss, correct predictions, and batches with a finite loss.
+    """
+
+    sums: Tensor
+
+    def __init__(self, model: CustomResNet, label_smoothing: float, device: torch.device) -> None:
+        super().__init__()
+        self.model, self.label_smoothing = model, label_smoothing
+        self.register_buffer("sums", torch.zeros(3, device=device))
+
+    def forward(self, images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
+        """Return the mean loss, and add the batch to `sums`."""
+        logits_NK = self.model(images_NCHW)
+        loss = cross_entropy(logits_NK.float(), labels_N, self.label_smoothing)
+        with torch.no_grad():
+            correct = (logits_NK.argmax(1) == labels_N).sum()
+            loss_sum = loss * len(labels_N)
+            # Once NaN or infinite, the sum stays so: the count of finite losses stops at the first bad one.
+            is_finite = (self.sums[0] + loss_sum).abs() < math.inf
+            self.sums += torch.stack([loss_sum, correct, is_finite])
+        return loss
 
 
 class _Peek:
@@ -299,6 +331,19 @@ class _Peek:
         arrived.record(torch.cuda.current_stream(self._device))
         self._under_way = arrived, images
         return self._newest
+
+
+def cross_entropy(logits_NK: Tensor, labels_N: Tensor, label_smoothing: float) -> Tensor:
+    """Return the mean loss as F.cross_entropy does, without its mask of labels to ignore: 7 launches less.
+
+    logits_NK: float32. labels_N: int64.
+    """
+    log_p_NK = F.log_softmax(logits_NK, dim=1)
+    loss = F.nll_loss(log_p_NK, labels_N)
+    if label_smoothing:
+        evenly = label_smoothing / logits_NK.shape[1]
+        loss = (1 - label_smoothing) * loss - evenly * log_p_NK.sum(1).mean()
+    return loss
 
 
 def shrink(images_NCHW: Tensor, resolution: int) -> Tensor:

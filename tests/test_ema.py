@@ -20,8 +20,7 @@ def follow(values: list[float], horizon: float) -> float:
         with torch.no_grad():
             for tensor in (*model.parameters(), model[1].running_var):
                 tensor.fill_(value)
-        average.set_step(step)
-        average.update()
+        average.update(average.share(step))
     [found] = {
         round(t.flatten()[0].item(), 4) for t in (*average.model.parameters(), average.model[1].running_var)
     }
@@ -42,13 +41,26 @@ def test_only_the_copy_changes_and_it_keeps_its_addresses() -> None:
     average = WeightAverage(model, 10)
     before = copy.deepcopy(model.state_dict())
     addresses = [tensor.data_ptr() for tensor in average.model.state_dict().values()]
-    average.set_step(3)
-    share = average._share.data_ptr()
-    average.update()
-    average.set_step(4)
+    average.update(average.share(3))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [tensor.data_ptr() for tensor in average.model.state_dict().values()] == addresses
-    assert average._share.data_ptr() == share
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25, 0.001])
+def test_a_share_in_a_tensor_means_the_same_as_a_number(share: float) -> None:
+    model = network().to(memory_format=torch.channels_last)
+    by_number, by_tensor = WeightAverage(model, 10), WeightAverage(model, 10)
+    expected = [tensor.clone() for tensor in by_number.tensors]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    by_number.update(share)
+    by_tensor.update(torch.tensor(share))
+    for old, new, ours, theirs in zip(
+        expected, by_number._values, by_number.tensors, by_tensor.tensors, strict=True
+    ):
+        torch.testing.assert_close(ours, old.lerp(new, share))
+        torch.testing.assert_close(theirs, ours)
 
 
 @pytest.mark.gpu
@@ -56,19 +68,18 @@ def test_a_captured_update_takes_the_share_of_its_step() -> None:
     device = torch.device("cuda")
     model = network().to(device)
     average, expected = WeightAverage(model, 2), WeightAverage(model, 2)
-    average.set_step(0)
-    average.update()
+    average.update(average.share(0))
+    share = torch.ones((), device=device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        average.update()
+        average.update(share)
     average.model.load_state_dict(expected.model.state_dict())
     for step in range(4):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(1)
-        for one in (average, expected):
-            one.set_step(step)
+        share.fill_(average.share(step))
         graph.replay()
-        expected.update()
+        expected.update(expected.share(step))
     for ours, theirs in zip(average.model.parameters(), expected.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)

@@ -3,9 +3,18 @@ import dataclasses
 import pytest
 import torch
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.flop_counter import FlopCounterMode
 
 from fasttrain.model import CustomResNet
-from fasttrain.optim import build_optimizer, one_cycle, orthogonalize, set_schedule
+from fasttrain.optim import (
+    ScheduleTable,
+    build_optimizer,
+    newton_schulz,
+    one_cycle,
+    orthogonalize,
+    plan_stacks,
+    set_schedule,
+)
 from fasttrain.recipe import PRESETS, Recipe
 
 
@@ -86,14 +95,33 @@ def test_biases_of_batch_norm_learn_at_their_own_multiple_of_the_rate() -> None:
         assert group["weight_decay"] == (0.1 if parameter.dim() > 1 else 0.0), name
 
 
-@pytest.mark.parametrize("shape", [(16, 144), (64, 27), (32, 32)])
-def test_orthogonalize_keeps_the_directions_and_brings_their_sizes_near_one(shape: tuple[int, int]) -> None:
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    sizes = torch.linspace(1, 0.2, len(right))
-    along = left.T @ orthogonalize(left * sizes @ right) @ right.T
-    assert along.diag().min() > 0.5 and along.diag().max() < 1.3
-    torch.testing.assert_close(along, along.diag().diag(), rtol=0, atol=1e-4)
+def test_orthogonalize_keeps_the_directions_and_brings_their_sizes_near_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(16, 144), (64, 27), (32, 32), (16, 144), (16, 100)]
+    parts = [
+        torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False) for shape in shapes
+    ]
+    matrices = [left * torch.linspace(1, 0.2, len(right)) @ right for left, _, right in parts]
+    for (left, _, right), result in zip(parts, orthogonalize(matrices, -2.0), strict=True):
+        along = left.T @ result @ right.T / -2
+        assert along.diag().min() > 0.5 and along.diag().max() < 1.3
+        torch.testing.assert_close(along, along.diag().diag(), rtol=0, atol=1e-4)
+
+
+def test_four_stacks_hold_the_networks_filters_for_one_percent_more_work() -> None:
+    shapes = tuple((len(p), p[0].numel()) for p in CustomResNet().parameters() if p.dim() == 4)
+    prep, layer1, *res1, layer2, layer3, res2_0, res2_1 = range(8)
+    stacks = plan_stacks(shapes)
+    assert stacks == [[res2_0, res2_1], [layer3], [layer2], [*res1, layer1, prep]]
+
+    def flop(*stacks: tuple[int, int, int]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            for stack in stacks:
+                newton_schulz(torch.empty(stack, device="meta"))
+        return counter.get_total_flops()
+
+    padded = flop(*((len(stack), *shapes[stack[0]]) for stack in stacks))
+    assert 1 < padded / flop(*((1, *shape) for shape in shapes)) < 1.01
 
 
 def test_muon_renews_a_share_of_the_filters_and_leaves_the_rest_to_adamw() -> None:
@@ -137,3 +165,78 @@ def test_muon_turns_round_once_the_new_gradient_outweighs_the_momentum(share: fl
     muon.step()
     downhill = ((unit - filters.detach()) * first).sum().item()
     assert (downhill > 0) == (0.36 - 1.6 * share > 0)
+
+
+def plain_muon(
+    filters_FCHW: torch.Tensor, momentum_FCHW: torch.Tensor, gradient_FCHW: torch.Tensor, lr: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One convolution's filters and momentum after a step, as one would write the method down."""
+    momentum_FCHW = 0.6 * momentum_FCHW + gradient_FCHW
+    x = (gradient_FCHW + 0.6 * momentum_FCHW).flatten(1)
+    x = x / (x.norm() + 1e-7)
+    for _ in range(3):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    scaled = filters_FCHW * len(filters_FCHW) ** 0.5 / filters_FCHW.norm()
+    return scaled - lr * x.view_as(filters_FCHW), momentum_FCHW
+
+
+@pytest.mark.parametrize("rate_is_tensor", [False, True])
+@pytest.mark.parametrize(
+    "dtype, error", [(torch.float32, 2e-6), (torch.bfloat16, 0.02), (torch.float16, 5e-3)]
+)
+def test_muon_is_the_plain_method_in_float64(dtype: torch.dtype, error: float, rate_is_tensor: bool) -> None:
+    """Over four steps. error: norm of the difference, as a share of the way that the filters have gone."""
+    torch.manual_seed(0)
+    model = CustomResNet(width=8)
+    muon = build_optimizer(model, Recipe(optimizer="muon", muon_lr_scale=10.0), lr=0.01)
+    layers = [p for p in model.parameters() if p.dim() == 4]
+    plain = [(p.detach().double(), torch.zeros_like(p, dtype=torch.float64)) for p in layers]
+    starts = [filters * len(filters) ** 0.5 / filters.norm() for filters, _ in plain]
+    for step in range(4):
+        lr = 0.005 * (step + 1)
+        for parameter in model.parameters():
+            parameter.grad = 1e-3 * torch.randn_like(parameter)
+        plain = [plain_muon(*state, p.grad.double(), 10 * lr) for p, state in zip(layers, plain, strict=True)]
+        set_schedule(muon, lr, None)
+        if rate_is_tensor:
+            muon.param_groups[-1]["lr"] = torch.tensor(10 * lr)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            muon.step()
+    for ours, (reference, momentum), start in zip(layers, plain, starts, strict=True):
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        assert (ours - reference).norm() < error * (reference - start).norm()
+        torch.testing.assert_close(muon.state[ours]["momentum"].double(), momentum, rtol=1e-5, atol=1e-9)
+
+
+def test_muon_leaves_filters_without_a_gradient_alone_and_takes_any_layout() -> None:
+    torch.manual_seed(0)
+    models = [CustomResNet(width=8) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    models[1].to(memory_format=torch.contiguous_format)
+    frozen = models[0].prep[0].weight.detach().clone()
+    for model in models:
+        muon = build_optimizer(model, Recipe(optimizer="muon"), lr=0.01)
+        muon.step()  # no gradient at all
+        generator = torch.Generator().manual_seed(0)
+        for parameter in list(model.parameters())[1:]:
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = gradient.to(memory_format=torch.preserve_format)
+        muon.step()
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.equal(models[0].prep[0].weight, frozen)
+
+
+def test_a_table_gives_each_steps_values_and_stays_at_its_last_row() -> None:
+    table = ScheduleTable([[1.0, 0.1], [2.0, 0.2], [3.0, 0.3]], 1, torch.device("cpu"))
+    addresses = [value.data_ptr() for value in table.values]
+    read = []
+    for _ in range(4):
+        table.advance()
+        read.append([value.item() for value in table.values])
+    assert read == [pytest.approx([n, n / 10]) for n in (2, 3, 3, 3)]
+    table.step.fill_(0)
+    table.advance()
+    assert [value.item() for value in table.values] == pytest.approx([1, 0.1])
+    assert [value.data_ptr() for value in table.values] == addresses and table.step.item() == 1

@@ -1,14 +1,17 @@
 import copy
+import dataclasses
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrain import step as step_module
 from fasttrain.optim import one_cycle
-from fasttrain.recipe import Recipe
+from fasttrain.recipe import PRESETS, Recipe
 from fasttrain.step import TrainStep, shrink
 from tests.helpers import CPU, step_of
 
@@ -253,7 +256,8 @@ def captures(monkeypatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def addresses(step: TrainStep) -> list[int]:
     tensors = [*step.model.parameters(), *step.model.buffers(), step._sums, *step._optimizer_tensors()]
-    tensors += [*step.average.tensors, step.average._share] if step.average else []
+    tensors += step.average.tensors if step.average else []
+    tensors += [*step._table.values, step._table.step] if step._table else []
     tensors += [g["lr"] for g in step.optimizer.param_groups if isinstance(g["lr"], torch.Tensor)]
     return [tensor.data_ptr() for tensor in tensors]
 
@@ -378,6 +382,95 @@ def test_a_restored_step_is_captured_anew_and_goes_on_bit_exactly(captures) -> N
     assert all(
         torch.equal(a, b) for a, b in zip(step.model.parameters(), other.model.parameters(), strict=True)
     )
+
+
+def test_a_captured_step_reads_the_row_of_its_step_whatever_happened_before(captures) -> None:
+    """After a warm-up, a measurement, a rollback to half the rate, and close to the schedule's end."""
+    step, (images, labels) = build(cuda_graph=True, width=4, ema_epochs=4.0), batch()
+
+    def takes_its_row() -> None:
+        number, scale = step.step, step.optimizer.param_groups[0]["lr_scale"]
+        lr, _ = one_cycle(number, step.total_steps, step.max_lr, step.recipe)
+        step(images, labels)
+        *rates, share = [value.item() for value in step._table.values]
+        assert rates[0] == step.optimizer.param_groups[0]["lr"].item() == pytest.approx(scale * lr)
+        assert share == pytest.approx(step.average.share(number))
+        assert step.lr == lr
+
+    step.warm_up(images, labels)
+    takes_its_row()
+    takes_its_row()
+    saved = copy.deepcopy(step.state_dict())
+    step.measure_seconds(images, labels)  # 21 steps of a schedule of 20
+    takes_its_row()
+    assert len(captures) == 2
+    step.load_state_dict(saved)
+    step.max_lr /= 2
+    takes_its_row()
+    step.max_lr /= 2  # without loading anything
+    takes_its_row()
+    saved["scheduler"]["step"] = 18
+    step.load_state_dict(saved)
+    step.measure_seconds(images, labels)
+    takes_its_row()
+    takes_its_row()
+    with pytest.raises(ValueError, match="past the schedule"):
+        step(images, labels)
+
+
+class Operations(TorchDispatchMode):
+    """Lists the operations that compute something: no views, no allocations, no marks for a profiler."""
+
+    FREE = ("aten.empty", "aten.empty_like", "aten._unsafe_view")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        if not func.is_view and name.rpartition(".")[0] not in self.FREE and not name.startswith("profiler."):
+            self.names.append(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name, most", [("speedrun", 192), ("default", 125), ("fast", 128)])
+def test_a_step_takes_few_operations(name: str, most: int) -> None:
+    """189, 122 and 125 with torch 2.13. On a GPU, every one of them costs a launch or more."""
+    torch.manual_seed(0)
+    step, (images, labels) = step_of(PRESETS[name], precision="bf16"), batch()
+    step(images, labels)  # allocates the optimizer's state
+    with Operations() as operations:
+        step(images, labels)
+    assert len(operations.names) <= most, Counter(operations.names).most_common()
+
+
+@pytest.mark.parametrize("name", ["speedrun", "default", "fast"])
+def test_for_a_captured_step_the_host_only_replays(name: str, monkeypatch) -> None:
+    def capture(work, images, labels):
+        work(images, labels)
+        return lambda images, labels: replayed.append(images)
+
+    monkeypatch.setattr(step_module, "capture", capture)
+    recipe, replayed = dataclasses.replace(PRESETS[name], width=4), []
+    step, (images, labels) = step_of(recipe, precision="bf16", cuda_graph=True), batch()
+    step.warm_up(images, labels)
+    with Operations() as operations:
+        step(images, labels)
+    assert len(replayed) == 1 and operations.names == []
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_the_loss_is_torchs_cross_entropy_to_the_last_bit(label_smoothing: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = 9 * torch.randn(24, 10, generator=generator), torch.arange(24) % 10
+    results = []
+    for loss_fn in (step_module.cross_entropy, nn.functional.cross_entropy):
+        leaf = logits.clone().requires_grad_()
+        loss = loss_fn(leaf, labels, label_smoothing=label_smoothing)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
 
 
 @pytest.mark.gpu
