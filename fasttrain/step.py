@@ -201,6 +201,10 @@ class TrainStep:
         self.total_steps = state["scheduler"]["total_steps"]
         self.max_lr = state["scheduler"]["max_lr"]
         # The groups' settings follow from the recipe and the step: none of them are taken from a file.
+        if self.step:
+            set_schedule(
+                self.optimizer, *one_cycle(self.step - 1, self.total_steps, self.max_lr, self.recipe)
+            )
         self.optimizer.load_state_dict(
             {
                 "state": state["optimizer"]["state"],

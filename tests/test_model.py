@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fasttrain.model import CustomResNet, multiply_adds, training_flop_per_image
+from fasttrain.model import BatchNorm2d, CustomResNet, multiply_adds, training_flop_per_image
 from fasttrain.report.network_table import block_shapes, summary
 
 
@@ -192,3 +192,20 @@ def test_a_state_carries_the_scale_of_its_logits() -> None:
     assert torch.equal(scaled(images), expected)
     plain.load_state_dict(scaled.state_dict())
     assert torch.equal(plain(images), expected)
+
+
+def test_batch_norm_is_torchs_but_keeps_a_counter_that_it_was_given() -> None:
+    """State dicts keep torch's keys, so those of before still load, and torch's own layers load ours."""
+    generator = torch.Generator().manual_seed(0)
+    torchs, ours = torch.nn.BatchNorm2d(4, momentum=0.3), BatchNorm2d(4, momentum=0.3)
+    images = torch.randn(8, 4, 5, 5, generator=generator)
+    for _ in range(2):
+        assert torch.equal(ours(images), torchs(images))
+    assert torch.equal(ours.running_mean, torchs.running_mean)
+    assert torch.equal(ours.running_var, torchs.running_var)
+    assert ours.num_batches_tracked == 0 and ours.state_dict().keys() == torchs.state_dict().keys()
+    ours.load_state_dict(torchs.state_dict())
+    ours(images)
+    assert ours.num_batches_tracked == 2
+    assert torch.equal(ours.eval()(images), ours(images))
+    torchs.load_state_dict(ours.state_dict())
