@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fasttrain.errors import UserError
+from fasttrain.errors import UserError, one_line
 from fasttrain.model import training_flop_per_image
 from fasttrain.step import TrainStep
+from fasttrain.system.compiler import EAGER_COST
 from fasttrain.system.files import write_atomically, write_json
+from fasttrain.system.memory import is_full_memory
 
 COLD_SECONDS, WARM_SECONDS = 40.0, 6.0
 """Assumed cost of compiling until this machine has shown it: from scratch, and from the cache."""
@@ -123,19 +126,32 @@ def compile_step(
     cache: CompileCache,
     images_NCHW: Tensor,
     labels_N: Tensor,
-) -> float:
+) -> tuple[str | None, float]:
     """Compile a step, starting from the cache, and capture it as a CUDA graph if its runtime says so.
 
-    compile_mode: None for a step that is only captured. Returns the seconds taken.
+    compile_mode: None for a step that is only captured.
+    Returns the mode in use, None if the step runs eagerly because compiling failed, and the seconds taken.
+    Raises UserError if the recipe asks for a mode, and compiling failed.
     """
     if compile_mode is None:
-        return step.warm_up(images_NCHW, labels_N)
+        return None, step.warm_up(images_NCHW, labels_N)
     cache.load()
     step.compile(compile_mode)
-    seconds = step.warm_up(images_NCHW, labels_N)
+    start = time.perf_counter()
+    try:
+        seconds = step.warm_up(images_NCHW, labels_N)
+    except Exception as error:  # Dynamo, Inductor, Triton and the C compiler raise all kinds
+        if isinstance(error, UserError) or is_full_memory(error):
+            raise
+        if step.recipe.compile != "auto":
+            raise UserError(f"--compile {compile_mode}: {one_line(error)}; or use --compile off") from error
+        step.fallbacks(f"torch.compile: {one_line(error)}; running eager, {EAGER_COST}")
+        step.compile(None)
+        step.warm_up(images_NCHW, labels_N)
+        return None, time.perf_counter() - start
     if step.world.local_rank == 0:
         cache.save(seconds)
-    return seconds
+    return compile_mode, seconds
 
 
 def pick_final_mode(

@@ -146,7 +146,7 @@ def _curve(
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, len(dataset.classes), mean=dataset.mean, std=dataset.std).to(device)
     loader = build_loader(dataset, recipe, train=True, device=device, loader=runtime.loader)
-    optimizer = build_optimizer(model, recipe, lr=start_lr)
+    optimizer = build_optimizer(model, recipe, lr=start_lr, fused=runtime.fused_optimizer)
     # The library gives all groups the same rate; some groups learn at a multiple of it.
     optimizer.register_step_pre_hook(
         lambda *_: set_schedule(optimizer, optimizer.param_groups[0]["lr"], None)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasttrain.errors import one_line
 from fasttrain.recipe import Recipe
 
 BASE_MOMENTUM, MAX_MOMENTUM = 0.85, 0.95
@@ -16,13 +17,16 @@ PADDING_SHARE = 0.01
 """Share of Muon's matrix products that zeros may add for each matrix that then shares its launches."""
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
-    """Build fused Adam or AdamW, or Muon, with weight decay only on convolution and linear weights.
+def build_optimizer(
+    model: nn.Module, recipe: Recipe, lr: float, *, fused: bool = True
+) -> torch.optim.Optimizer:
+    """Build Adam or AdamW, or Muon, with weight decay only on convolution and linear weights.
 
     Muon rescales the convolutions at every step, so they have no weight decay; neither have BatchNorm's
     parameters and the biases, as is usual.
     BatchNorm's biases form a separate group only if the recipe gives them another rate, since a fused kernel
     runs once per group, and a checkpoint identifies parameters by their position in the groups.
+    fused: whether one kernel updates all parameters of a group.
     Source: arXiv:1711.05101; Goyal et al. 2017, arXiv:1706.02677, section 5.3.
     """
     weights = [p for p in model.parameters() if p.dim() > 1]
@@ -40,7 +44,20 @@ def build_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.
         filters = [p for p in weights if p.dim() == 4]
         groups.append({"params": filters, "weight_decay": 0.0, "lr_scale": recipe.muon_lr_scale})
     optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}[recipe.optimizer]
-    return optimizer_class(groups, lr=lr, fused=True)
+    return optimizer_class(groups, lr=lr, fused=fused)
+
+
+@functools.cache
+def fused_fails(device: torch.device) -> str | None:
+    """Try a step of fused AdamW on this device; returns None, or what went wrong, in a line."""
+    parameter = nn.Parameter(torch.ones(4, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        torch.optim.AdamW([parameter], lr=0.25, weight_decay=0.0, fused=True).step()
+        worst = (parameter - 0.75).abs().max().item()  # Adam's first step is the rate
+    except RuntimeError as error:
+        return f"fused AdamW fails on {device} ({one_line(error)})"
+    return None if worst < 1e-3 else f"fused AdamW gives wrong values on {device}"
 
 
 class Muon(torch.optim.AdamW):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fasttrain.data.build_loader import LoaderName, pick_loader
+from fasttrain.optim import fused_fails
 from fasttrain.recipe import Recipe
 from fasttrain.system.compiler import pick_compile_mode
 from fasttrain.system.fallbacks import Fallbacks
@@ -25,6 +26,7 @@ class Runtime:
     precision: that of the matrix products: bf16, fp16, fp32 or tf32. loader: dali or tensor.
     compile_mode: torch.compile's mode; None for eager.
     cuda_graph: whether to capture the whole training step as a CUDA graph.
+    fused_optimizer: whether one kernel updates all parameters of a group.
     fallbacks: takes a line for whatever fails here and is replaced.
     """
 
@@ -33,6 +35,7 @@ class Runtime:
     loader: LoaderName = "tensor"
     compile_mode: str | None = None
     cuda_graph: bool = False
+    fused_optimizer: bool = True
     fallbacks: Fallbacks = field(default_factory=Fallbacks, compare=False, repr=False)
 
     @classmethod
@@ -61,6 +64,10 @@ class Runtime:
         prepare(device, precision)
         if device.type == "cuda" and (failure := pinning_fails()):
             fallbacks(f"pinned memory: {failure}; the host waits for every copy to the GPU and back")
+        if failure := fused_fails(device):
+            fallbacks(
+                f"optimizer: {failure}; using the unfused one, which launches several kernels for each step"
+            )
         compile_mode = pick_compile_mode(recipe.compile if compiles else "off", device, fallbacks)
         return cls(
             device=device,
@@ -68,6 +75,7 @@ class Runtime:
             loader=pick_loader(recipe.loader, device, fallbacks),
             compile_mode=compile_mode,
             cuda_graph=compiles and can_capture(recipe, device, compile_mode, num_ranks),
+            fused_optimizer=not fused_fails(device),
             fallbacks=fallbacks,
         )
 

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasttrain.cuda_graph import capture
+from fasttrain.cuda_graph import CaptureError, capture
 from fasttrain.distributed import World
 from fasttrain.ema import WeightAverage
 from fasttrain.model import CustomResNet
 from fasttrain.optim import ScheduleTable, build_optimizer, one_cycle, set_schedule
 from fasttrain.recipe import Recipe
 from fasttrain.runtime import Runtime
+from fasttrain.system.memory import pinning_fails
 from fasttrain.system.precision import autocast
 from fasttrain.system.rng import fork_rng
 
@@ -30,7 +31,7 @@ class TrainStep:
     """Called with a batch, it updates the model, and adds loss and correct predictions to sums on the device.
 
     runtime: device and precision; fp16 gets a gradient scaler. With its cuda_graph, the step is captured and
-    then replayed until the resolution changes.
+    then replayed until the resolution changes. Its fallbacks get a line if the capture fails.
     max_lr: the schedule's peak. total_steps: the schedule's length.
     world: the ranks that train together. Each rank passes its own part of the batch; gradients, metrics and
     the detection of NaN cover all ranks.
@@ -53,10 +54,11 @@ class TrainStep:
         self.recipe, self.max_lr, self.total_steps = recipe, max_lr, total_steps
         self.device = device
         self.step = 0
-        self.optimizer = build_optimizer(model, recipe, lr=max_lr)
+        self.optimizer = build_optimizer(model, recipe, lr=max_lr, fused=runtime.fused_optimizer)
         horizon = recipe.ema_epochs * total_steps / recipe.epochs
         self.average = WeightAverage(self.model, horizon) if horizon else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.compute_dtype == torch.float16)
+        self.fallbacks = runtime.fallbacks
         self._captures = runtime.cuda_graph
         self._replay: Callable[[Tensor, Tensor], None] | None = None
         self._captured_for: tuple[int, int, float] | None = None
@@ -77,6 +79,11 @@ class TrainStep:
     def lr(self) -> float:
         """The learning rate of the last step taken."""
         return one_cycle(max(self.step - 1, 0), self.total_steps, self.max_lr, self.recipe)[0]
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps are replayed from a CUDA graph."""
+        return self._captures
 
     @property
     def resolution(self) -> int:
@@ -130,10 +137,15 @@ class TrainStep:
         finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()])
         return None if finite.all().item() else self.step
 
-    def compile(self, mode: str) -> None:
-        """Apply torch.compile to the network and its loss; the time is spent in warm_up or the first step."""
-        self._forward = torch.compile(self._objective, mode=mode, dynamic=False)
-        self._compiled = True
+    def compile(self, mode: str | None) -> None:
+        """Apply torch.compile to the network and its loss; the time is spent in warm_up or the first step.
+
+        mode: None for eager steps.
+        """
+        self._compiled = mode is not None
+        self._forward = self._objective
+        if mode is not None:
+            self._forward = torch.compile(self._objective, mode=mode, dynamic=False)
         self._forget_capture()
 
     def measure_seconds(self, images_NCHW: Tensor, labels_N: Tensor) -> float:
@@ -157,6 +169,7 @@ class TrainStep:
         but captured when they are needed: a capture takes a few steps and holds a step's memory.
         Several ranks take a step in any case: DistributedDataParallel orders its sums by the first backward
         pass, and a resumed run has to add up in the same order as one that was never interrupted.
+        If the capture fails, later steps launch every kernel.
         Restores weights, statistics, the optimizer's state and random generators.
         """
         if not self._compiled and not self._captures and self.world.size == 1:
@@ -167,6 +180,16 @@ class TrainStep:
             self._forget_capture()  # frees its memory for the next one
             if self._updates_in_work:
                 self._table = self._tabulate_schedule()
+        try:
+            self._try_step(images_NCHW, labels_N, resolution)
+        except CaptureError as error:
+            self._stop_capturing(error)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start if self._compiled or self._captures else 0.0
+
+    def _try_step(self, images_NCHW: Tensor, labels_N: Tensor, resolution: int) -> None:
+        """Take a step, compiled and captured as later ones will be, and undo it."""
         with self._preserve_state(), warnings.catch_warnings():
             # A capturable optimizer warns about the calls before the capture.
             warnings.filterwarnings("ignore", message=".*capturable=True")
@@ -178,9 +201,15 @@ class TrainStep:
                 self._captured_for = resolution, self.total_steps, self.max_lr
             else:
                 self._work(images_NCHW, labels_N, resolution)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() - start if self._compiled or self._captures else 0.0
+
+    def _stop_capturing(self, error: CaptureError) -> None:
+        self.fallbacks(
+            f"CUDA graph: the capture failed ({error}); the host launches every kernel, which leaves a fast "
+            "GPU idle in between"
+        )
+        self._captures, self._updates_in_work, self._table = False, True, None
+        for group in self.optimizer.param_groups:
+            group["capturable"] = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next step and the next metrics depend on, except eval_model."""
@@ -261,16 +290,18 @@ class TrainStep:
         kept += self.average.tensors if self.average else []
         kept += [self._table.step] if self._table else []
         copies, scaler = [tensor.detach().clone() for tensor in kept], self.scaler.state_dict()
-        with fork_rng(self.device):
-            yield
-        with torch.no_grad():
-            for tensor, copy in zip(kept, copies, strict=True):
-                tensor.copy_(copy)
-            for tensor in self._optimizer_tensors() if is_new else []:
-                tensor.zero_()  # as the optimizer initialises it in its first step
-        self.scaler.load_state_dict(scaler)
-        if self._replay is None:
-            self.optimizer.zero_grad(set_to_none=True)
+        try:
+            with fork_rng(self.device):
+                yield
+        finally:
+            with torch.no_grad():
+                for tensor, copy in zip(kept, copies, strict=True):
+                    tensor.copy_(copy)
+                for tensor in self._optimizer_tensors() if is_new else []:
+                    tensor.zero_()  # as the optimizer initialises it in its first step
+            self.scaler.load_state_dict(scaler)
+            if self._replay is None:
+                self.optimizer.zero_grad(set_to_none=True)
 
     def _optimizer_tensors(self) -> list[Tensor]:
         return [tensor for state in self.optimizer.state.values() for tensor in state.values()]
@@ -308,7 +339,7 @@ class _Peek:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         # A GPU copies into pinned memory while the host continues; allocated once, since that may wait.
-        self._landing = torch.zeros(2, pin_memory=device.type == "cuda")
+        self._landing = torch.zeros(2, pin_memory=device.type == "cuda" and not pinning_fails())
         self.forget()
 
     def forget(self) -> None:

@@ -78,7 +78,7 @@ def train(recipe: Recipe, **options: Any) -> Run:
     precision = origin.precision or _agree_on_precision(recipe, world, fallbacks)
 
     import_in_background("nvidia.dali", "torch._dynamo")
-    dataset = world.main_first(lambda: _load(opts, recipe, world))
+    dataset = world.main_first(lambda: load_from_options(opts, recipe.resolution, log=world.print))
     # The fingerprint will need the hash: compute it while the images are padded.
     threading.Thread(target=lambda: dataset.content_hash, name="hash").start()
     runtime = Runtime.resolve(
@@ -159,8 +159,10 @@ class Trainer:
             if note := origin.precision_note(recipe.compute_dtype, runtime.device):
                 log.print(note)
         log.rewind(self.state.progress.epochs)
-        compile_seconds = compile_step(step, compile_mode, cache, *example)
-        if compile_mode:
+        found_mode, compile_seconds = compile_step(step, compile_mode, cache, *example)
+        if found_mode != compile_mode:
+            self._run_eagerly(compile_mode)
+        elif compile_mode:
             log.print(f"compiled ({compile_mode}) in {compile_seconds:.1f} s")
         setup_seconds = self._start_loaders()
         started = self.options.started or time.perf_counter()
@@ -280,7 +282,7 @@ class Trainer:
             "loader": self.train_loader.name,
             "precision": runtime.precision,
             "compile": runtime.compile_mode or "off",
-            "cuda_graph": runtime.cuda_graph,
+            "cuda_graph": self.state.step.captures,
             "fallbacks": runtime.fallbacks.lines,
             "epochs": self.recipe.epochs,
             "max_lr": self.state.step.max_lr,
@@ -330,6 +332,15 @@ class Trainer:
             world=world,
         )
 
+    def _run_eagerly(self, compile_mode: str | None) -> None:
+        """Record everywhere that this run is not compiled after all."""
+        state = self.state
+        self.runtime = dataclasses.replace(self.runtime, compile_mode=None)
+        self.log.write(MACHINE_FILE, self.machine | {"compile": None})
+        state.fingerprint = fingerprint(self.recipe, self.dataset, self.runtime, self.world.size)
+        if state.progress.resumed:
+            state.progress.changes.append(f"compile {compile_mode}, now off")
+
     def _start_loaders(self) -> float:
         """Prepare the first batches before any clock runs; returns the seconds taken."""
         start = time.perf_counter()
@@ -374,12 +385,6 @@ def _agree_on_precision(recipe: Recipe, world: World, fallbacks: Fallbacks) -> s
     """Return the recipe's precision here. A CPU measures it, so all ranks use the first one's choice."""
     picked = pick_precision(recipe.compute_dtype, world.device, fallbacks)
     return world.broadcast(lambda: picked)
-
-
-def _load(opts: TrainOptions, recipe: Recipe, world: World) -> Dataset:
-    if isinstance(opts.data, Dataset):  # only from Python
-        return opts.data
-    return load_from_options(opts, recipe.resolution, log=world.print)
 
 
 def _write_report(run: Run, log: RunLog, dataset: Dataset, test: Evaluation, device: torch.device) -> None:

@@ -1,8 +1,18 @@
 """What fails on a machine is replaced with one line, or is an error; every failure here is injected."""
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
 
+from fasttrain import compile as compile_module
+from fasttrain import optim, train
+from fasttrain import runtime as runtime_module
+from fasttrain import step as step_module
+from fasttrain.checkpoint.file import load_checkpoint
+from fasttrain.compile import example_batch
+from fasttrain.cuda_graph import CaptureError
 from fasttrain.data import build_loader
 from fasttrain.data.build_loader import pick_loader
 from fasttrain.errors import UserError, one_line
@@ -11,7 +21,7 @@ from fasttrain.runtime import Runtime
 from fasttrain.system import memory, precision
 from fasttrain.system.fallbacks import Fallbacks
 from fasttrain.system.precision import pick_precision
-from tests.helpers import CPU
+from tests.helpers import CPU, step_of
 
 GPU = torch.device("cuda", 0)
 
@@ -113,13 +123,93 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(monkeypatch) -> None:
         monkeypatch.undo()
     tensor = torch.ones(3)
     assert memory.pinned(tensor) is tensor
-    from fasttrain import runtime
-
-    monkeypatch.setattr(runtime, "prepare", lambda *_: None)
-    monkeypatch.setattr(runtime, "pick_loader", lambda *_: "tensor")
+    for name in ("prepare", "fused_fails"):
+        monkeypatch.setattr(runtime_module, name, lambda *_: None)
+    monkeypatch.setattr(runtime_module, "pick_loader", lambda *_: "tensor")
     fallbacks = Fallbacks(lambda _: None)
     try:
         Runtime.resolve(Recipe(), GPU, precision="fp32", compiles=False, fallbacks=fallbacks)
     finally:
         memory.pinning_fails.cache_clear()
     assert fallbacks.lines[0].startswith("pinned memory: CUDA error: OS call failed; the host waits")
+
+
+def test_an_optimizer_whose_fused_kernel_fails_is_not_fused(monkeypatch) -> None:
+    step = torch.optim.AdamW.step
+    optim.fused_fails.cache_clear()
+    try:
+        assert optim.fused_fails(CPU) is None
+        optim.fused_fails.cache_clear()
+        monkeypatch.setattr(torch.optim.AdamW, "step", fail("no kernel image is available"))
+        assert optim.fused_fails(CPU) == "fused AdamW fails on cpu (no kernel image is available)"
+        monkeypatch.setattr(torch.optim.AdamW, "step", step)
+        fallbacks = Fallbacks(lambda _: None)
+        runtime = Runtime.resolve(Recipe(compute_dtype="fp32", loader="tensor"), CPU, fallbacks=fallbacks)
+    finally:
+        optim.fused_fails.cache_clear()
+    assert not runtime.fused_optimizer and "using the unfused one" in fallbacks.lines[0]
+    fused, unfused = (step_of(Recipe(width=4), fused_optimizer=on) for on in (True, False))
+    assert [step.optimizer.defaults["fused"] for step in (fused, unfused)] == [True, False]
+    unfused.model.load_state_dict(fused.model.state_dict())
+    for one in (fused, unfused):
+        one(*example_batch(8, 32, CPU))
+    for ours, theirs in zip(unfused.model.parameters(), fused.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("fields", [{}, {"optimizer": "muon", "ema_epochs": 1.0}])
+def test_a_step_that_cannot_be_captured_trains_without(monkeypatch, fields: dict) -> None:
+    """It fails after the calls that warm up, whose traces have to go too."""
+
+    def capture(work, images, labels):
+        for _ in range(3):
+            work(images, labels)
+        raise CaptureError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(step_module, "capture", capture)
+    recipe, fallbacks = (
+        Recipe(width=4, early_resolution=16, early_share=0.1, **fields),
+        Fallbacks(lambda _: None),
+    )
+    torch.manual_seed(0)
+    captured = step_of(recipe, cuda_graph=True, fallbacks=fallbacks)
+    torch.manual_seed(0)
+    eager = step_of(recipe)
+    for step in (captured, eager):
+        for _ in range(5):
+            step(*example_batch(8, 32, CPU))
+    assert not captured.captures and len(fallbacks.lines) == 1
+    assert "CUDA graph: the capture failed (operation not permitted" in fallbacks.lines[0]
+    for ours, theirs in zip(captured.eval_model.parameters(), eager.eval_model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert captured.take_metrics() == eager.take_metrics()
+    strict = step_of(recipe, cuda_graph=True, fallbacks=Fallbacks(allowed=False))
+    with pytest.raises(UserError, match="--no-fallback: CUDA graph"):
+        strict(*example_batch(8, 32, CPU))
+
+
+def broken_compiler(model: object, **_: object):
+    def forward(*_: object) -> None:
+        raise torch._dynamo.exc.InternalTorchDynamoError("CalledProcessError: gcc\nreturned 1")
+
+    return forward
+
+
+def test_a_training_that_cannot_be_compiled_runs_eagerly(
+    dataset_dir: Path, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(runtime_module, "pick_compile_mode", lambda *_: "default")
+    monkeypatch.setattr(compile_module, "estimate_compile", lambda *_: True)
+    recipe = Recipe(epochs=1, batch_size=16, width=4, compute_dtype="fp32", loader="tensor")
+    settings = {"data_dir": dataset_dir, "device": "cpu", "report": True}
+    monkeypatch.setattr(torch, "compile", broken_compiler)
+    run = train(recipe, out=tmp_path, **settings)
+    assert run.result["compile"] == "off" and run.machine["compile"] is None
+    [line] = run.result["fallbacks"]
+    assert "torch.compile: CalledProcessError: gcc returned 1; running eager" in line
+    assert line in capsys.readouterr().out and line in (run.folder / "report.html").read_text()
+    assert load_checkpoint(run.folder / "last.pt")["fingerprint"]["compile"] == "off"
+    with pytest.raises(UserError, match="--compile default: CalledProcessError: gcc returned 1"):
+        train(dataclasses.replace(recipe, compile="default"), out=tmp_path, **settings)
+    with pytest.raises(UserError, match="--no-fallback: torch"):
+        train(recipe, out=tmp_path, fallback=False, **settings)

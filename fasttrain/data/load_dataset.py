@@ -106,7 +106,12 @@ def load_dataset(
 
 
 def load_from_options(options: DataOptions, resolution: int, log: Callable[[str], object] = print) -> Dataset:
-    """Load the data set that a command's options name; raises as load_dataset does."""
+    """Load the data set that a command's options name; raises as load_dataset does.
+
+    From Python, the options may also hold the data set itself.
+    """
+    if isinstance(options.data, Dataset):
+        return options.data
     return load_dataset(
         options.data, options.data_dir, resolution=resolution, skip_bad=options.skip_bad, log=log
     )

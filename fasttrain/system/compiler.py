@@ -11,6 +11,8 @@ import torch
 
 from fasttrain.errors import UserError
 
+EAGER_COST = "which launches more and smaller kernels"
+
 
 def pick_compile_mode(requested: str, device: torch.device, log: Callable[[str], object]) -> str | None:
     """Choose torch.compile's mode; None means eager.
@@ -25,7 +27,7 @@ def pick_compile_mode(requested: str, device: torch.device, log: Callable[[str],
     if reason is not None:
         if requested != "auto":
             raise UserError(f"--compile {requested}: {reason}; or use --compile off")
-        log(f"torch.compile: {reason}; running eager, which launches more and smaller kernels")
+        log(f"torch.compile: {reason}; running eager, {EAGER_COST}")
         return None
     return "default" if requested == "auto" else requested
 

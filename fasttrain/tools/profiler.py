@@ -113,7 +113,7 @@ def profile_training(
     )
     batches = chain.from_iterable(repeat(loader))
     cache = cache_of(step, hardware_name(describe(device)), runtime.compile_mode, recipe.batch_size)
-    compile_step(step, runtime.compile_mode, cache, *next(batches))
+    compile_mode, _ = compile_step(step, runtime.compile_mode, cache, *next(batches))
     profiler, clock, wait_seconds = _watch(step, batches, wait, warmup, active)
 
     matmul_tflops = max(matmul_tflops, measure_matmul_tflops(device, runtime.dtype))
@@ -123,7 +123,7 @@ def profile_training(
         device=device.type,
         precision=runtime.precision,
         loader=loader.name,
-        compile=runtime.compile_mode or "off",
+        compile=compile_mode or "off",
         batch_size=recipe.batch_size,
         steps=active,
         step_ms=1000 * clock.seconds / active,
