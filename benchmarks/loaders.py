@@ -2,10 +2,10 @@
 
     python -m benchmarks.loaders [--rounds 3] [--cores 1 2] [--batch-sizes 128 512 4096]
 
-Three questions: how fast is each loader on one core, two, four, ..., how does the batch size change that, and
-what does each cost in a real training step. The work is the same for all: crop, flip, cutout, and the
-normalised batch in floating point that the first convolution takes (benchmarks/peers/check.py verifies it).
-Ours deliver bytes, which the network normalises: its time for that is counted. Random pixels stand for
+Three questions: what does each loader cost in a real training step, how fast is it by itself on one core,
+two, four, ..., and how does the batch size change that. The work is the same for all: crop, flip, cutout, and
+the normalised batch in floating point that the first convolution takes (benchmarks/peers/check.py verifies
+it). Ours deliver bytes, which the network normalises: its time for that is counted. Random pixels stand for
 CIFAR-10: no loader's speed depends on the picture.
 """
 
@@ -198,15 +198,6 @@ def main(options: Options) -> None:
     rows: list[dict[str, Any]] = []
     samples: dict[str, Any] = {}
     missing: dict[str, str] = {}
-    for cores in options.cores or core_counts(everything):
-        found = on_cores(cores, by_itself, options, options.batch_size, cores, options.peers)
-        samples[f"alone, {cores} cores"], missing = found["samples"], found["missing"]
-        rows += [_rates(name, values, cores=cores) for name, values in found["samples"].items()]
-        _save(device, options, rows, samples, missing)  # if a later part fails, these are there
-    for batch_size in options.batch_sizes:
-        found = on_cores(everything, by_itself, options, batch_size, everything, False)
-        samples[f"alone, batch {batch_size}"] = found["samples"]
-        rows += [_rates(name, values, batch_size=batch_size) for name, values in found["samples"].items()]
     step_batch_size = options.step_batch_size or (512 if device.type == "cuda" else 128)
     found = on_cores(everything, in_a_step, options, step_batch_size, everything)
     samples[f"in a step of {step_batch_size}"] = found["samples"]
@@ -215,6 +206,16 @@ def main(options: Options) -> None:
         step_ms = statistics.median(values)
         row = {"loader": name, "step_batch_size": step_batch_size, "step_ms": step_ms}
         rows.append(row | {"spread": spread(values), "overhead": step_ms / baseline - 1})
+    _save(device, options, rows, samples, missing)  # if a later part fails, this is there
+    for cores in options.cores or core_counts(everything):
+        found = on_cores(cores, by_itself, options, options.batch_size, cores, options.peers)
+        samples[f"alone, {cores} cores"], missing = found["samples"], found["missing"]
+        rows += [_rates(name, values, cores=cores) for name, values in found["samples"].items()]
+        _save(device, options, rows, samples, missing)
+    for batch_size in options.batch_sizes:
+        found = on_cores(everything, by_itself, options, batch_size, everything, False)
+        samples[f"alone, batch {batch_size}"] = found["samples"]
+        rows += [_rates(name, values, batch_size=batch_size) for name, values in found["samples"].items()]
     path = _save(device, options, rows, samples, missing)
     show(
         f"loaders, median of {options.rounds}",

@@ -54,8 +54,8 @@ def test_workloads_take_turns() -> None:
 def small_visit(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the visits to a GPU leave behind, tiny and on the CPU; the first one without DALI."""
     out, nothing = tmp_path_factory.mktemp("visit"), tmp_path_factory.mktemp("nothing")
-    (nothing / "nvidia" / "dali").mkdir(parents=True)
-    (nothing / "nvidia" / "dali" / "__init__.py").write_text("raise ImportError('no DALI in this visit')")
+    (nothing / "nvidia").mkdir()
+    (nothing / "nvidia" / "__init__.py").write_text("raise ImportError('gone')")
     visit: dict[str, Any] = {"plan": "gpu", "small": True, "minutes": 60, "data_dir": dataset_dir, "out": out}
     later = {*all_benchmarks.VISITS["dali"], *all_benchmarks.VISITS["seeds"]}
     later -= {*all_benchmarks.TWINS, "folder-run"}
@@ -96,7 +96,7 @@ def test_the_visits_run_every_benchmark(small_visit: Path) -> None:
     assert (small_visit / "profile" / "trace.json").exists()
     assert "conv" in (small_visit / "profile.log").read_text()
     assert "1 steps, and nothing of them ran on a GPU" in (small_visit / "trace.log").read_text()
-    assert "no DALI in this visit" in (small_visit / "doctor.log").read_text()
+    assert "missing (gone)" in (small_visit / "doctor.log").read_text()
     [short] = small_visit.glob("short/*/result.json")
     assert short.parent.name in (small_visit / "fastest.log").read_text()
     assert len(list(small_visit.glob("runs/*-default/result.json"))) == 2
