@@ -5,6 +5,7 @@ import gc
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -346,13 +347,16 @@ def test_the_pipeline_launches_one_warp_for_all_images_and_takes_no_scalar_of_ea
 def test_a_gpus_images_come_on_a_stream_of_their_own(monkeypatch) -> None:
     from fasttrain.data import dali
 
-    device, stream, entered = torch.device("cuda"), object(), []
+    device, entered, waited_for = torch.device("cuda"), [], []
+    stream, training = SimpleNamespace(wait_stream=waited_for.append), object()
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: training)
     monkeypatch.setattr(torch.cuda, "stream", lambda it: entered.append(it) or contextlib.nullcontext())
     for name in ("to", "pin_memory"):
         monkeypatch.setattr(torch.Tensor, name, lambda tensor, *_, **__: tensor.long())
     store = dali.DeviceStore(np.zeros((5, 8, 8, 3), np.uint8), np.arange(5), device)
     assert store.settings["cuda_stream"] is stream and not store.settings["no_copy"]
+    assert waited_for == [training]  # once, for the images
     assert store.gather(np.array([4, 2]))[1].tolist() == [4, 2] and entered == [stream]
 
 

@@ -157,6 +157,7 @@ class DaliLoader(Loader):
                 images_and_labels,
                 num_outputs=2,
                 dtype=[types.UINT8, types.INT64],
+                ndim=[3, 0],
                 layout=["HWC", ""],
                 batch=True,
                 batch_info=True,
@@ -256,6 +257,8 @@ class DeviceStore:
         self._device = device
         self._images_NHWC = torch.from_numpy(images_NHWC).to(device)
         self._labels_N = torch.from_numpy(labels_N).to(device, torch.int64)
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # until both are there
 
     def gather(self, indices: np.ndarray) -> list[Any]:
         indices_N = torch.from_numpy(indices)
