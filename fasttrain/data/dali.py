@@ -166,8 +166,8 @@ class DaliLoader(Loader):
             if on_gpu and store.settings["device"] == "cpu":
                 images, labels = images.gpu(), labels.gpu()
             ndims = [2] * warp + [1] * bool(cutout)
-            choices = (
-                fn.external_source(
+            if ndims:
+                choices = fn.external_source(
                     warps_and_cutouts,
                     num_outputs=len(ndims),
                     dtype=types.FLOAT,
@@ -176,16 +176,9 @@ class DaliLoader(Loader):
                     batch_info=True,
                     no_copy=True,
                 )
-                if ndims
-                else []
-            )
             if warp:
-                images = fn.warp_affine(
-                    images,
-                    matrix=choices[0],
-                    size=(resolution, resolution),
-                    interp_type=types.INTERP_NN,
-                )
+                size = (resolution, resolution)
+                images = fn.warp_affine(images, matrix=choices[0], size=size, interp_type=types.INTERP_NN)
             if cutout:
                 images = fn.erase(
                     images,
