@@ -21,6 +21,7 @@ from fasttrain.model import CustomResNet, build_model, training_flop_per_image
 from fasttrain.recipe import Recipe
 from fasttrain.runtime import Runtime
 from fasttrain.step import TrainStep
+from fasttrain.system.fallbacks import Fallbacks
 from fasttrain.system.precision import DTYPES, pick_precision, prepare, set_fp32_precision
 
 Batch = tuple[Tensor, Tensor]
@@ -153,7 +154,7 @@ def random_dataset(images: int) -> Dataset:
 
 def loader_names(device: torch.device) -> list[LoaderName]:
     """The loaders that this machine has, the one that a training takes first."""
-    return list(dict.fromkeys((pick_loader("auto", device, lambda _: None), "tensor")))
+    return list(dict.fromkeys((pick_loader("auto", device, Fallbacks(lambda _: None)), "tensor")))
 
 
 def train_loader(

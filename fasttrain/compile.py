@@ -15,7 +15,7 @@ from torch import Tensor
 from fasttrain.errors import UserError, one_line
 from fasttrain.model import training_flop_per_image
 from fasttrain.step import TrainStep
-from fasttrain.system.compiler import EAGER_COST
+from fasttrain.system.compiler import RUNNING_EAGER
 from fasttrain.system.files import write_atomically, write_json
 from fasttrain.system.memory import is_full_memory
 
@@ -131,7 +131,7 @@ def compile_step(
 
     compile_mode: None for a step that is only captured.
     Returns the mode in use, None if the step runs eagerly because compiling failed, and the seconds taken.
-    Raises UserError if the recipe asks for a mode, and compiling failed.
+    Raises UserError if compiling fails and the recipe asks for a mode, or there are several ranks.
     """
     if compile_mode is None:
         return None, step.warm_up(images_NCHW, labels_N)
@@ -143,9 +143,10 @@ def compile_step(
     except Exception as error:  # Dynamo, Inductor, Triton and the C compiler raise all kinds
         if isinstance(error, UserError) or is_full_memory(error):
             raise
-        if step.recipe.compile != "auto":
+        # One of several ranks cannot change its mind alone: the others wait for its gradients.
+        if step.recipe.compile != "auto" or step.world.size > 1:
             raise UserError(f"--compile {compile_mode}: {one_line(error)}; or use --compile off") from error
-        step.fallbacks(f"torch.compile: {one_line(error)}; running eager, {EAGER_COST}")
+        step.fallbacks(f"torch.compile: {one_line(error)}", RUNNING_EAGER)
         step.compile(None)
         step.warm_up(images_NCHW, labels_N)
         return None, time.perf_counter() - start

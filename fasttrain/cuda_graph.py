@@ -65,7 +65,7 @@ def _capture_safely(work: Callable[[], object], device: torch.device) -> torch.c
     a batch (its tensors are freed on a thread of their own, which synchronises the device). So drop all
     garbage first, wait until the device is idle, keep the collector off, and try once more.
     """
-    failure: RuntimeError | None = None
+    failure = ""
     for _ in range(ATTEMPTS):
         gc.collect()
         torch.cuda.synchronize(device)
@@ -73,17 +73,20 @@ def _capture_safely(work: Callable[[], object], device: torch.device) -> torch.c
         gc.disable()
         try:
             graph = torch.cuda.CUDAGraph()
-            # thread_local: the threads of DALI and of the checkpoints may allocate memory in the meantime.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # The outer context makes the stream current again: torch's own does not after a failure.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(device)),
+                # thread_local: the threads of DALI and of the checkpoints may allocate memory meanwhile.
+                torch.cuda.graph(graph, capture_error_mode="thread_local"),
+            ):
                 work()
             return graph
         except RuntimeError as error:
-            failure = error
+            failure = one_line(error)  # not the error: its traceback would keep the attempt's tensors
         finally:
             if collects:
                 gc.enable()
-    assert failure is not None
-    raise CaptureError(one_line(failure)) from failure
+    raise CaptureError(failure)
 
 
 def require_like(batch: Tensor, captured: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 class WeightAverage:
     """A second network whose weights are the moving average of the trained network's.
 
+    fused: whether one kernel updates all tensors; otherwise a few do.
     horizon: steps after which the share of a step has fallen to 1/e. Recipes give it in epochs, which means
     the same for any batch size and any length of the schedule.
     tensors: the averages, at fixed addresses.
@@ -18,9 +19,9 @@ class WeightAverage:
     Source: Polyak and Juditsky 1992; the correction is that of arXiv:1412.6980, section 3.
     """
 
-    def __init__(self, model: nn.Module, horizon: float) -> None:
+    def __init__(self, model: nn.Module, horizon: float, *, fused: bool = True) -> None:
         self.model = copy.deepcopy(model)
-        self._decay = math.exp(-1 / horizon)
+        self._decay, self._fused = math.exp(-1 / horizon), fused
         self.tensors, self._values = _floating(self.model), _floating(model)
 
     def share(self, step: int) -> float:
@@ -29,10 +30,15 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, share: float | Tensor) -> None:
-        """Add the trained network's weights with this share, in one kernel that never waits for the device.
+        """Add the trained network's weights with this share, without waiting for the device.
 
         share: if a tensor, on the network's device, where a captured update reads it.
         """
+        if not self._fused:
+            differences = torch._foreach_sub(self._values, self.tensors)
+            torch._foreach_mul_(differences, share)
+            torch._foreach_add_(self.tensors, differences)
+            return
         # average -= share * (average - values) is a step of gradient descent for the gradient -values, with a
         # weight decay of 1. torch's fused kernel for it reads a rate on the device (FusedSgdKernel.cu), while
         # _foreach_lerp_ takes one weight for all only from the host, and torch.optim.swa_utils asks the

@@ -26,7 +26,7 @@ def build_optimizer(
     parameters and the biases, as is usual.
     BatchNorm's biases form a separate group only if the recipe gives them another rate, since a fused kernel
     runs once per group, and a checkpoint identifies parameters by their position in the groups.
-    fused: whether one kernel updates all parameters of a group.
+    fused: whether one kernel updates all parameters of a group; otherwise a few do.
     Source: arXiv:1711.05101; Goyal et al. 2017, arXiv:1706.02677, section 5.3.
     """
     weights = [p for p in model.parameters() if p.dim() > 1]
@@ -44,12 +44,15 @@ def build_optimizer(
         filters = [p for p in weights if p.dim() == 4]
         groups.append({"params": filters, "weight_decay": 0.0, "lr_scale": recipe.muon_lr_scale})
     optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}[recipe.optimizer]
-    return optimizer_class(groups, lr=lr, fused=fused)
+    return optimizer_class(groups, lr=lr, **({"fused": True} if fused else {"foreach": True}))
 
 
 @functools.cache
 def fused_fails(device: torch.device) -> str | None:
-    """Try a step of fused AdamW on this device; returns None, or what went wrong, in a line."""
+    """Try a step of torch's fused AdamW on this device; returns None, or what went wrong, in a line.
+
+    The average of the weights uses the fused kernel of SGD (ema.py), which comes with it.
+    """
     parameter = nn.Parameter(torch.ones(4, device=device))
     parameter.grad = torch.ones_like(parameter)
     try:
@@ -76,8 +79,8 @@ class Muon(torch.optim.AdamW):
 
     MOMENTUM = 0.6
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, fused: bool) -> None:
-        super().__init__(groups, lr=lr, fused=fused)
+    def __init__(self, groups: list[dict[str, Any]], lr: float, **settings: Any) -> None:
+        super().__init__(groups, lr=lr, **settings)
         self._step_supports_amp_scaling = False  # the scaler must unscale the gradients: Muon reads them
 
     def __setstate__(self, state: dict[str, Any]) -> None:

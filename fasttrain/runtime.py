@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 import torch
 
 from fasttrain.data.build_loader import LoaderName, pick_loader
+from fasttrain.distributed import World
 from fasttrain.optim import fused_fails
 from fasttrain.recipe import Recipe
 from fasttrain.system.compiler import pick_compile_mode
 from fasttrain.system.fallbacks import Fallbacks
 from fasttrain.system.memory import pinning_fails
-from fasttrain.system.precision import DTYPES, pick_precision, prepare
+from fasttrain.system.precision import DTYPES, fails_in, pick_precision, prepare
 
 OWN_GRAPHS = ("reduce-overhead", "max-autotune")
 """Modes in which torch.compile captures its own CUDA graphs."""
@@ -26,7 +27,7 @@ class Runtime:
     precision: that of the matrix products: bf16, fp16, fp32 or tf32. loader: dali or tensor.
     compile_mode: torch.compile's mode; None for eager.
     cuda_graph: whether to capture the whole training step as a CUDA graph.
-    fused_optimizer: whether one kernel updates all parameters of a group.
+    fused_optimizer: whether one kernel updates all parameters of a group, and one the average of the weights.
     fallbacks: takes a line for whatever fails here and is replaced.
     """
 
@@ -45,6 +46,7 @@ class Runtime:
         device: torch.device,
         *,
         precision: str | None = None,
+        trains: bool = True,
         compiles: bool = True,
         num_ranks: int = 1,
         fallbacks: Fallbacks | None = None,
@@ -55,7 +57,7 @@ class Runtime:
         are tried on the step itself (compile.py).
 
         precision: the precision to compute in; by default chosen from the recipe's compute_dtype.
-        compiles: whether steps will be compiled and captured, as in a training.
+        trains: whether there will be training steps. compiles: whether they will be compiled and captured.
         fallbacks: by default anything may be replaced, and lines are printed.
         Raises UserError if something fails that the recipe asks for by name, or that may not be replaced.
         """
@@ -63,11 +65,13 @@ class Runtime:
         precision = precision or pick_precision(recipe.compute_dtype, device, fallbacks)
         prepare(device, precision)
         if device.type == "cuda" and (failure := pinning_fails()):
-            fallbacks(f"pinned memory: {failure}; the host waits for every copy to the GPU and back")
-        if failure := fused_fails(device):
+            fallbacks(f"pinned memory: {failure}", "the host waits for every copy to the GPU and back")
+        unfused = fused_fails(device) if trains else None
+        if unfused:
             fallbacks(
-                f"optimizer: {failure}; using the unfused one, which launches several kernels for each step"
+                f"optimizer: {unfused}", "using the unfused one, which launches more kernels for a step"
             )
+        compiles = trains and compiles
         compile_mode = pick_compile_mode(recipe.compile if compiles else "off", device, fallbacks)
         return cls(
             device=device,
@@ -75,7 +79,7 @@ class Runtime:
             loader=pick_loader(recipe.loader, device, fallbacks),
             compile_mode=compile_mode,
             cuda_graph=compiles and can_capture(recipe, device, compile_mode, num_ranks),
-            fused_optimizer=not fused_fails(device),
+            fused_optimizer=not unfused,
             fallbacks=fallbacks,
         )
 
@@ -83,6 +87,17 @@ class Runtime:
     def dtype(self) -> torch.dtype:
         """The dtype of the matrix products; tf32 is a way to multiply float32."""
         return DTYPES[self.precision]
+
+
+def agree_on_precision(recipe: Recipe, world: World, fallbacks: Fallbacks) -> str:
+    """Return the recipe's precision here. A CPU measures it, so all ranks use the first one's choice."""
+    own = pick_precision(recipe.compute_dtype, world.device, fallbacks)
+    picked = world.broadcast(lambda: own)
+    failures = [failure for failure in world.gather(fails_in(picked, world.device)) if failure]
+    if not failures:
+        return picked
+    fallbacks(f"precision: {failures[0]}", "all ranks compute in fp32, which may be slower")
+    return "fp32"
 
 
 def can_capture(recipe: Recipe, device: torch.device, compile_mode: str | None, num_ranks: int = 1) -> bool:

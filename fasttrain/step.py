@@ -56,7 +56,7 @@ class TrainStep:
         self.step = 0
         self.optimizer = build_optimizer(model, recipe, lr=max_lr, fused=runtime.fused_optimizer)
         horizon = recipe.ema_epochs * total_steps / recipe.epochs
-        self.average = WeightAverage(self.model, horizon) if horizon else None
+        self.average = WeightAverage(self.model, horizon, fused=runtime.fused_optimizer) if horizon else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.compute_dtype == torch.float16)
         self.fallbacks = runtime.fallbacks
         self._captures = runtime.cuda_graph
@@ -65,6 +65,9 @@ class TrainStep:
         # A captured update reads its rate from a table. But fused Adam takes beta1 only as a number, and a
         # scaler counts on the host: with cycle_momentum or fp16 the graph ends before the update.
         self._updates_in_work = not self._captures or not (self.scaler.is_enabled() or recipe.cycle_momentum)
+        if self._captures and self._updates_in_work:
+            for group in self.optimizer.param_groups:
+                group["capturable"] = True  # before a state is loaded: its step counts must be on the GPU
         self._table: ScheduleTable | None = None
         self._compiled = False
         objective = _Objective(self.model, recipe.label_smoothing, device)
@@ -204,12 +207,10 @@ class TrainStep:
 
     def _stop_capturing(self, error: CaptureError) -> None:
         self.fallbacks(
-            f"CUDA graph: the capture failed ({error}); the host launches every kernel, which leaves a fast "
-            "GPU idle in between"
+            f"CUDA graph: the capture failed ({error})",
+            "the host launches every kernel, which leaves a fast GPU idle in between",
         )
         self._captures, self._updates_in_work, self._table = False, True, None
-        for group in self.optimizer.param_groups:
-            group["capturable"] = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next step and the next metrics depend on, except eval_model."""
@@ -276,7 +277,7 @@ class TrainStep:
             rows.append([*(lr * group["lr_scale"] for group in groups), *share])
         table = ScheduleTable(rows, self.step, self.device)
         for group, rate in zip(groups, table.values, strict=False):  # the last value may be the share
-            group["lr"], group["capturable"] = rate, True
+            group["lr"] = rate
         return table
 
     def _forget_capture(self) -> None:

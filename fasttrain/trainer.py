@@ -32,13 +32,12 @@ from fasttrain.options import TrainOptions
 from fasttrain.recipe import Recipe
 from fasttrain.report.html import first_images, write_report
 from fasttrain.report.run import Run, load_run
-from fasttrain.runtime import Runtime, import_in_background
+from fasttrain.runtime import Runtime, agree_on_precision, import_in_background
 from fasttrain.step import TrainStep
 from fasttrain.system.fallbacks import Fallbacks
 from fasttrain.system.files import hold_folder, remove_temporaries
 from fasttrain.system.machine import describe, hardware_name, pick_device
 from fasttrain.system.memory import peak_memory_gib, report_full_memory
-from fasttrain.system.precision import pick_precision
 from fasttrain.system.rates import glance_at_matmul_tflops, measure_matmul_tflops
 from fasttrain.system.run_folder import (
     MACHINE_FILE,
@@ -75,7 +74,7 @@ def train(recipe: Recipe, **options: Any) -> Run:
     recipe = origin.recipe(recipe)
     world.share(recipe.batch_size)  # refuse a batch that cannot be divided
     fallbacks = Fallbacks(world.print, allowed=opts.fallback)
-    precision = origin.precision or _agree_on_precision(recipe, world, fallbacks)
+    precision = origin.working_precision(world.device) or agree_on_precision(recipe, world, fallbacks)
 
     import_in_background("nvidia.dali", "torch._dynamo")
     dataset = world.main_first(lambda: load_from_options(opts, recipe.resolution, log=world.print))
@@ -164,6 +163,8 @@ class Trainer:
             self._run_eagerly(compile_mode)
         elif compile_mode:
             log.print(f"compiled ({compile_mode}) in {compile_seconds:.1f} s")
+        for line in self.state.keep_fallbacks(self.runtime.fallbacks.lines):
+            log.print(line)
         setup_seconds = self._start_loaders()
         started = self.options.started or time.perf_counter()
         self.state.add_up(
@@ -270,6 +271,8 @@ class Trainer:
     def finish(self) -> Run:
         """Write result.json, print a summary, and return the run, read from its folder."""
         runtime, log = self.runtime, self.log
+        for line in self.state.keep_fallbacks(runtime.fallbacks.lines):
+            log.print(line)
         # The peak rate is the maximum of measurements before and after: a low one would overstate the MFU.
         matmul_tflops = max(
             self.state.progress.matmul_tflops, measure_matmul_tflops(runtime.device, runtime.dtype)
@@ -283,7 +286,6 @@ class Trainer:
             "precision": runtime.precision,
             "compile": runtime.compile_mode or "off",
             "cuda_graph": self.state.step.captures,
-            "fallbacks": runtime.fallbacks.lines,
             "epochs": self.recipe.epochs,
             "max_lr": self.state.step.max_lr,
             **self.state.figures(matmul_tflops),
@@ -379,12 +381,6 @@ def _resume_point(unfinished: Path | None, opts: TrainOptions) -> ResumePoint:
     if unfinished is None or opts.resume is None:
         return ResumePoint()
     return ResumePoint.find(unfinished, opts.resume)
-
-
-def _agree_on_precision(recipe: Recipe, world: World, fallbacks: Fallbacks) -> str:
-    """Return the recipe's precision here. A CPU measures it, so all ranks use the first one's choice."""
-    picked = pick_precision(recipe.compute_dtype, world.device, fallbacks)
-    return world.broadcast(lambda: picked)
 
 
 def _write_report(run: Run, log: RunLog, dataset: Dataset, test: Evaluation, device: torch.device) -> None:

@@ -16,7 +16,8 @@ FLOORS = [
     {"fasttrain.recipe", "fasttrain.system", "fasttrain.ema", "fasttrain.cuda_graph"},
     {"fasttrain.options"},
     {"fasttrain.model", "fasttrain.optim", "fasttrain.data"},
-    {"fasttrain.distributed", "fasttrain.runtime"},
+    {"fasttrain.distributed"},
+    {"fasttrain.runtime"},
     {"fasttrain.evaluate", "fasttrain.step"},
     {
         "fasttrain.compile",

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -17,11 +18,11 @@ class FakeCuda:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
         self.failures, self.events, self.replays = failures, list[str](), 0
-        stream = SimpleNamespace(wait_stream=lambda _: None)
+        self.stream = SimpleNamespace(wait_stream=lambda _: None)
         for name, value in {
-            "Stream": lambda *_: stream,
-            "current_stream": lambda *_: stream,
-            "stream": lambda _: contextlib.nullcontext(),
+            "Stream": lambda *_: SimpleNamespace(wait_stream=lambda _: None),
+            "current_stream": lambda *_: self.stream,
+            "stream": self._on,
             "synchronize": lambda *_: self.events.append("synchronize"),
             "CUDAGraph": lambda: SimpleNamespace(replay=self._replay),
             "graph": self._graph,
@@ -33,13 +34,23 @@ class FakeCuda:
         self.replays += 1
 
     @contextlib.contextmanager
+    def _on(self, stream: SimpleNamespace) -> Iterator[None]:
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
+
+    @contextlib.contextmanager
     def _graph(self, graph: object, capture_error_mode: str) -> Iterator[None]:
         assert capture_error_mode == "thread_local" and not gc.isenabled()
         self.events.append("capture")
+        before, self.stream = self.stream, SimpleNamespace()
         yield
-        if self.failures:
+        if self.failures:  # as torch's own does: it ends the capture, and only then leaves its stream
             self.failures -= 1
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nline 2")
+        self.stream = before
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,15 +68,27 @@ def test_a_capture_begins_without_garbage_and_with_nothing_under_way(monkeypatch
 
 def test_a_disturbed_capture_is_tried_once_more(monkeypatch) -> None:
     cuda = FakeCuda(monkeypatch, failures=1)
-    capture(lambda *_: None, *batch())
+    stream, kept = cuda.stream, []
+
+    def work(*_: torch.Tensor) -> None:
+        activations = torch.zeros(1)
+        assert all(reference() is None for reference in kept[cuda_graph.WARM_UP_CALLS :]), (
+            "of a failed attempt"
+        )
+        kept.append(weakref.ref(activations))
+
+    capture(work, *batch())
     assert cuda.events == 2 * ["collect", "synchronize", "capture"] and gc.isenabled()
+    assert cuda.stream is stream
 
 
 def test_one_that_fails_twice_is_an_error_of_one_line(monkeypatch) -> None:
     cuda = FakeCuda(monkeypatch, failures=2)
+    stream = cuda.stream
     with pytest.raises(CaptureError, match=r"^CUDA error: operation failed .* line 2$"):
         capture(lambda *_: None, *batch())
     assert cuda.events.count("capture") == 2 and gc.isenabled()
+    assert cuda.stream is stream  # what comes next runs where its memory belongs
 
 
 def test_an_error_before_the_capture_is_not_blamed_on_it(monkeypatch) -> None:

@@ -1,6 +1,7 @@
 """What fails on a machine is replaced with one line, or is an error; every failure here is injected."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from fasttrain import optim, train
 from fasttrain import runtime as runtime_module
 from fasttrain import step as step_module
 from fasttrain.checkpoint.file import load_checkpoint
+from fasttrain.cli import main
 from fasttrain.compile import example_batch
 from fasttrain.cuda_graph import CaptureError
 from fasttrain.data import build_loader
 from fasttrain.data.build_loader import pick_loader
+from fasttrain.distributed import World
 from fasttrain.errors import UserError, one_line
 from fasttrain.recipe import Recipe
 from fasttrain.runtime import Runtime
@@ -52,10 +55,10 @@ def broken_dali(monkeypatch: pytest.MonkeyPatch):
 def test_a_line_is_logged_and_kept_or_is_an_error() -> None:
     said: list[str] = []
     fallbacks = Fallbacks(said.append)
-    fallbacks("bf16 fails")
-    assert said == fallbacks.lines == ["bf16 fails"]
-    with pytest.raises(UserError, match=r"^--no-fallback: bf16 fails$"):
-        Fallbacks(pytest.fail, allowed=False)("bf16 fails")
+    fallbacks("bf16 fails", "computing in fp16")
+    assert said == fallbacks.lines == ["bf16 fails; computing in fp16"]
+    with pytest.raises(UserError, match=r"^bf16 fails; --no-fallback allows nothing in its place$"):
+        Fallbacks(pytest.fail, allowed=False)("bf16 fails", "computing in fp16")
     assert one_line(RuntimeError("a\n  b")) == "a b" and one_line(KeyError()) == "KeyError"
     assert len(one_line(RuntimeError("x" * 999))) == 200
 
@@ -68,7 +71,7 @@ def test_a_dali_that_does_not_run_is_replaced(broken_dali) -> None:
     assert "pure-torch loader" in line
     with pytest.raises(UserError, match=r"--loader dali: DALI fails on cpu .*; use --loader tensor"):
         pick_loader("dali", CPU, fallbacks)
-    with pytest.raises(UserError, match="--no-fallback: loader: DALI fails"):
+    with pytest.raises(UserError, match=r"loader: DALI fails .*; --no-fallback"):
         pick_loader("auto", CPU, Fallbacks(allowed=False))
 
 
@@ -148,13 +151,22 @@ def test_an_optimizer_whose_fused_kernel_fails_is_not_fused(monkeypatch) -> None
     finally:
         optim.fused_fails.cache_clear()
     assert not runtime.fused_optimizer and "using the unfused one" in fallbacks.lines[0]
-    fused, unfused = (step_of(Recipe(width=4), fused_optimizer=on) for on in (True, False))
-    assert [step.optimizer.defaults["fused"] for step in (fused, unfused)] == [True, False]
-    unfused.model.load_state_dict(fused.model.state_dict())
+    recipe = Recipe(width=4, ema_epochs=1.0, optimizer="muon")
+    fused, unfused = (step_of(recipe, fused_optimizer=on) for on in (True, False))
+    settings = [
+        (step.optimizer.defaults["fused"], step.optimizer.defaults["foreach"]) for step in (fused, unfused)
+    ]
+    assert settings == [(True, None), (None, True)]
     for one in (fused, unfused):
-        one(*example_batch(8, 32, CPU))
-    for ours, theirs in zip(unfused.model.parameters(), fused.model.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
+        one.model.load_state_dict(fused.model.state_dict())
+    monkeypatch.setattr(torch, "_fused_sgd_", fail("never used where fused kernels fail"))
+    for _ in range(3):
+        unfused(*example_batch(8, 32, CPU))
+    monkeypatch.undo()
+    for _ in range(3):
+        fused(*example_batch(8, 32, CPU))
+    for ours, theirs in zip(unfused.eval_model.parameters(), fused.eval_model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("fields", [{}, {"optimizer": "muon", "ema_epochs": 1.0}])
@@ -184,7 +196,7 @@ def test_a_step_that_cannot_be_captured_trains_without(monkeypatch, fields: dict
         assert torch.equal(ours, theirs)
     assert captured.take_metrics() == eager.take_metrics()
     strict = step_of(recipe, cuda_graph=True, fallbacks=Fallbacks(allowed=False))
-    with pytest.raises(UserError, match="--no-fallback: CUDA graph"):
+    with pytest.raises(UserError, match=r"CUDA graph: .*; --no-fallback"):
         strict(*example_batch(8, 32, CPU))
 
 
@@ -211,5 +223,34 @@ def test_a_training_that_cannot_be_compiled_runs_eagerly(
     assert load_checkpoint(run.folder / "last.pt")["fingerprint"]["compile"] == "off"
     with pytest.raises(UserError, match="--compile default: CalledProcessError: gcc returned 1"):
         train(dataclasses.replace(recipe, compile="default"), out=tmp_path, **settings)
-    with pytest.raises(UserError, match="--no-fallback: torch"):
+    with pytest.raises(UserError, match=r"torch.compile: .*; --no-fallback"):
         train(recipe, out=tmp_path, fallback=False, **settings)
+
+
+@pytest.mark.parametrize("name", ["laptop-cifar10-jpeg-q75"])
+def test_a_page_of_an_older_run_knows_nothing_of_fallbacks(name: str, tmp_path) -> None:
+    [folder] = Path("benchmarks/results").rglob(name) if Path("benchmarks/results").is_dir() else [None]
+    shutil.copytree(folder, tmp_path / name)
+    assert main(["report", str(tmp_path / name), "--data-dir", str(tmp_path)]) == 0
+    assert "Not as fast" not in (tmp_path / name / "report.html").read_text()
+
+
+def test_several_ranks_compute_in_a_precision_that_works_on_all_of_them(monkeypatch) -> None:
+    world, fallbacks = World(device=CPU), Fallbacks(lambda _: None)
+    monkeypatch.setattr(runtime_module, "pick_precision", lambda *_: "bf16")
+    monkeypatch.setattr(runtime_module, "fails_in", lambda *_: None)
+    assert runtime_module.agree_on_precision(Recipe(), world, fallbacks) == "bf16" and not fallbacks.lines
+    monkeypatch.setattr(World, "gather", lambda _, own: [own, "bf16 fails on cuda:1 (no kernel image)"])
+    assert runtime_module.agree_on_precision(Recipe(), world, fallbacks) == "fp32"
+    assert fallbacks.lines[0].startswith("precision: bf16 fails on cuda:1")
+
+
+def test_with_several_ranks_a_failure_to_compile_ends_the_run(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", broken_compiler)
+    step = step_of(Recipe(width=4))
+    step.world = dataclasses.replace(step.world, size=2)
+    monkeypatch.setattr(step, "warm_up", fail("gcc returned 1"))
+    with pytest.raises(UserError, match="--compile default: gcc returned 1; or use --compile off"):
+        compile_module.compile_step(
+            step, "default", compile_module.CompileCache("a CPU"), *example_batch(8, 32, CPU)
+        )

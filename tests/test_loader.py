@@ -23,6 +23,7 @@ from fasttrain.data.sources import cifar, synthetic
 from fasttrain.data.sources.download import DownloadError
 from fasttrain.errors import UserError
 from fasttrain.recipe import Recipe
+from fasttrain.system.fallbacks import Fallbacks
 from tests import helpers
 from tests.helpers import CPU
 
@@ -447,11 +448,11 @@ def test_without_dali_the_torch_loader_takes_over_in_one_line(monkeypatch) -> No
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.setattr(build_loader_module, "dali_unusable", build_loader_module.dali_unusable.__wrapped__)
     said: list[str] = []
-    assert pick_loader("auto", CPU, said.append) == "tensor"
+    assert pick_loader("auto", CPU, Fallbacks(said.append)) == "tensor"
     assert len(said) == 1 and "DALI" in said[0]
     with pytest.raises(UserError, match="--loader dali"):
-        pick_loader("dali", CPU, said.append)
-    assert pick_loader("tensor", CPU, said.append) == "tensor" and len(said) == 1
+        pick_loader("dali", CPU, Fallbacks(said.append))
+    assert pick_loader("tensor", CPU, Fallbacks(said.append)) == "tensor" and len(said) == 1
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from fasttrain import runtime as runtime_module
 from fasttrain import trainer
 from fasttrain.checkpoint import manager
 from fasttrain.checkpoint import resume as resume_module
@@ -123,6 +124,23 @@ def test_a_run_whose_dali_fails_on_its_next_machine_goes_on_without_it(
     assert "DALI fails on cpu (old driver)" in line and line in capsys.readouterr().out
 
 
+def test_what_failed_in_an_earlier_process_is_not_forgotten(dataset_dir, tmp_path, monkeypatch) -> None:
+    recipe = dataclasses.replace(RECIPE, loader="auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(build_loader_module, "dali_unusable", lambda _: "DALI fails on cpu (old driver)")
+        folder = stop_at(dataset_dir, tmp_path, 6, monkeypatch, recipe=recipe)
+    train(dataset_dir, tmp_path, recipe, resume=folder)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["loader"].startswith("dali") and "old driver" in result["fallbacks"][0]
+
+
+def test_a_run_is_not_resumed_in_a_precision_that_fails_here(dataset_dir, tmp_path, monkeypatch) -> None:
+    folder = stop_at(dataset_dir, tmp_path, 6, monkeypatch)
+    monkeypatch.setattr(resume_module, "fails_in", lambda name, _: f"{name} gives wrong values")
+    with pytest.raises(UserError, match="it computes in fp32, but fp32 gives wrong values"):
+        train(dataset_dir, tmp_path, resume=folder)
+
+
 def fail(_: TrainStep) -> None:
     raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be")
 
@@ -186,6 +204,8 @@ def test_a_run_begun_before_a_field_was_added_goes_on(whole, dataset_dir, tmp_pa
     state = load_checkpoint(folder / "last.pt")
     for name in later:
         del recipe[name], state["recipe"][name], state["fingerprint"][flag(name)]
+    for name in ("setup_seconds", "fallbacks"):
+        del state["progress"][name]
     (folder / "recipe.json").write_text(json.dumps(recipe))
     save_checkpoint(folder / "last.pt", state)
     (folder / "previous.pt").unlink()
@@ -195,7 +215,7 @@ def test_a_run_begun_before_a_field_was_added_goes_on(whole, dataset_dir, tmp_pa
 
 def choose(monkeypatch, precision: str) -> None:
     """Let this machine choose a precision for new runs."""
-    for module in (trainer, resume_module):
+    for module in (runtime_module, resume_module):
         monkeypatch.setattr(
             module, "pick_precision", lambda requested, *_: precision if requested == "auto" else requested
         )

@@ -28,16 +28,16 @@ def no_dali(monkeypatch: pytest.MonkeyPatch):
 def test_compile_policy_is_eager_on_a_cpu_and_falls_back_in_one_line(monkeypatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(compiler, "compiler_available", lambda device: None)
-    assert pick_compile_mode("auto", CPU, said.append) is None
-    assert pick_compile_mode("off", GPU, said.append) is None
-    assert pick_compile_mode("auto", GPU, said.append) == "default"
-    assert pick_compile_mode("max-autotune", CPU, said.append) == "max-autotune"
+    assert pick_compile_mode("auto", CPU, Fallbacks(said.append)) is None
+    assert pick_compile_mode("off", GPU, Fallbacks(said.append)) is None
+    assert pick_compile_mode("auto", GPU, Fallbacks(said.append)) == "default"
+    assert pick_compile_mode("max-autotune", CPU, Fallbacks(said.append)) == "max-autotune"
     assert not said
     monkeypatch.setattr(compiler, "compiler_available", lambda device: "no C++ compiler: install g++")
-    assert pick_compile_mode("auto", GPU, said.append) is None
+    assert pick_compile_mode("auto", GPU, Fallbacks(said.append)) is None
     assert len(said) == 1 and "install g++" in said[0] and "eager" in said[0]
     with pytest.raises(UserError, match="--compile default: no C"):
-        pick_compile_mode("default", CPU, said.append)
+        pick_compile_mode("default", CPU, Fallbacks(said.append))
 
 
 @pytest.mark.parametrize(

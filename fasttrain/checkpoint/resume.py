@@ -19,9 +19,10 @@ from fasttrain.distributed import World, command
 from fasttrain.errors import UserError, one_line
 from fasttrain.options import TrainOptions
 from fasttrain.recipe import Recipe, flag, load_recipe
+from fasttrain.system.fallbacks import Fallbacks
 from fasttrain.system.files import quarantine, write_atomically
 from fasttrain.system.memory import is_full_memory
-from fasttrain.system.precision import pick_precision
+from fasttrain.system.precision import fails_in, pick_precision
 from fasttrain.system.run_folder import ERROR_FILE, RECIPE_FILE
 
 
@@ -87,6 +88,13 @@ class ResumePoint:
             )
         return original
 
+    def working_precision(self, device: torch.device) -> str | None:
+        """Return the run's precision, None for a new run. Raises UserError if it fails on this device."""
+        failure = fails_in(self.precision, device) if self.precision else None
+        if failure is not None:
+            raise UserError(f"--resume {self.folder}: it computes in {self.precision}, but {failure}")
+        return self.precision
+
     def precision_note(self, requested: str, device: torch.device) -> str | None:
         """Return a line to log if a new run would use another precision on this device, else None.
 
@@ -95,7 +103,7 @@ class ResumePoint:
         if self.precision is None:
             return None
         try:
-            now = pick_precision(requested, device, lambda _: None)
+            now = pick_precision(requested, device, Fallbacks(lambda _: None))
         except UserError:
             return f"resumed in {self.precision}, as started; {device} only emulates it, which is slow"
         if now == self.precision:
@@ -120,7 +128,7 @@ def say_how_to_resume(folder: Path, opts: TrainOptions) -> Iterator[None]:
         except UserError as unwritable:
             where = f"could not be written ({unwritable})"
         raise UserError(
-            f"{one_line(error)} ({folder / ERROR_FILE} {where}). The run goes on from its last checkpoint: "
+            f"{one_line(error)} ({folder / ERROR_FILE} {where}). To continue from the last checkpoint: "
             f"{resume_command(folder, opts)}"
         ) from error
 

@@ -41,7 +41,7 @@ class Progress:
     compile_seconds: to compile and capture the step. setup_seconds: to start the loaders.
     wall_seconds: up to the checkpoint, without lost work and the time between two processes.
     matmul_tflops: the highest rate measured so far. resumed, rollbacks: how many times.
-    changes: what was different, in words, when the run was resumed.
+    changes: what was different, in words, when the run was resumed. fallbacks: what failed and was replaced.
     """
 
     epochs: list[dict[str, float]] = field(default_factory=list)
@@ -54,6 +54,7 @@ class Progress:
     resumed: int = 0
     rollbacks: int = 0
     changes: list[str] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
 
     @property
     def best_epoch(self) -> dict[str, float]:
@@ -99,6 +100,18 @@ class RunState:
         self.progress.setup_seconds += setup_seconds
         self.progress.matmul_tflops = max(self.progress.matmul_tflops, matmul_tflops)
 
+    def keep_fallbacks(self, lines: list[str]) -> list[str]:
+        """Keep what failed on any rank, once each; returns what ranks other than the first add to it.
+
+        lines: this rank's, so far.
+        """
+        kept, others = self.progress.fallbacks, []
+        for rank, found in enumerate(self.world.gather(lines)):
+            new = [line for line in found if line not in kept]
+            kept += new
+            others += [f"rank {rank}: {line}" for line in new if rank]
+        return others
+
     @property
     def wall_seconds(self) -> float:
         """Seconds of all the run's processes, without lost work and the time between them."""
@@ -132,6 +145,7 @@ class RunState:
             "wall_seconds": self.wall_seconds,
             "resumed": progress.resumed,
             "changes": progress.changes,
+            "fallbacks": progress.fallbacks,
             "rollbacks": progress.rollbacks,
             "images_per_sec": images_per_sec,
             "data_wait_share": sum(row["data_wait_share"] * row["seconds"] for row in rows) / train_seconds,
@@ -184,6 +198,8 @@ class RunState:
     def read(self, path: Path) -> dict[str, Any]:
         """Read a checkpoint for `restore`. Raises UserError if it is not a sound one of this run."""
         state = load_checkpoint(path)
+        if isinstance(state.get("progress"), dict):  # fields that it lacks are newer than it
+            state["progress"] = dataclasses.asdict(Progress()) | state["progress"]
         try:
             self._require_same_run(state.get("fingerprint"))
             self._require_sound(state)
@@ -254,6 +270,7 @@ class RunState:
         agree = {
             "progress.epochs": [row["epoch"] for row in rows] == list(range(1, state["epoch"] + 1)),
             "progress.changes": all(isinstance(change, str) for change in progress["changes"]),
+            "progress.fallbacks": all(isinstance(line, str) for line in progress["fallbacks"]),
             "scheduler.step": first <= step <= min(first + len(self.loader), total_steps),
             "scheduler.total_steps": total_steps == self.step.total_steps,
             "scheduler.max_lr": max_lr == _max_lr(recipe, progress["rollbacks"], max_lr),

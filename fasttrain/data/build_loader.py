@@ -2,7 +2,6 @@
 
 import functools
 import platform
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from fasttrain.data.padding import LazyPadded, pad
 from fasttrain.data.sampler import WHOLE, Sampler, Shard
 from fasttrain.errors import UserError, one_line
 from fasttrain.recipe import Recipe
+from fasttrain.system.fallbacks import Fallbacks
 from fasttrain.system.machine import pick_device
 
 LoaderName = Literal["dali", "tensor"]
@@ -27,8 +27,8 @@ EVAL_BATCH_SIZE = 1000
 """Divides CIFAR-10's 10,000 test images, so that every batch has one shape."""
 
 
-def pick_loader(requested: str, device: torch.device, log: Callable[[str], object]) -> LoaderName:
-    """Choose DALI if it works on this device, else the pure-torch loader, and log that.
+def pick_loader(requested: str, device: torch.device, fallbacks: Fallbacks) -> LoaderName:
+    """Choose DALI if it works on this device, else the pure-torch loader.
 
     requested: auto, dali or tensor. Raises UserError if DALI was requested and cannot be used.
     """
@@ -39,7 +39,9 @@ def pick_loader(requested: str, device: torch.device, log: Callable[[str], objec
         return "dali"
     if requested == "dali":
         raise UserError(f"--loader dali: {reason}; use --loader tensor")
-    log(f"loader: {reason}; the pure-torch loader makes the same batches, with more launches for each")
+    fallbacks(
+        f"loader: {reason}", "the pure-torch loader makes the same batches, with more launches for each"
+    )
     return "tensor"
 
 
@@ -92,7 +94,7 @@ def build_loader(
     or if the images do not have the recipe's resolution.
     """
     device = pick_device(device) if isinstance(device, str) else device
-    loader = loader or pick_loader(recipe.loader, device, print)
+    loader = loader or pick_loader(recipe.loader, device, Fallbacks())
     split = dataset.train if train else _part(dataset.test, shard)
     batch_size = recipe.batch_size if train else min(EVAL_BATCH_SIZE, len(split.labels))
     if batch_size > len(split.labels):

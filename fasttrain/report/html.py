@@ -24,6 +24,7 @@ from fasttrain.report.network_table import summary
 from fasttrain.report.pages import Missing, write_page
 from fasttrain.report.plots import Picture
 from fasttrain.report.run import Run
+from fasttrain.system.fallbacks import Fallbacks
 from fasttrain.system.rng import fork_rng
 
 SAMPLES = 24
@@ -116,7 +117,7 @@ def first_images(dataset: Dataset, recipe: Recipe, device: torch.device) -> tupl
         dataclasses.replace(recipe, batch_size=count),
         train=True,
         device=device,
-        loader=pick_loader(recipe.loader, device, lambda _: None),
+        loader=pick_loader(recipe.loader, device, Fallbacks(lambda _: None)),
     )
     images_NCHW, labels_N = next(iter(loader))
     return images_NCHW, labels_N, loader.name

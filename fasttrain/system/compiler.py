@@ -4,21 +4,21 @@ import os
 import platform
 import shutil
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from fasttrain.errors import UserError
+from fasttrain.system.fallbacks import Fallbacks
 
-EAGER_COST = "which launches more and smaller kernels"
+RUNNING_EAGER = "running eager, which launches more and smaller kernels"
 
 
-def pick_compile_mode(requested: str, device: torch.device, log: Callable[[str], object]) -> str | None:
+def pick_compile_mode(requested: str, device: torch.device, fallbacks: Fallbacks) -> str | None:
     """Choose torch.compile's mode; None means eager.
 
     auto compiles on a GPU and stays eager on a CPU, where the measured gain did not pay for the compilation
-    (docs/lab-notebook.md), nor where there is no compiler, about which it logs one line.
+    (docs/lab-notebook.md), nor where there is no compiler.
     Raises UserError if compiling was requested and there is no compiler.
     """
     if requested == "off" or (requested == "auto" and device.type == "cpu"):
@@ -27,7 +27,7 @@ def pick_compile_mode(requested: str, device: torch.device, log: Callable[[str],
     if reason is not None:
         if requested != "auto":
             raise UserError(f"--compile {requested}: {reason}; or use --compile off")
-        log(f"torch.compile: {reason}; running eager, {EAGER_COST}")
+        fallbacks(f"torch.compile: {reason}", RUNNING_EAGER)
         return None
     return "default" if requested == "auto" else requested
 

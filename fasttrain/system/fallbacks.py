@@ -6,9 +6,9 @@ from fasttrain.errors import UserError
 
 
 class Fallbacks:
-    """Called with a line for each accelerator that fails: what, why, what replaces it, and what that costs.
+    """Called for each accelerator that is missing or fails here, and is replaced.
 
-    log: called with each line. allowed: whether anything may be replaced (--no-fallback).
+    log: called with a line about each. allowed: whether anything may be replaced (--no-fallback).
     lines: all so far.
     """
 
@@ -16,9 +16,12 @@ class Fallbacks:
         self.lines: list[str] = []
         self._log, self._allowed = log, allowed
 
-    def __call__(self, line: str) -> None:
-        """Log a line and keep it. Raises UserError with it if nothing may be replaced."""
+    def __call__(self, failure: str, instead: str) -> None:
+        """Log a line and keep it. Raises UserError if nothing may be replaced.
+
+        failure: what failed, and why. instead: what replaces it, and what that costs.
+        """
         if not self._allowed:
-            raise UserError(f"--no-fallback: {line}")
-        self.lines.append(line)
-        self._log(line)
+            raise UserError(f"{failure}; --no-fallback allows nothing in its place")
+        self.lines.append(f"{failure}; {instead}")
+        self._log(self.lines[-1])

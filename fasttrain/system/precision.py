@@ -1,13 +1,14 @@
 """The precision of the matrix products: what the hardware supports, which to use, and torch's settings."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch.nn import functional
 
 from fasttrain.errors import UserError, one_line
+from fasttrain.system.fallbacks import Fallbacks
 from fasttrain.system.memory import keep_freed_memory
 from fasttrain.system.rates import measure_matmul_tflops
 
@@ -54,17 +55,17 @@ def bf16_speedup_on_cpu() -> float:
     return rates[torch.bfloat16] / rates[torch.float32]
 
 
-def pick_precision(requested: str, device: torch.device, log: Callable[[str], object] = print) -> str:
+def pick_precision(requested: str, device: torch.device, fallbacks: Fallbacks | None = None) -> str:
     """Choose the precision of the matrix products: bf16, fp16, fp32 or tf32.
 
     auto takes the fastest that the hardware has and that works. On a CPU a short measurement decides: some
     processors compute bf16 products at more than twice float32's rate, others at half of it
     (docs/lab-notebook.md).
-    log: called with a line for each precision that fails. Raises UserError for a requested precision that
-    this device lacks, only emulates, or fails in.
+    fallbacks: called for each precision that fails; by default it prints a line. Raises UserError for a
+    requested precision that this device lacks, only emulates, or fails in.
     """
     if requested == "auto":
-        return _pick_automatically(device, log)
+        return _pick_automatically(device, fallbacks or Fallbacks())
     if requested == "bf16" and not has_native_bf16(device):
         raise UserError(f"--compute-dtype bf16: {device} has no bf16 arithmetic; use auto or fp32")
     if requested == "fp16" and device.type == "cpu":
@@ -78,7 +79,7 @@ def pick_precision(requested: str, device: torch.device, log: Callable[[str], ob
     return requested
 
 
-def _pick_automatically(device: torch.device, log: Callable[[str], object]) -> str:
+def _pick_automatically(device: torch.device, fallbacks: Fallbacks) -> str:
     wanted: list[str] = []
     if device.type == "cuda":
         wanted = ["bf16"] * has_native_bf16(device) + ["fp16"]
@@ -88,7 +89,7 @@ def _pick_automatically(device: torch.device, log: Callable[[str], object]) -> s
         failure = fails_in(precision, device)
         if failure is None:
             return precision
-        log(f"precision: {failure}; computing in {next_best}, which may be slower")
+        fallbacks(f"precision: {failure}", f"computing in {next_best}, which may be slower")
     return "fp32"
 
 
@@ -110,11 +111,12 @@ def fails_in(precision: str, device: torch.device) -> str | None:
 
 
 def evaluation_precision(trained: str | None, device: torch.device) -> str:
-    """Choose the precision for an evaluation: that of the training if this device has it, else auto's."""
+    """Choose the precision for an evaluation: that of the training if it works here, else auto's."""
+    silent = Fallbacks(lambda _: None)
     try:
-        return pick_precision(trained or "auto", device)
+        return pick_precision(trained or "auto", device, silent)
     except UserError:
-        return pick_precision("auto", device)
+        return pick_precision("auto", device, silent)
 
 
 def set_fp32_precision(allow_tf32: bool) -> None:

@@ -27,7 +27,7 @@ def evaluate_model(
     """
     trained.require_classes_of(dataset)
     precision = evaluation_precision(trained.precision, device)
-    runtime = Runtime.resolve(trained.recipe, device, precision=precision, compiles=False)
+    runtime = Runtime.resolve(trained.recipe, device, precision=precision, trains=False)
     loader = build_loader(dataset, trained.recipe, train=False, device=device, loader=runtime.loader)
     return evaluate(trained.model, loader, runtime, flip=flip)
 
@@ -69,7 +69,9 @@ def evaluate_checkpoint(
     if trained.metrics is not None:
         note = f"the training itself measured {trained.metrics['test_accuracy']:.2%} on {trained.dataset}"
         if trained.precision not in (None, precision):
-            note += f", in {trained.precision}, which {run_device} lacks; rounding moves a few images"
+            note += (
+                f", in {trained.precision}, which does not work on {run_device}; rounding moves a few images"
+            )
         console.print(note, markup=False)
     if result.accuracy_flip is not None:
         console.print(f"with each image's mirror image: {result.accuracy_flip:.2%}", markup=False)
