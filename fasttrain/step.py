@@ -210,7 +210,7 @@ class TrainStep:
             f"CUDA graph: the capture failed ({error})",
             "the host launches every kernel, which leaves a fast GPU idle in between",
         )
-        self._captures, self._updates_in_work, self._table = False, True, None
+        self._captures, self._table = False, None
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next step and the next metrics depend on, except eval_model."""

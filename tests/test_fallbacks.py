@@ -169,7 +169,7 @@ def test_an_optimizer_whose_fused_kernel_fails_is_not_fused(monkeypatch) -> None
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("fields", [{}, {"optimizer": "muon", "ema_epochs": 1.0}])
+@pytest.mark.parametrize("fields", [{}, {"optimizer": "muon", "ema_epochs": 1.0}, {"cycle_momentum": True}])
 def test_a_step_that_cannot_be_captured_trains_without(monkeypatch, fields: dict) -> None:
     """It fails after the calls that warm up, whose traces have to go too."""
 
