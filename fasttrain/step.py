@@ -36,6 +36,7 @@ class TrainStep:
     world: the ranks that train together. Each rank passes its own part of the batch; gradients, metrics and
     the detection of NaN cover all ranks.
     average: the moving average of the weights, if the recipe asks for one.
+    captures: whether steps are replayed from a CUDA graph.
     """
 
     def __init__(
@@ -59,13 +60,13 @@ class TrainStep:
         self.average = WeightAverage(self.model, horizon, fused=runtime.fused_optimizer) if horizon else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.compute_dtype == torch.float16)
         self.fallbacks = runtime.fallbacks
-        self._captures = runtime.cuda_graph
+        self.captures = runtime.cuda_graph
         self._replay: Callable[[Tensor, Tensor], None] | None = None
         self._captured_for: tuple[int, int, float] | None = None
         # A captured update reads its rate from a table. But fused Adam takes beta1 only as a number, and a
         # scaler counts on the host: with cycle_momentum or fp16 the graph ends before the update.
-        self._updates_in_work = not self._captures or not (self.scaler.is_enabled() or recipe.cycle_momentum)
-        if self._captures and self._updates_in_work:
+        self._updates_in_work = not self.captures or not (self.scaler.is_enabled() or recipe.cycle_momentum)
+        if self.captures and self._updates_in_work:
             for group in self.optimizer.param_groups:
                 group["capturable"] = True  # before a state is loaded: its step counts must be on the GPU
         self._table: ScheduleTable | None = None
@@ -82,11 +83,6 @@ class TrainStep:
     def lr(self) -> float:
         """The learning rate of the last step taken."""
         return one_cycle(max(self.step - 1, 0), self.total_steps, self.max_lr, self.recipe)[0]
-
-    @property
-    def captures(self) -> bool:
-        """Whether steps are replayed from a CUDA graph."""
-        return self._captures
 
     @property
     def resolution(self) -> int:
@@ -106,7 +102,7 @@ class TrainStep:
         if self.step >= self.total_steps:
             raise ValueError(f"step {self.step} is past the schedule's {self.total_steps} steps")
         resolution = self.resolution
-        if self._captures and self._captured_for != (resolution, self.total_steps, self.max_lr):
+        if self.captures and self._captured_for != (resolution, self.total_steps, self.max_lr):
             self.warm_up(images_NCHW, labels_N)
         if self._table is None:
             set_schedule(self.optimizer, *one_cycle(self.step, self.total_steps, self.max_lr, self.recipe))
@@ -175,11 +171,11 @@ class TrainStep:
         If the capture fails, later steps launch every kernel.
         Restores weights, statistics, the optimizer's state and random generators.
         """
-        if not self._compiled and not self._captures and self.world.size == 1:
+        if not self._compiled and not self.captures and self.world.size == 1:
             return 0.0
         start = time.perf_counter()
         resolution = resolution or self.resolution
-        if self._captures:
+        if self.captures:
             self._forget_capture()  # frees its memory for the next one
             if self._updates_in_work:
                 self._table = self._tabulate_schedule()
@@ -189,7 +185,7 @@ class TrainStep:
             self._stop_capturing(error)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter() - start if self._compiled or self._captures else 0.0
+        return time.perf_counter() - start if self._compiled or self.captures else 0.0
 
     def _try_step(self, images_NCHW: Tensor, labels_N: Tensor, resolution: int) -> None:
         """Take a step, compiled and captured as later ones will be, and undo it."""
@@ -198,7 +194,7 @@ class TrainStep:
             warnings.filterwarnings("ignore", message=".*capturable=True")
             if self._compiled and resolution != self.recipe.resolution:
                 self._work(images_NCHW, labels_N, self.recipe.resolution)
-            if self._captures:
+            if self.captures:
                 work = functools.partial(self._work, resolution=resolution)
                 self._replay = capture(work, images_NCHW, labels_N)
                 self._captured_for = resolution, self.total_steps, self.max_lr
@@ -210,7 +206,7 @@ class TrainStep:
             f"CUDA graph: the capture failed ({error})",
             "the host launches every kernel, which leaves a fast GPU idle in between",
         )
-        self._captures, self._table = False, None
+        self.captures, self._table = False, None
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next step and the next metrics depend on, except eval_model."""

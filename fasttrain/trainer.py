@@ -23,7 +23,7 @@ from fasttrain.data.dataset import Dataset
 from fasttrain.data.load_dataset import load_from_options
 from fasttrain.data.loader import Loader
 from fasttrain.distributed import World
-from fasttrain.errors import DivergedError
+from fasttrain.errors import DivergedError, one_line
 from fasttrain.evaluate import Evaluation, concat, evaluate
 from fasttrain.laptop import FIRST_STEPS, estimate_full_recipe, is_laptop
 from fasttrain.lr_finder import find_max_lr
@@ -388,5 +388,4 @@ def _write_report(run: Run, log: RunLog, dataset: Dataset, test: Evaluation, dev
     try:
         log.print(f"report -> {write_report(run, dataset, test, device=device)}")
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        log.print(f"no report.html ({reason}); try again: fasttrain report {log.folder}")
+        log.print(f"no report.html ({one_line(error)}); try again: fasttrain report {log.folder}")

@@ -14,6 +14,7 @@ import pytest
 from matplotlib.image import imread
 
 import fasttrain
+from fasttrain.errors import UserError
 from fasttrain.recipe import Recipe
 from fasttrain.report.run import Run
 
@@ -58,6 +59,12 @@ def test_the_packages_names_are_there_and_no_module_hides_one() -> None:
         assert not (ROOT / "fasttrain" / f"{name}.py").exists()  # importing it would take the name's place
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = fasttrain.trian
+
+
+@pytest.mark.parametrize("fallbacks", ["a line", [3], {}])
+def test_fallbacks_that_are_no_lines_are_refused(fallbacks: object, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"result\.json: fallbacks is .*; expected a list of lines"):
+        fasttrain.load_run(write_run(tmp_path / "run", fallbacks=fallbacks))
 
 
 def test_a_plot_shows_loss_accuracy_and_seconds(run: Run) -> None:

@@ -122,9 +122,9 @@ def say_how_to_resume(folder: Path, opts: TrainOptions) -> Iterator[None]:
     except RuntimeError as error:
         if is_full_memory(error):
             raise
-        where = "has its traceback"
+        text, where = traceback.format_exc().encode(errors="replace"), "has its traceback"
         try:
-            write_atomically(folder / ERROR_FILE, lambda file: file.write(traceback.format_exc().encode()))
+            write_atomically(folder / ERROR_FILE, lambda file: file.write(text))
         except UserError as unwritable:
             where = f"could not be written ({unwritable})"
         raise UserError(

@@ -104,6 +104,9 @@ def load_run(folder: Path | str) -> Run:
     result = read_object(folder / "result.json")
     figures = [*RESULT_FIGURES, *(key for key in RESULT_OPTIONS if key in result)]
     _require(folder / "result.json", result, figures, nullable=RESULT_UNKNOWNS, names=RESULT_NAMES)
+    fallbacks = result.get("fallbacks", [])  # older runs have none
+    if not isinstance(fallbacks, list) or not all(isinstance(line, str) for line in fallbacks):
+        raise UserError(f"{folder / 'result.json'}: fallbacks is {fallbacks!r}; expected a list of lines")
     try:
         recipe = Recipe.from_dict(read_object(folder / "recipe.json"))
     except UserError as error:
