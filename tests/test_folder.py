@@ -121,6 +121,29 @@ def test_test_goes_before_val_and_train_may_be_a_class(tmp_path: Path) -> None:
     assert read(root).classes == ("ship", "train")
 
 
+def test_images_to_measure_a_network_on_need_no_training_images_and_keep_its_labels(tmp_path: Path) -> None:
+    root, classes = tmp_path / "holiday", ["dog", "cow", "cat"]  # not in the order of their names
+    write_class(root / "test" / "cat", 3)
+    write_class(root / "test" / "dog", 2, seed=10)
+    for _ in range(2):  # the second time from the cache
+        data = read(root, classes=classes)
+        assert data.classes == ("dog", "cow", "cat") and data.train.images.shape == (0, 32, 32, 3)
+        assert sorted(data.test.labels.tolist()) == [0, 0, 2, 2, 2]
+        assert all(holds(data.test.images[data.test.labels == 2], pixels(noise(seed))) for seed in range(3))
+        assert (data.mean, data.std) == channel_statistics(data.test.images)
+    refused(root, "1 class folders")  # to train on it is another matter
+    write_class(root / "test" / "fox", 1)
+    with pytest.raises(UserError, match="fox: a class that the network was not trained on; remove or move"):
+        read(root, classes=classes)
+
+
+def test_images_with_a_training_split_keep_the_labels_of_a_network_too(root: Path) -> None:
+    split = read(root)
+    data = read(root, classes=["dog", "cow", "cat"])
+    assert np.array_equal(data.test.images, split.test.images)
+    assert np.array_equal(data.test.labels, np.array([2, 0])[split.test.labels])
+
+
 def test_all_formats_and_modes_become_rgb(root: Path) -> None:
     for suffix in ("bmp", "webp", "jpg", "JPEG"):
         noise(200).save(root / "cat" / f"x.{suffix}", quality=95)

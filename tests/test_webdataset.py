@@ -218,6 +218,24 @@ def test_a_class_that_no_training_sample_has_is_unknown(tmp_path: Path) -> None:
         read(root, "{train,val}.tar")
 
 
+def test_samples_to_measure_a_network_on_need_no_training_samples_and_keep_its_labels(tmp_path: Path) -> None:
+    root, classes = tmp_path / "pets", ["dog", "cow", "cat"]
+    write_shard(root / "test.tar", samples(0, 4, pet))
+    data = read(root, "test.tar", classes=classes)
+    assert data.classes == ("dog", "cow", "cat") and data.train.labels.shape == (0,)
+    assert all(holds(data.test.images[data.test.labels == 0], seed) for seed in (0, 2))
+    assert all(holds(data.test.images[data.test.labels == 2], seed) for seed in (1, 3))
+    write_shard(root / "test.tar", samples(0, 4, lambda seed: seed % 2))
+    assert sorted(read(root, "test.tar", classes=classes).test.labels.tolist()) == [0, 0, 1, 1]
+    (root / "classes.txt").write_text("cat\ndog\n")  # the shards' own numbering
+    data = read(root, "test.tar", classes=classes)
+    assert all(holds(data.test.images[data.test.labels == 2], seed) for seed in (0, 2))
+    assert all(holds(data.test.images[data.test.labels == 0], seed) for seed in (1, 3))
+    write_shard(root / "test.tar", samples(0, 1, lambda _: "fox"))
+    with pytest.raises(UserError, match=r"test.tar: 0000.png \(unknown class fox\)"):
+        read(root, "test.tar", classes=classes)
+
+
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [

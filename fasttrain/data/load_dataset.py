@@ -1,6 +1,6 @@
 """The choice of the data set: `--data` in, a Dataset out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fasttrain.data.dataset import Dataset
@@ -56,6 +56,7 @@ def load_dataset(
     *,
     resolution: int = Recipe.resolution,
     skip_bad: bool = False,
+    classes: Sequence[str] | None = None,
     log: Callable[[str], object] = print,
 ) -> Dataset:
     """Load a data set; download or generate it first if it is not there yet.
@@ -65,13 +66,17 @@ def load_dataset(
     webdataset:PATTERN take the images there, scaled to the resolution and cached as pixels in the data
     folder; with skip_bad, images that cannot be decoded are left out.
     data_dir: the data folder; by default $FASTTRAIN_DATA, else data/.
+    classes: those of a trained network, to measure it on images of your own: labels are in their order, some
+    may be missing, and test images are enough.
     Raises UserError if there is no such data set, or if its files are missing, corrupt or unreadable.
     """
     root = cifar.locate(Path(data_dir) if data_dir else None)
     source, _, place = data.partition(":")
     if source in OWN_IMAGES and place:
         path, cache = Path(place).expanduser(), root / "decoded"
-        return OWN_IMAGES[source](path, cache, resolution=resolution, skip_bad=skip_bad, log=log)
+        return OWN_IMAGES[source](
+            path, cache, resolution=resolution, skip_bad=skip_bad, classes=classes, log=log
+        )
     if data not in ("auto", *cifar.RELEASES, "synthetic"):
         expected = ", ".join(("auto", *cifar.RELEASES, "synthetic"))
         raise UserError(f"--data {data}: expected {expected}, folder:PATH, or webdataset:PATTERN")
@@ -105,13 +110,24 @@ def load_dataset(
     return cifar.read(stand_in)
 
 
-def load_from_options(options: DataOptions, resolution: int, log: Callable[[str], object] = print) -> Dataset:
-    """Load the data set that a command's options name; raises as load_dataset does.
+def load_from_options(
+    options: DataOptions,
+    resolution: int,
+    log: Callable[[str], object] = print,
+    *,
+    classes: Sequence[str] | None = None,
+) -> Dataset:
+    """Load the data set that a command's options name; takes classes and raises as load_dataset does.
 
     From Python, the options may also hold the data set itself.
     """
     if isinstance(options.data, Dataset):
         return options.data
     return load_dataset(
-        options.data, options.data_dir, resolution=resolution, skip_bad=options.skip_bad, log=log
+        options.data,
+        options.data_dir,
+        resolution=resolution,
+        skip_bad=options.skip_bad,
+        classes=classes,
+        log=log,
     )

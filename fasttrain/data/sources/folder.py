@@ -7,7 +7,7 @@ PATH/<class>/*                               split by pixel_cache.py: one image 
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fasttrain.data.dataset import Dataset
@@ -23,25 +23,28 @@ def read(
     *,
     resolution: int,
     skip_bad: bool = False,
+    classes: Sequence[str] | None = None,
     log: Callable[[str], object] = print,
 ) -> Dataset:
     """Decode the folder's images, or take their pixels from the cache; see pixel_cache.read_decoded.
 
     The split depends on `<class>/<name>`. Names that begin with a dot are ignored.
     cache_dir: where the pixels are kept, one file per folder and resolution.
+    classes: those of a trained network, in the order of its labels, for images that it is to be measured on:
+    the folder may lack some of them, and PATH/train altogether. By default the training split's folders.
     Raises UserError for bad files, a class without images, or a folder with another layout.
     """
     place = f"--data folder:{root}"
     root = Path(os.path.abspath(root))
     try:
-        source = _list(root, place)
+        source = _list(root, place, classes)
     except OSError as error:
         raise UserError(f"{error.filename or root}: cannot be read ({error.strerror})") from error
     cache = cache_dir / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}-{resolution}.pixels"
     return read_decoded(source, cache, resolution=resolution, skip_bad=skip_bad, log=log)
 
 
-def _list(root: Path, place: str) -> Source:
+def _list(root: Path, place: str, known: Sequence[str] | None) -> Source:
     """Return the classes and everything in their folders. Raises OSError if a folder cannot be read."""
     expected = "expected folder:PATH with PATH/<class>/*, or PATH/train/<class>/* and PATH/test/<class>/*"
     if not root.is_dir():
@@ -54,8 +57,10 @@ def _list(root: Path, place: str) -> Source:
         if not tests:
             raise UserError(f"{place}: has train, but neither test nor val next to it; {expected}")
         parts = [(root / TRAIN, False), (root / tests[0], True)]
+    elif known is not None:
+        parts = [(root / name, True) for name in TEST if name in _folders(root, real)][:1] or parts
 
-    classes = tuple(_folders(parts[0][0], real))
+    classes = tuple(_folders(parts[0][0], real) if known is None else known)
     if len(classes) < 2 or len(classes) > CLASSES_MAX:
         found = f"{len(classes)} class folders in {parts[0][0]}"
         raise UserError(f"{place}: {found}; {expected}, with 2 to {CLASSES_MAX} classes")
@@ -65,7 +70,8 @@ def _list(root: Path, place: str) -> Source:
         present = _folders(folder, real)
         unknown = [name for name in present if name not in classes]
         if unknown:
-            raise UserError(f"{folder / unknown[0]}: a class without training images; remove or move it")
+            lacks = "without training images" if known is None else "that the network was not trained on"
+            raise UserError(f"{folder / unknown[0]}: a class {lacks}; remove or move it")
         for name in present:
             label, inside = classes.index(name), str((folder / name).relative_to(root))
             for entry in _entries(folder / name):
@@ -92,7 +98,8 @@ def _list(root: Path, place: str) -> Source:
         classes=classes,
         samples=samples,
         bad=bad,
-        own_test=len(parts) > 1,
+        own_test=parts[-1][1],
+        for_training=known is None,
     )
 
 

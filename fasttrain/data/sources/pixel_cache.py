@@ -86,6 +86,7 @@ class Source:
 
     place: the user's name for it, such as --data folder:PATH. bad: names of files that cannot be images, and
     why. own_test: whether the source has test images; if not, one in five of every class becomes one.
+    for_training: whether every class needs a training image; otherwise test images are enough.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Source:
     samples: Sequence[Sample]
     bad: Sequence[tuple[str, str]]
     own_test: bool
+    for_training: bool
 
 
 def read_decoded(
@@ -108,6 +110,7 @@ def read_decoded(
     mapped, so it may be larger than the memory, and is valid as long as names, sizes and modification times
     stay the same.
     skip_bad: leave out files that cannot be decoded, and log how many; otherwise they are refused by name.
+    Mean and standard deviation are those of the test images if there are no others.
     Raises UserError for bad files, a class without images, or more pixels than memory and cache can take.
     """
     train, test = _split(source.samples, len(source.classes), own_test=source.own_test)
@@ -135,9 +138,9 @@ def read_decoded(
             _require_images(train, test, source)
             _require_memory(math.prod(shape), source.place)
             images = images[[row_of[sample] for sample in (*train, *test)]]
-        found = images, channel_statistics(images[: len(train)])
+        found = images, channel_statistics(images[: len(train) or None])
     images, (mean, std) = found
-    if not all(std):
+    if source.for_training and not all(std):
         raise UserError(f"{source.place}: a colour channel is the same in every pixel of the training images")
     labels = np.array([sample.label for sample in (*train, *test)])
     labels = labels.astype(np.min_scalar_type(len(source.classes) - 1))
@@ -172,12 +175,12 @@ def _split(
 
 
 def _require_images(train: Sequence[Sample], test: Sequence[Sample], source: Source) -> None:
-    """Raise UserError if a class has no image to train on, or if there is no test image."""
+    """Raise UserError if there is no test image, or if a class has no image to train on but needs one."""
     counts = np.zeros(len(source.classes), int)
     for sample in train:
         counts[sample.label] += 1
     for label, name in enumerate(source.classes):
-        if not counts[label]:
+        if source.for_training and not counts[label]:
             least = "one to train on" if source.own_test else "two, one of them for the test"
             usable = 0 if source.own_test else sum(sample.label == label for sample in test)
             found = f"the class {name} has {usable} usable images"
@@ -281,7 +284,7 @@ def _decode_to_file(
         if bad or source.bad:
             images = pixels
             raise _NotForTheCacheError
-        mean, std = channel_statistics(pixels[:train])
+        mean, std = channel_statistics(pixels[: train or None])
         facts = FACTS.pack(key, *mean, *std)
         digest = hashlib.sha256(pixels.data)
         digest.update(facts)

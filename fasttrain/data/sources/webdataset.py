@@ -35,6 +35,7 @@ def read(
     *,
     resolution: int,
     skip_bad: bool = False,
+    classes: Sequence[str] | None = None,
     log: Callable[[str], object] = print,
 ) -> Dataset:
     """Decode the shards that a pattern names, or take their pixels from the cache, as folder.read does.
@@ -43,12 +44,14 @@ def read(
     Classes are the lines of a `classes.txt` next to the shards, numbered from 0; without that file, the
     sorted names in the training samples, or the numbers from 0 to the largest.
     cache_dir: where the pixels are kept, one file per pattern and resolution.
+    classes: those of a trained network, in the order of its labels, for samples that it is to be measured on:
+    they may lack some of the classes, and need no training samples. They take the place of the sorted names.
     Raises UserError for bad shards or samples, or a class without images.
     """
     place = f"--data webdataset:{pattern}"
     shards = [Path(os.path.abspath(name)) for name in expand(str(pattern), place)]
     root = Path(os.path.commonpath([shard.parent for shard in shards]))
-    source = _list(shards, root, place)
+    source = _list(shards, root, place, classes)
     cache = (
         cache_dir
         / f"{hashlib.sha256(os.fsencode(os.path.abspath(pattern))).hexdigest()[:16]}-{resolution}.pixels"
@@ -87,7 +90,7 @@ def expand(pattern: str, place: str) -> list[str]:
     return paths
 
 
-def _list(shards: Sequence[Path], root: Path, place: str) -> Source:
+def _list(shards: Sequence[Path], root: Path, place: str, known: Sequence[str] | None) -> Source:
     """Return all samples of all shards."""
     found: list[tuple[Sample, str]] = []
     bad: list[tuple[str, str]] = []
@@ -102,9 +105,9 @@ def _list(shards: Sequence[Path], root: Path, place: str) -> Source:
             bad.append((name, error.strerror or str(error)))
     own_test = any(sample.in_test for sample, _ in found)
     trained = [text for sample, text in found if not sample.in_test]
-    if own_test and not trained:
+    if own_test and not trained and known is None:
         raise UserError(f"{place}: no training samples; expected shards without test or val in their names")
-    classes, label_of = _classes(trained, root / CLASSES_FILE)
+    classes, label_of = _classes(trained, root / CLASSES_FILE, known)
     if len(classes) < 2 or len(classes) > CLASSES_MAX:
         first = f"; {bad[0][0]}: {bad[0][1]}" if bad else ""
         raise UserError(
@@ -125,21 +128,28 @@ def _list(shards: Sequence[Path], root: Path, place: str) -> Source:
         samples=samples,
         bad=bad,
         own_test=own_test,
+        for_training=known is None,
     )
 
 
-def _classes(trained: Iterable[str], file: Path) -> tuple[tuple[str, ...], dict[str, int]]:
+def _classes(
+    trained: Iterable[str], file: Path, known: Sequence[str] | None
+) -> tuple[tuple[str, ...], dict[str, int]]:
     """Return the names of the classes, and the label that each text in a .cls stands for.
 
-    trained: the texts of the training samples.
+    trained: the texts of the training samples. known: the classes of a trained network. A number in a .cls
+    counts the lines of the file, if there is one, and the network's classes otherwise.
     """
     texts = set(trained)
     numbers = all(text.isdigit() for text in texts)
-    if file.is_file():
-        lines = file.read_text("utf-8", "replace").splitlines()
-        classes = tuple(line.strip() for line in lines if line.strip())
-        label_of = {str(label): label for label in range(len(classes))}
-        return classes, label_of | {name: label for label, name in enumerate(classes)}
+    if file.is_file() or known is not None:
+        names = known or ()
+        if file.is_file():
+            names = [line for line in map(str.strip, file.read_text("utf-8", "replace").splitlines()) if line]
+        classes = tuple(names if known is None else known)
+        by_name = {name: label for label, name in enumerate(classes)}
+        by_number = {str(number): by_name[name] for number, name in enumerate(names) if name in by_name}
+        return classes, by_number | by_name
     if texts and numbers:
         classes = tuple(str(label) for label in range(max(map(int, texts)) + 1))
     else:
