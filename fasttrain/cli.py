@@ -6,6 +6,7 @@ STARTED = time.perf_counter()  # before the slow imports: the user waits for the
 
 import argparse  # noqa: E402
 import dataclasses  # noqa: E402
+import io  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar  # noqa: E402
 
 import tyro  # noqa: E402
 
+from fasttrain import __version__  # noqa: E402
 from fasttrain.errors import Interrupted, UserError  # noqa: E402
 from fasttrain.options import (  # noqa: E402
     CompareOptions,
@@ -32,6 +34,8 @@ from fasttrain.options import (  # noqa: E402
     TrainOptions,
 )
 from fasttrain.recipe import Recipe, load_recipe  # noqa: E402
+from fasttrain.system.console import silence_stdout  # noqa: E402
+from fasttrain.system.signals import leave_on_signals, raise_on_signals  # noqa: E402
 
 if TYPE_CHECKING:
     from fasttrain.data.dataset import Dataset
@@ -42,7 +46,8 @@ R = TypeVar("R", bound=RecipeOptions)
 
 def train(args: Sequence[str]) -> int:
     options = _parse_recipe(TrainCommand, "train", args)
-    from fasttrain.trainer import train
+    with leave_on_signals():
+        from fasttrain.trainer import train
 
     names = [field.name for field in dataclasses.fields(TrainOptions)]
     train(options.settings, **{name: getattr(options, name) for name in names} | {"started": STARTED})
@@ -51,7 +56,8 @@ def train(args: Sequence[str]) -> int:
 
 def find_lr(args: Sequence[str]) -> int:
     options = _parse_recipe(FindLrOptions, "find-lr", args)
-    from fasttrain.tools.find_lr import find_lr
+    with leave_on_signals():
+        from fasttrain.tools.find_lr import find_lr
 
     find_lr(options.settings, options)
     return 0
@@ -59,9 +65,10 @@ def find_lr(args: Sequence[str]) -> int:
 
 def summary(args: Sequence[str]) -> int:
     options = _parse(SummaryOptions, "summary", args)
-    from fasttrain.model import build_model
-    from fasttrain.report.network_table import epoch_floor, summary
-    from fasttrain.system.machine import pick_device
+    with leave_on_signals():
+        from fasttrain.model import build_model
+        from fasttrain.report.network_table import epoch_floor, summary
+        from fasttrain.system.machine import pick_device
 
     device = pick_device(options.device)
     model = build_model(Recipe(resolution=options.resolution), num_classes=10)
@@ -72,21 +79,17 @@ def summary(args: Sequence[str]) -> int:
 
 def evaluate(args: Sequence[str]) -> int:
     options = _parse(EvaluateOptions, "evaluate", args)
-    from fasttrain.tools.evaluate_checkpoint import evaluate_checkpoint
+    with leave_on_signals():
+        from fasttrain.tools.evaluate_checkpoint import evaluate_checkpoint
 
-    evaluate_checkpoint(
-        options.checkpoint,
-        lambda resolution: _load(options, resolution),
-        device=options.device,
-        mistakes=options.mistakes,
-        flip=options.flip,
-    )
+    evaluate_checkpoint(options)
     return 0
 
 
 def predict(args: Sequence[str]) -> int:
     options = _parse(PredictOptions, "predict", args)
-    from fasttrain.tools.predict import predict, show
+    with leave_on_signals():
+        from fasttrain.tools.predict import predict, show
 
     skipped: list[str] = []
 
@@ -102,11 +105,8 @@ def predict(args: Sequence[str]) -> int:
         batch_size=options.batch_size,
         skip=skip if options.skip_bad else None,
     )
-    try:
-        show(predictions, options.format)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head -1` has seen enough; Python would complain again on exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    show(predictions, options.format)
+    sys.stdout.flush()
     if skipped:
         print(f"files skipped: {len(skipped):,}", file=sys.stderr)
     return 0
@@ -114,7 +114,8 @@ def predict(args: Sequence[str]) -> int:
 
 def export(args: Sequence[str]) -> int:
     options = _parse(ExportOptions, "export", args)
-    from fasttrain.tools.export import export
+    with leave_on_signals():
+        from fasttrain.tools.export import export
 
     card = export(**vars(options))
     print(f"network -> {options.out}, described in {card}")
@@ -123,7 +124,8 @@ def export(args: Sequence[str]) -> int:
 
 def report(args: Sequence[str]) -> int:
     options = _parse(ReportOptions, "report", args)
-    from fasttrain.tools.report import report
+    with leave_on_signals():
+        from fasttrain.tools.report import report
 
     path = report(
         options.run,
@@ -138,7 +140,8 @@ def report(args: Sequence[str]) -> int:
 
 def compare(args: Sequence[str]) -> int:
     options = _parse(CompareOptions, "compare", args)
-    from fasttrain.report.compare import compare
+    with leave_on_signals():
+        from fasttrain.report.compare import compare
 
     compare(options.runs, options.out)
     print(f"comparison -> {options.out}")
@@ -147,8 +150,9 @@ def compare(args: Sequence[str]) -> int:
 
 def profile(args: Sequence[str]) -> int:
     options = _parse_recipe(ProfileOptions, "profile", args)
-    from fasttrain.system.machine import pick_device
-    from fasttrain.tools.profiler import profile_training, sentences
+    with leave_on_signals():
+        from fasttrain.system.machine import pick_device
+        from fasttrain.tools.profiler import profile_training, sentences
 
     found, table = profile_training(
         options.settings,
@@ -168,7 +172,8 @@ def profile(args: Sequence[str]) -> int:
 
 def data(args: Sequence[str]) -> int:
     options = _parse(ShowDataOptions, "data", args)
-    from fasttrain.tools.show_data import show_dataset
+    with leave_on_signals():
+        from fasttrain.tools.show_data import show_dataset
 
     show_dataset(_load(options, Recipe(resolution=options.resolution).resolution))  # checked by Recipe
     return 0
@@ -176,7 +181,8 @@ def data(args: Sequence[str]) -> int:
 
 def doctor(args: Sequence[str]) -> int:
     options = _parse(DoctorOptions, "doctor", args)
-    from fasttrain.tools.doctor import doctor
+    with leave_on_signals():
+        from fasttrain.tools.doctor import doctor
 
     return doctor(options.device)
 
@@ -215,7 +221,6 @@ def _parse_recipe(options: type[R], command: str, args: Sequence[str]) -> R:
     first.add_argument("--resume")
     first.add_argument("--out", type=Path, default=Path("runs"))
     known, _ = first.parse_known_args(args)
-    asks_for_help = any(flag in ("-h", "--help") for flag in args)
     name = known.recipe
     if known.resume and options is TrainCommand:
         from fasttrain.system.run_folder import RECIPE_FILE, find_unfinished
@@ -224,42 +229,59 @@ def _parse_recipe(options: type[R], command: str, args: Sequence[str]) -> R:
             raise UserError(f"--recipe {name}: a resumed run keeps its recipe; leave this flag out")
         name = str(find_unfinished(known.resume, known.out) / RECIPE_FILE)
     elif name == "auto":
-        name = "default" if asks_for_help or _on_gpu(known.device) else "laptop"
+        name = "default" if _on_gpu(known.device) else "laptop"
     return _parse(options, command, args, default=options(recipe=known.recipe, settings=load_recipe(name)))
 
 
 def _on_gpu(device: str) -> bool:
-    from fasttrain.system.machine import pick_device
+    with leave_on_signals():
+        from fasttrain.system.machine import pick_device
 
     return pick_device(device).type == "cuda"
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for a user's mistake, 130 or 143 if interrupted.
+    """Run one command; returns the exit status: 0, 2 for a user's mistake, 128 + its number after a signal.
 
     args: by default those of the process.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that an ASCII terminal cannot show
+    first, *rest = [*(sys.argv[1:] if args is None else args)] or ["help"]
+    if first == "help":
+        first, *rest = [*rest, "--help"]
+    command = _parser().parse_args([first]).command
+    rank = os.environ.get("RANK", "0")  # set by torchrun
+    try:
+        with raise_on_signals():
+            status = COMMANDS[command][0](rest)
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:  # `| head -1` has seen enough
+        silence_stdout()
+        return 0
+    except UserError as error:
+        line, status = str(error), 2
+    except Interrupted as stop:
+        line, status = str(stop), stop.status
+    except KeyboardInterrupt:
+        line, status = "SIGINT: stopped", 130
+    if status == 2 or rank == "0":  # all ranks stop for the same signal
+        print(f"fasttrain {command if rank == '0' else f'{command}, rank {rank}'}: {line}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fasttrain",
+        usage="fasttrain COMMAND [flags]",
         description="Train an image classifier fast, and know how fast that is.",
-        epilog="commands:\n" + "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()),
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
+        + "\n\n`fasttrain COMMAND --help` lists a command's flags, and their values on this machine.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of the commands below")
-    args = list(sys.argv[1:] if args is None else args)
-    command = parser.parse_args(args[:1]).command
-    rank = os.environ.get("RANK", "0")  # set by torchrun
-    place = command if rank == "0" else f"{command}, rank {rank}"
-    try:
-        return COMMANDS[command][0](args[1:])
-    except UserError as error:
-        print(f"fasttrain {place}: {error}", file=sys.stderr)
-        return 2
-    except Interrupted as stop:
-        if rank == "0":  # all ranks stop for the same reason
-            print(f"fasttrain {command}: {stop}", file=sys.stderr)
-        return stop.status
-    except KeyboardInterrupt:
-        advice = "; to resume it: fasttrain train --resume auto" if command == "train" else ""
-        print(f"fasttrain {command}: interrupted{advice}", file=sys.stderr)
-        return 130
+    parser.add_argument("--version", action="version", version=f"fasttrain {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    return parser

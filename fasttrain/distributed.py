@@ -15,6 +15,7 @@ disappears.
 
 import atexit
 import os
+import shlex
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from torch import Tensor, nn
 
 from fasttrain.data.sampler import Shard
 from fasttrain.errors import DivergedError, Interrupted, UserError
+from fasttrain.system.console import silence_stdout
+from fasttrain.system.program import program
 from fasttrain.system.signals import ignore_sigterm
 
 T = TypeVar("T")
@@ -98,7 +101,10 @@ class World:
     def print(self, line: str) -> None:
         """Print a line, only on the first rank."""
         if self.is_main:
-            print(line)
+            try:
+                print(line, flush=True)
+            except BrokenPipeError:
+                silence_stdout()
 
     def share(self, batch_size: int) -> int:
         """Return this rank's number of images per batch. Raises UserError if the batch cannot be divided."""
@@ -295,7 +301,7 @@ def command(local: list[str]) -> list[str]:
     """
     size, local_size = _environment("WORLD_SIZE", 1), os.environ.get("LOCAL_WORLD_SIZE", "1")
     if size == 1:
-        return ["fasttrain", *local]
+        return [*shlex.split(program()), *local]
     nodes = ["--nnodes", str(size // int(local_size))] if size > int(local_size) else []
     return ["torchrun", *nodes, "--nproc-per-node", local_size, "-m", "fasttrain", *local]
 

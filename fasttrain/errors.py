@@ -14,14 +14,18 @@ class DivergedError(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM ended a training after its state was saved; the message says how to resume.
+    """SIGINT, SIGTERM or SIGHUP ended the command; the message is for the user.
 
-    status: the exit status that shells use for this signal, 130 or 143.
+    status: the exit status that shells use for this signal: 130, 143 or 129.
     """
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
-        self.status = 128 + signum
+        self.signum, self.status = signum, 128 + signum
+
+
+class TrainingInterrupted(Interrupted):
+    """A signal ended a training; the message says how to resume it."""
 
 
 def one_line(error: BaseException) -> str:

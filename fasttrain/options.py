@@ -30,6 +30,16 @@ class DataOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunDataOptions:
+    data: Annotated[str, tyro.conf.arg(metavar="auto|folder:PATH|webdataset:PATTERN")] = "auto"
+    """auto: the run's images, where they were. folder:PATH, webdataset:PATTERN: where your own are now."""
+    data_dir: Path | None = None
+    """Folder of the run's images, if they have moved. Nothing is downloaded."""
+    skip_bad: bool = False
+    """Leave out files of your own that cannot be decoded; a run that did so does it again."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShowDataOptions(DataOptions):
     """Fetch the data set if necessary, and show what is there: counts, classes, statistics, checksums."""
 
@@ -96,10 +106,12 @@ class FindLrOptions(RunOptions, RecipeOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(DataOptions):
-    """Measure a checkpoint on every test image."""
+    """Measure a checkpoint on every image of a split: by default the test images of its own run."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A run's last.pt or best.pt."""
+    """A run's folder, or a checkpoint such as its best.pt."""
+    split: Literal["test", "train", "all"] = "test"
+    """Which images to measure on; all: a folder of new images as a whole, for instance."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     mistakes: int = 5
@@ -113,7 +125,7 @@ class PredictOptions:
     """Classify any images with a checkpoint; they are scaled to the network's resolution."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A run's last.pt or best.pt."""
+    """A run's folder, or a checkpoint such as its best.pt."""
     images: tyro.conf.Positional[tuple[Path, ...]]
     """JPEG, PNG, BMP or WebP files, or folders of them at any depth."""
     top_k: int = 3
@@ -129,35 +141,28 @@ class PredictOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions:
-    """Write a checkpoint's network for use elsewhere, in float32, verified against the checkpoint."""
+class ExportOptions(RunDataOptions):
+    """Write a checkpoint's network for use elsewhere, in float32.
+
+    It is compared with the checkpoint first: on the run's test images or, without them, on random pixels.
+    """
 
     checkpoint: tyro.conf.Positional[Path]
-    """A run's last.pt or best.pt."""
+    """A run's folder, or a checkpoint such as its best.pt."""
     format: Literal["safetensors", "torch-export", "onnx"]
     """safetensors: the weights. torch-export, onnx: the graph too, for any number of images."""
     out: Path
     """The file to write: .safetensors, .pt2 or .onnx. A .json next to it describes input and output."""
     input: Literal["pixels", "normalized"] = "pixels"
     """pixels: uint8, normalised by the network. normalized: float32, normalised by the caller."""
-    data: Annotated[str, tyro.conf.arg(metavar="auto|folder:PATH|webdataset:PATTERN")] = "auto"
-    """The test images to verify on. auto: those in --data-dir, else random pixels."""
-    data_dir: Path | None = None
-    """Folder of the test images to verify on; by default $FASTTRAIN_DATA, else data/. Never downloaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportOptions:
+class ReportOptions(RunDataOptions):
     """Write a finished run's report.html again: one page, with every picture embedded."""
 
     run: tyro.conf.Positional[Path]
-    """The run's folder, such as runs/..."""
-    data: Annotated[str, tyro.conf.arg(metavar="auto|folder:PATH|webdataset:PATTERN")] = "auto"
-    """auto: the images in --data-dir. folder:PATH, webdataset:PATTERN: for a run on your own images."""
-    data_dir: Path | None = None
-    """Folder of the data; by default $FASTTRAIN_DATA, else data/. Nothing is downloaded."""
-    skip_bad: bool = False
-    """Leave out files of your own that cannot be decoded, as the run did."""
+    """The run's folder."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
 

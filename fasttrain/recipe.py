@@ -6,6 +6,7 @@ folder holds this dataclass, and an error names every unknown key or impossible 
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -98,6 +99,12 @@ class Recipe:
         for field, wanted in get_type_hints(type(self)).items():
             _require_type(field, getattr(self, field), wanted)
         rules: list[tuple[str, bool, str]] = [
+            (
+                "name",
+                re.fullmatch(r"\w[\w .,+@=-]{0,79}", self.name) is not None,
+                "up to 80 letters, digits, spaces and characters of -_.,+@=, the first a letter, digit or _: "
+                "it becomes part of a folder's name",
+            ),
             ("epochs", self.epochs >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 2, "at least 2 (BatchNorm needs two images)"),
             ("seed", 0 <= self.seed < 2**31, "from 0 to 2147483647"),

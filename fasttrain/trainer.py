@@ -22,6 +22,7 @@ from fasttrain.data.build_loader import build_loader
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.load_dataset import load_from_options
 from fasttrain.data.loader import Loader
+from fasttrain.data.run_images import RunImages
 from fasttrain.distributed import World
 from fasttrain.errors import DivergedError, one_line
 from fasttrain.evaluate import Evaluation, concat, evaluate
@@ -35,11 +36,13 @@ from fasttrain.report.run import Run, load_run
 from fasttrain.runtime import Runtime, agree_on_precision, import_in_background
 from fasttrain.step import TrainStep
 from fasttrain.system.fallbacks import Fallbacks
-from fasttrain.system.files import hold_folder, remove_temporaries
+from fasttrain.system.files import hold_folder, nearest_existing, remove_temporaries, require_writable
 from fasttrain.system.machine import describe, hardware_name, pick_device
 from fasttrain.system.memory import peak_memory_gib, report_full_memory
+from fasttrain.system.program import program
 from fasttrain.system.rates import glance_at_matmul_tflops, measure_matmul_tflops
 from fasttrain.system.run_folder import (
+    DATA_FILE,
     MACHINE_FILE,
     RECIPE_FILE,
     RESULT_FILE,
@@ -66,18 +69,20 @@ def train(recipe: Recipe, **options: Any) -> Run:
     """
     opts = TrainOptions(**{"started": time.perf_counter(), **options})
     SaveInterval.parse(opts.save_every)  # refuse a mistake before doing anything
+    require_writable(nearest_existing(Path(opts.out)), f"--out {opts.out}")
     unfinished = None if opts.resume is None else find_unfinished(opts.resume, Path(opts.out))
     if opts.tensorboard:
         require_tensorboard()
     world = World.join(pick_device(opts.device))
     origin = world.broadcast(lambda: _resume_point(unfinished, opts))
-    recipe = origin.recipe(recipe)
+    recipe, opts = origin.recipe(recipe), origin.options(opts)
     world.share(recipe.batch_size)  # refuse a batch that cannot be divided
     fallbacks = Fallbacks(world.print, allowed=opts.fallback)
     precision = origin.working_precision(world.device) or agree_on_precision(recipe, world, fallbacks)
 
     import_in_background("nvidia.dali", "torch._dynamo")
     dataset = world.main_first(lambda: load_from_options(opts, recipe.resolution, log=world.print))
+    origin.require_images(dataset)
     # The fingerprint will need the hash: compute it while the images are padded.
     threading.Thread(target=lambda: dataset.content_hash, name="hash").start()
     runtime = Runtime.resolve(
@@ -131,6 +136,7 @@ class Trainer:
     def prepare(self, origin: ResumePoint) -> None:
         """Build the step, restore the checkpoint if there is one, and compile and capture if that pays."""
         recipe, runtime, log = self.recipe, self.runtime, self.log
+        log.write(DATA_FILE, RunImages.of(self.dataset, self.options).to_dict())
         if origin.folder is None:
             log.write(MACHINE_FILE, self.machine)
             log.write(RECIPE_FILE, recipe.to_dict())
@@ -388,4 +394,4 @@ def _write_report(run: Run, log: RunLog, dataset: Dataset, test: Evaluation, dev
     try:
         log.print(f"report -> {write_report(run, dataset, test, device=device)}")
     except Exception as error:
-        log.print(f"no report.html ({one_line(error)}); try again: fasttrain report {log.folder}")
+        log.print(f"no report.html ({one_line(error)}); try again: {program()} report {log.folder}")

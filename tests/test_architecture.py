@@ -118,11 +118,12 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 
 def test_rich_draws_only_where_a_person_looks() -> None:
-    """Only commands print tables. The other two draw progress bars and the log of a run."""
+    """Only commands print tables. The others draw progress bars and the log of a run, on this console."""
     drawing = {
         name for name, path in MODULES.items() if any(i.split(".")[0] == "rich" for i in imports(path))
     }
     assert {name for name in drawing if place(name)[1] != "fasttrain.tools"} == {
+        "fasttrain.system.console",
         "fasttrain.system.progress",
         "fasttrain.system.run_log",
     }

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fasttrain.data.load_dataset import find_dataset, load_dataset
+from fasttrain.data.load_dataset import load_dataset
+from fasttrain.data.run_images import RunImages, find_dataset
 from fasttrain.data.sources import cifar, download, releases
 from fasttrain.errors import UserError
 from fasttrain.tools.show_data import show_dataset
@@ -341,7 +342,7 @@ def test_cifar_100_is_fetched_and_its_fine_labels_read(
         sha256={name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in release.files},
     )
     assert cifar.read(tmp_path, verified).name == "CIFAR-100"
-    assert find_dataset("CIFAR-100 (unverified)", "auto", tmp_path, skip_bad=False).classes == data.classes
+    assert find_dataset(RunImages(name="CIFAR-100 (unverified)"), data_dir=tmp_path).classes == data.classes
     (folder / cifar.NAME_FILE).write_text('{"name": "cifar-100"}')
     with pytest.raises(UserError, match="not that release"):
         cifar.read(tmp_path, release)

@@ -7,6 +7,7 @@ from torch import nn
 from fasttrain.checkpoint.file import save_checkpoint
 from fasttrain.evaluate import ClassFigures, Evaluation, evaluate
 from fasttrain.model import build_model
+from fasttrain.options import EvaluateOptions
 from fasttrain.recipe import Recipe
 from fasttrain.runtime import Runtime
 from fasttrain.tools.evaluate_checkpoint import evaluate_checkpoint
@@ -64,7 +65,9 @@ def test_names_of_classes_are_printed_as_they_are(tmp_path, dataset, capsys) -> 
     named = dataclasses.replace(dataset, classes=classes)
     recipe = Recipe(width=4)
     save_checkpoint(tmp_path / "last.pt", checkpoint_of(build_model(recipe, 10), recipe, classes))
-    evaluate_checkpoint(tmp_path / "last.pt", lambda _: named, device="cpu", mistakes=40)
+    evaluate_checkpoint(
+        EvaluateOptions(checkpoint=tmp_path / "last.pt", data=named, device="cpu", mistakes=40)
+    )
     table = capsys.readouterr().out.split("test image")[0]
     assert "[red]" in table and "[/b]" in table
 

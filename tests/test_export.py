@@ -121,7 +121,7 @@ def test_images_that_are_named_but_not_the_runs_are_refused(checkpoint: Path, tm
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (32, 32), (40 * index, 30 * index, 20 * index)).save(path)
     target = tmp_path / "model.safetensors"
-    with pytest.raises(UserError, match="the run's images are synthetic"):
+    with pytest.raises(UserError, match="trained on synthetic, and this is folder:pets"):
         export(checkpoint, "safetensors", target, data=f"folder:{tmp_path / 'pets'}", data_dir=tmp_path)
     assert not target.exists()
 
@@ -149,7 +149,7 @@ def test_what_cannot_be_exported_is_one_line(checkpoint: Path, tmp_path: Path, m
         export(checkpoint, "torch-export", tmp_path / "model.onnx")
     with pytest.raises(UserError, match="safetensors hold weights"):
         export(checkpoint, "safetensors", tmp_path / "m.safetensors", input="normalized")
-    with pytest.raises(UserError, match=r"m\.safetensors: cannot be written"):
+    with pytest.raises(UserError, match="nowhere is not a folder"):
         export(checkpoint, "safetensors", tmp_path / "nowhere" / "m.safetensors", data_dir=tmp_path)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"pip install 'fasttrain\[onnx\]'"):

@@ -60,8 +60,8 @@ def run(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def copied(run: Path, folder: Path, **result: Any) -> Path:
-    """A copy of the run without its checkpoints; keyword arguments replace figures of result.json."""
-    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("*.pt"))
+    """A copy without checkpoints, page and data.json; keyword arguments replace figures of result.json."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("*.pt", "report.html", "data.json"))
     figures = json.loads((folder / "result.json").read_text())
     (folder / "result.json").write_text(json.dumps(figures | result))
     return folder
@@ -192,15 +192,13 @@ def test_names_from_files_are_escaped(run: Path, dataset_dir: Path, tmp_path) ->
     (inner / cifar.NAME_FILE).write_text(json.dumps({"name": HOSTILE}))
     classes = [HOSTILE, *cifar.read(dataset_dir).classes[1:]]
     (inner / cifar.CIFAR10.classes_file).write_text("\n".join(classes) + "\n")
-    recipe = json.loads((folder / "recipe.json").read_text())
-    (folder / "recipe.json").write_text(json.dumps(recipe | {"name": HOSTILE}))
     torch.save(torch.load(run / "last.pt") | {"classes": classes}, folder / "last.pt")
     report(folder, data_dir=data, device="cpu")
     assert main(["compare", str(folder), "--out", str(tmp_path / "compare.html")]) == 0
     for page in (Page(folder / "report.html"), Page(tmp_path / "compare.html")):
         assert "script" not in page.tags
         assert html.escape(HOSTILE, quote=False).split("alert")[0] in page.source
-    assert page.source.count("&lt;script&gt;") == 2  # recipe and images
+    assert page.source.count("&lt;script&gt;") == 1  # the name of the images
 
 
 def test_without_the_images_a_sentence_stands_for_their_sections(run: Path, tmp_path) -> None:
@@ -210,6 +208,24 @@ def test_without_the_images_a_sentence_stands_for_their_sections(run: Path, tmp_
     assert "none does not hold the run's images, synthetic: name their folder with --data-dir" in page.text
     assert len(page.loaded) == 10 and "Confusion matrix" not in page.headings
     assert not (tmp_path / "none").exists()  # nothing was generated in their stead
+
+
+def test_a_page_is_not_replaced_by_one_that_shows_less(
+    run: Path, dataset_dir: Path, tmp_path, monkeypatch, capsys
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    before = (folder / "report.html").read_bytes()
+    report_it = ["report", str(folder), "--device", "cpu"]
+    assert main([*report_it, "--data-dir", str(tmp_path / "none")]) == 2
+    said = capsys.readouterr().err
+    assert "left as it is" in said and "none does not hold the run's images" in said and said.count("\n") == 1
+    (folder / "last.pt").unlink()
+    assert main(report_it) == 2 and "holds no last.pt" in capsys.readouterr().err
+    assert (folder / "report.html").read_bytes() == before
+    (folder / "report.html").unlink()
+    assert main(report_it) == 0
+    assert len(Page(folder / "report.html").loaded) == 5 * 2 + 24  # the samples, but no mistakes
 
 
 def test_other_images_than_the_runs_are_not_measured(run: Path, dataset_dir: Path, tmp_path) -> None:
@@ -222,7 +238,7 @@ def test_other_images_than_the_runs_are_not_measured(run: Path, dataset_dir: Pat
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(run: Path, tmp_path, monkeypatch, capsys) -> None:
     folder = copied(run, tmp_path / "run")
-    before = (folder / "report.html").read_bytes()
+    before = report(folder, data_dir=tmp_path / "none", device="cpu").read_bytes()
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -239,7 +255,7 @@ def test_without_the_checkpoint_the_samples_stay(run: Path, dataset_dir: Path, t
     (folder / "lr_find.json").unlink()
     report(folder, data_dir=dataset_dir, device="cpu")
     page = Page(folder / "report.html")
-    assert "last.pt: no such file" in page.text and "the LR finder was not used" in page.text
+    assert "holds no last.pt" in page.text and "the LR finder was not used" in page.text
     assert len(page.loaded) == 4 * 2 + 24
 
 
@@ -270,7 +286,7 @@ def test_a_failing_report_does_not_fail_the_training(
     train(recipe, data_dir=dataset_dir, out=tmp_path, device="cpu")
     [folder] = tmp_path.iterdir()
     assert (folder / "result.json").exists() and not (folder / "report.html").exists()
-    assert capsys.readouterr().out.count("no report.html (no ink); try again: fasttrain report") == 1
+    assert capsys.readouterr().out.count("no report.html (no ink); try again: ") == 1
 
 
 def test_the_report_leaves_generators_and_threads_alone(run: Path, dataset_dir: Path) -> None:
@@ -329,6 +345,7 @@ def runs(run: Path, tmp_path: Path) -> list[Path]:
         folder = copied(run, tmp_path / f"{seed}-{cutout}", test_accuracy=accuracy)
         recipe = json.loads((folder / "recipe.json").read_text()) | {"seed": seed, "cutout": cutout}
         (folder / "recipe.json").write_text(json.dumps(recipe))
+        shutil.copy(run / "report.html", folder)
         folders.append(folder)
     return folders
 

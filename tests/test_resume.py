@@ -21,10 +21,12 @@ from fasttrain.checkpoint.writer import CheckpointWriter
 from fasttrain.cli import main
 from fasttrain.data import build_loader as build_loader_module
 from fasttrain.data.build_loader import build_loader
+from fasttrain.data.dataset import Dataset
 from fasttrain.data.sources import cifar
 from fasttrain.errors import DivergedError, Interrupted, UserError
 from fasttrain.evaluate import evaluate
 from fasttrain.model import build_model
+from fasttrain.options import EvaluateOptions
 from fasttrain.recipe import Recipe, flag
 from fasttrain.report.run import load_run
 from fasttrain.runtime import Runtime
@@ -258,13 +260,13 @@ def test_a_machine_without_the_runs_precision_emulates_it(
     assert f"resumed in bf16, as started; {reason}" in capsys.readouterr().out
     assert same(outcome(folder), outcome(undisturbed))
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    result = evaluate_checkpoint(folder / "last.pt", lambda _: cifar.read(dataset_dir), device="cpu")
+    result = evaluate_checkpoint(EvaluateOptions(checkpoint=folder, device="cpu"))
     said = capsys.readouterr().out
     assert "images, in fp32" in said and f"measured {row['test_accuracy']:.2%} on synthetic, in bf16" in said
     assert result.loss == pytest.approx(row["test_loss"], rel=0.02)
     monkeypatch.setattr(precision, "has_native_bf16", lambda _: True)
     monkeypatch.setattr(precision, "bf16_speedup_on_cpu", lambda: 0.5)  # here a new run would take fp32
-    result = evaluate_checkpoint(folder / "last.pt", lambda _: cifar.read(dataset_dir), device="cpu")
+    result = evaluate_checkpoint(EvaluateOptions(checkpoint=folder, device="cpu"))
     assert "images, in bf16" in capsys.readouterr().out
     assert (result.loss, result.accuracy) == (row["test_loss"], row["test_accuracy"])
 
@@ -403,7 +405,9 @@ def test_auto_takes_the_newest_unfinished_run(whole, dataset_dir, tmp_path, monk
 
 
 @pytest.mark.usefixtures("default_sigint")
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_signal_ends_with_its_status_and_says_how_to_go_on(
     signum, status, dataset_dir, tmp_path, monkeypatch, capsys
 ) -> None:
@@ -416,8 +420,8 @@ def test_a_signal_ends_with_its_status_and_says_how_to_go_on(
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "saved at step 5 of 12" in error
     assert signal.getsignal(signum) is handler
-    command = error.split("resume with: fasttrain ")[1].split()
-    assert main(command) == 0
+    command = error.split("fasttrain train")[1].split()
+    assert main(["train", *command]) == 0
     assert (only(tmp_path / "runs") / "result.json").exists()
 
 
@@ -437,15 +441,18 @@ def test_flags_that_contradict_the_run_are_refused_by_name(
 def test_other_images_are_refused_and_nothing_changes(dataset_dir, tmp_path, monkeypatch) -> None:
     folder = stop_at(dataset_dir, tmp_path, 1, monkeypatch)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(
-        trainer, "load_from_options", lambda *_, **__: dataclasses.replace(original(*_), name="other")
-    )
-    with pytest.raises(UserError, match="dataset is other and was synthetic"):
+    monkeypatch.setattr(trainer, "load_from_options", lambda *_, **__: mirrored(original(*_)))
+    with pytest.raises(UserError, match=r"was trained on synthetic, and this is another set of that name"):
         train(dataset_dir, tmp_path, resume=folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 original = trainer.load_from_options
+
+
+def mirrored(dataset: Dataset) -> Dataset:
+    train = dataclasses.replace(dataset.train, images=dataset.train.images[:, :, ::-1])
+    return dataclasses.replace(dataset, train=train)
 
 
 def test_another_version_is_said_and_kept(dataset_dir, tmp_path, monkeypatch, capsys) -> None:

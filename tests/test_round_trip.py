@@ -25,6 +25,7 @@ from fasttrain.data.load_dataset import load_dataset
 from fasttrain.data.sources import cifar, synthetic
 from fasttrain.data.sources.image import decode
 from fasttrain.model import CustomResNet
+from fasttrain.options import EvaluateOptions
 from fasttrain.recipe import PRESETS, Recipe
 from fasttrain.step import TrainStep
 from fasttrain.tools.evaluate_checkpoint import evaluate_checkpoint
@@ -70,10 +71,6 @@ class Trained:
         return json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])
 
     @property
-    def source(self) -> dict[str, object]:
-        return {"data": f"folder:{self.images}", "data_dir": self.images.parent}
-
-    @property
     def pixels_NCHW(self) -> Tensor:
         return torch.from_numpy(self.dataset.test.images.copy()).permute(0, 3, 1, 2)
 
@@ -115,7 +112,7 @@ def trained(request, images: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_evaluate_gives_the_figures_that_the_training_wrote(trained: Trained, capsys) -> None:
-    result = evaluate_checkpoint(trained.checkpoint, lambda _: trained.dataset, device="cpu", flip=True)
+    result = evaluate_checkpoint(EvaluateOptions(checkpoint=trained.folder, device="cpu", flip=True))
     row = trained.last_row
     assert (result.loss, result.accuracy) == (row["test_loss"], row["test_accuracy"])
     assert result.accuracy_flip == row.get("test_accuracy_flip", result.accuracy_flip)
@@ -149,7 +146,7 @@ def test_an_export_says_what_the_network_in_memory_says(
         pytest.importorskip("onnxscript")
         pytest.importorskip("onnxruntime")
     out = tmp_path / f"model{FORMATS[format].suffix}"
-    card = json.loads(export(trained.checkpoint, format, out, **trained.source).read_text())
+    card = json.loads(export(trained.checkpoint, format, out).read_text())
     forward = loaders[format](out, card)
     expected = trained.logits(trained.pixels_NCHW)
     with torch.inference_mode():
@@ -190,5 +187,5 @@ def test_a_report_written_anew_is_the_first_one(trained: Trained) -> None:
     page = trained.folder / "report.html"
     first = page.read_text()
     page.unlink()
-    report(trained.folder, device="cpu", **trained.source)
+    report(trained.folder, device="cpu")
     assert page.read_text() == first

@@ -39,6 +39,18 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
+def checkpoint_in(path: Path) -> Path:
+    """Return the checkpoint that a path names: itself, or the last one of a run's folder.
+
+    Raises UserError for a folder without one.
+    """
+    if not path.is_dir():
+        return path
+    if not (path / LAST).is_file():
+        raise UserError(f"{path}: holds no {LAST}; expected a run's folder, or a checkpoint in it")
+    return path / LAST
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU: only tensors and plain values (weights_only).
 

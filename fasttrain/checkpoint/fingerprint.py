@@ -12,10 +12,10 @@ from fasttrain.runtime import Runtime
 def fingerprint(recipe: Recipe, dataset: Dataset, runtime: Runtime, world_size: int) -> dict[str, Any]:
     """Return everything that decides a run's weights, by the names used to report a difference.
 
-    The loader in use is not part of it: both make the same batches, bit for bit.
+    The loader in use is not part of it: both make the same batches, bit for bit. Nor is the data set's name,
+    which follows the folder's.
     """
     return recipe_flags(recipe) | {
-        "dataset": dataset.name,
         "the images' SHA-256": dataset.content_hash,
         "precision": runtime.precision,
         "compile": runtime.compile_mode or "off",

@@ -12,7 +12,7 @@ from fasttrain.checkpoint.file import LAST
 from fasttrain.checkpoint.state import RunState
 from fasttrain.checkpoint.writer import CheckpointWriter
 from fasttrain.distributed import World
-from fasttrain.errors import Interrupted, UserError
+from fasttrain.errors import TrainingInterrupted, UserError
 
 EPOCH_PAUSE = 10.0
 """Seconds after a checkpoint in which the end of an epoch writes no other, unless the epoch is the last.
@@ -124,14 +124,14 @@ class CheckpointManager:
                 self._writer.hold_best(state)
 
     def stop_if_asked(self) -> None:
-        """If any rank has received a signal, save the run as it is now and raise Interrupted."""
+        """If any rank has received a signal, save the run as it is now and raise TrainingInterrupted."""
         [signum] = self._run.world.all_reduce_max(self._stop_signal() or 0)
         if signum:
             step = self._run.step
             if (self._step, self._epoch) != (step.step, self._run.epoch):  # after end_of_epoch
                 self.save()
             self._writer.wait()
-            raise Interrupted(
+            raise TrainingInterrupted(
                 f"{signal.Signals(signum).name}: saved at step {step.step} of {step.total_steps}; "
                 f"resume with: {self._resume_command}",
                 signum,

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.checkpoint.file import load_checkpoint
+from fasttrain.checkpoint.file import checkpoint_in, load_checkpoint
 from fasttrain.checkpoint.proof import require_proven
 from fasttrain.data.dataset import Dataset
+from fasttrain.data.run_images import RunImages
 from fasttrain.errors import UserError
 from fasttrain.model import CustomResNet, build_model
 from fasttrain.recipe import Recipe
@@ -23,16 +24,18 @@ from fasttrain.system.rng import fork_rng
 class TrainedModel:
     """The network in a checkpoint, and what the checkpoint says about it.
 
-    model: in evaluation mode. classes: names, in the order of the logits. dataset: the data set's name.
+    path: the checkpoint's. model: in evaluation mode. classes: names, in the order of the logits.
+    images: those that it was trained on.
     precision: that of the training: bf16, fp16, fp32 or tf32; None if the checkpoint does not say.
     metrics: the row of metrics.jsonl that the training measured on these weights; None if they have been
     trained since.
     """
 
+    path: Path
     model: CustomResNet
     recipe: Recipe
     classes: list[str]
-    dataset: str
+    images: RunImages
     epoch: int
     precision: str | None
     metrics: dict[str, float] | None
@@ -41,8 +44,8 @@ class TrainedModel:
         """Raise UserError unless the data set has the classes that the network was trained on."""
         if list(dataset.classes) != self.classes:
             raise UserError(
-                f"it was trained on {self.dataset}, not on {dataset.name}, which has other classes; "
-                "name its --data"
+                f"{self.path}: it was trained on {self.images.name}, not on {dataset.name}, which has other "
+                "classes; name its --data"
             )
 
 
@@ -55,17 +58,19 @@ def load_model(
 ) -> TrainedModel:
     """Rebuild the network in a checkpoint, and check that it is the one that was saved.
 
-    log: called with one line if the checkpoint has no proof.
+    path: the checkpoint, or the folder of its run. log: called with one line if the checkpoint has no proof.
     Raises UserError if the file is not a checkpoint, or if the network's logits differ from the saved ones.
     """
+    path = checkpoint_in(path)
     state = load_checkpoint(path)
     try:
         recipe, classes = Recipe.from_dict(state["recipe"]), list(state["classes"])
         trained = TrainedModel(
+            path=path,
             model=restore_model(state, recipe, len(classes), device),
             recipe=recipe,
             classes=classes,
-            dataset=str(state["dataset"]),
+            images=_images(path, state),
             epoch=int(state["epoch"]),
             precision=saved_precision(state),
             metrics=_metrics_of_these_weights(state),
@@ -94,6 +99,16 @@ def saved_precision(state: dict[str, Any]) -> str | None:
     fingerprint = state.get("fingerprint")
     precision = fingerprint.get("precision") if isinstance(fingerprint, dict) else None
     return precision if isinstance(precision, str) and precision in DTYPES else None
+
+
+def _images(path: Path, state: dict[str, Any]) -> RunImages:
+    """Return the images that a network was trained on; the folder of its run may say where they are."""
+    fingerprint = state.get("fingerprint")
+    sha256 = fingerprint.get("the images' SHA-256") if isinstance(fingerprint, dict) else None
+    recorded = RunImages.of_run(path.parent)
+    if recorded is not None and recorded.sha256 == sha256:
+        return recorded
+    return RunImages(name=str(state["dataset"]), sha256=sha256 if isinstance(sha256, str) else None)
 
 
 def _metrics_of_these_weights(state: dict[str, Any]) -> dict[str, float] | None:

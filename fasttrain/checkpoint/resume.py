@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import shlex
+import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from fasttrain.checkpoint.file import LAST, PREVIOUS, load_checkpoint
 from fasttrain.checkpoint.fingerprint import differences, recipe_flags
 from fasttrain.checkpoint.network import saved_precision, unproven
 from fasttrain.checkpoint.state import RunState
+from fasttrain.data.dataset import Dataset
+from fasttrain.data.run_images import RunImages
 from fasttrain.distributed import World, command
-from fasttrain.errors import UserError, one_line
+from fasttrain.errors import Interrupted, TrainingInterrupted, UserError, one_line
 from fasttrain.options import TrainOptions
 from fasttrain.recipe import Recipe, flag, load_recipe
 from fasttrain.system.fallbacks import Fallbacks
@@ -32,19 +35,21 @@ class ResumePoint:
 
     A new run has no folder yet, no checkpoints, and no settings to keep.
     resume: the value of --resume. checkpoints: the preferred one first.
+    images: those that the run was trained on; None if its folder does not say.
     precision: bf16, fp16, fp32 or tf32. compile_mode: torch.compile's mode, or off.
     """
 
     folder: Path | None = None
     resume: str | Path | None = None
     checkpoints: tuple[Path, ...] = ()
+    images: RunImages | None = None
     precision: str | None = None
     compile_mode: str | None = None
 
     @classmethod
     def find(cls, folder: Path, resume: str | Path) -> "ResumePoint":
         """Find the checkpoints of an unfinished run, and take the settings from the first readable one."""
-        checkpoints = find_checkpoints(folder, resume)
+        checkpoints, images = find_checkpoints(folder, resume), RunImages.of_run(folder)
         for path in checkpoints:
             with contextlib.suppress(UserError):
                 state, recipe = load_checkpoint(path), load_recipe(str(path.parent / RECIPE_FILE))
@@ -52,8 +57,19 @@ class ResumePoint:
                 if isinstance(fingerprint, dict) and not differences(recipe_flags(recipe), fingerprint):
                     compile_mode = fingerprint.get("compile")
                     compile_mode = compile_mode if isinstance(compile_mode, str) else None
-                    return cls(folder, resume, checkpoints, saved_precision(state), compile_mode)
-        return cls(folder, resume, checkpoints)
+                    return cls(folder, resume, checkpoints, images, saved_precision(state), compile_mode)
+        return cls(folder, resume, checkpoints, images)
+
+    def options(self, typed: TrainOptions) -> TrainOptions:
+        """Return the options with the run's own images, unless these name a place for them."""
+        if self.images is None or isinstance(typed.data, Dataset):
+            return typed
+        return dataclasses.replace(typed, **self.images.options(typed.data, typed.data_dir, typed.skip_bad))
+
+    def require_images(self, dataset: Dataset) -> None:
+        """Raise UserError if a data set does not hold the images that the run was trained on."""
+        if self.images is not None:
+            self.images.require(dataset, f"--resume {self.folder}")
 
     def require_unchanged(self, world: World) -> None:
         """Raise UserError if the run's checkpoints are no longer those that were found."""
@@ -115,10 +131,17 @@ class ResumePoint:
 def say_how_to_resume(folder: Path, opts: TrainOptions) -> Iterator[None]:
     """Within the block, an error of torch, DALI or the GPU becomes a UserError that says how to resume.
 
-    The traceback goes into the run's folder. Out-of-memory errors pass.
+    The traceback goes into the run's folder. Out-of-memory errors pass. A signal that did not wait for the
+    state to be saved becomes a TrainingInterrupted, which says so too.
     """
+    advice = f"continue from the last checkpoint: {resume_command(folder, opts)}"
     try:
         yield
+    except TrainingInterrupted:
+        raise
+    except KeyboardInterrupt as stop:
+        signum = stop.signum if isinstance(stop, Interrupted) else signal.SIGINT
+        raise TrainingInterrupted(f"{signal.Signals(signum).name}; {advice}", signum) from stop
     except RuntimeError as error:
         if is_full_memory(error):
             raise
@@ -127,10 +150,7 @@ def say_how_to_resume(folder: Path, opts: TrainOptions) -> Iterator[None]:
             write_atomically(folder / ERROR_FILE, lambda file: file.write(text))
         except UserError as unwritable:
             where = f"could not be written ({unwritable})"
-        raise UserError(
-            f"{one_line(error)} ({folder / ERROR_FILE} {where}). To continue from the last checkpoint: "
-            f"{resume_command(folder, opts)}"
-        ) from error
+        raise UserError(f"{one_line(error)} ({folder / ERROR_FILE} {where}); {advice}") from error
 
 
 def find_checkpoints(folder: Path, resume: str | Path) -> tuple[Path, ...]:
@@ -174,13 +194,15 @@ def _first_sound(
 
 
 def resume_command(folder: Path, options: TrainOptions) -> str:
-    """Return the command that resumes this run, without the options that have their default."""
+    """Return the command that resumes this run, without the options that have their default.
+
+    The run remembers its images, so their options are left out too.
+    """
     words = ["train", "--resume", str(folder)]
-    names = ("data", "data_dir", "skip_bad", "device", "save_every", "on_nan", "fallback", "tensorboard")
-    for name in names:
+    for name in ("device", "save_every", "on_nan", "fallback", "tensorboard"):
         value, default = getattr(options, name), getattr(TrainOptions, name)
         if value != default and isinstance(value, bool):
             words.append(flag(name) if value else flag(f"no_{name}"))
-        elif value != default and isinstance(value, str | Path):  # data may be a Dataset
+        elif value != default:
             words += [flag(name), str(value)]
     return shlex.join(command(words))

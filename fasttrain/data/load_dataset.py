@@ -14,37 +14,6 @@ OWN_IMAGES = {"folder": folder.read, "webdataset": webdataset.read}
 """The readers of a user's own images, by what precedes the colon in `--data`."""
 
 
-def find_dataset(
-    name: str,
-    data: str,
-    data_dir: Path | None,
-    *,
-    resolution: int = Recipe.resolution,
-    skip_bad: bool = False,
-) -> Dataset:
-    """Return the data set that a run was trained on: a user's own, or whichever the data folder holds.
-
-    name: the data set's name, from the run. data, data_dir, resolution, skip_bad: as load_dataset takes them.
-    Nothing is downloaded or generated. Raises UserError if no data set of this name is found.
-    """
-    if names_own_images(data):
-        dataset = load_dataset(data, data_dir, resolution=resolution, skip_bad=skip_bad)
-        if dataset.name == name:
-            return dataset
-        raise UserError(f"--data {data}: the run's images are {name}")
-    if names_own_images(name):
-        source = name.partition(":")[0]
-        raise UserError(f"the run's images are {name}: say where they are with --data {source}:...")
-    root = cifar.locate(data_dir)
-    places = [(root, release) for release in cifar.RELEASES.values()]
-    for place, release in (*places, (root / synthetic.NAME, cifar.CIFAR10)):
-        if cifar.exists(place, release):
-            dataset = cifar.read(place, release)
-            if dataset.name == name:
-                return dataset
-    raise UserError(f"{root} does not hold the run's images, {name}: name their folder with --data-dir")
-
-
 def names_own_images(data: str) -> bool:
     """Return whether `data` names a user's own images: folder:PATH or webdataset:PATTERN."""
     return data.partition(":")[0] in OWN_IMAGES

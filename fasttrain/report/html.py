@@ -45,6 +45,13 @@ FILES = {
     "trace.json": "the profiler's trace, for ui.perfetto.dev",
 }
 
+MARKS = {
+    "samples": 'alt="an augmented training image"',
+    "tests": "<h3>Confusion matrix</h3>",
+    "summary": "<summary>Layer by layer</summary>",
+}
+"""What a page contains if, and only if, it shows this section."""
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -64,9 +71,16 @@ def write_report(
 ) -> Path:
     """Write the page, with a sentence for each part that is missing; returns its path.
 
-    An older page stays until the new one is complete. Raises UserError if it cannot be written.
+    An older page stays until the new one is complete. Raises UserError if it cannot be written, or if there
+    is a page that shows something that is missing now.
     """
     path = run.folder / "report.html"
+    sections = {
+        "samples": given(dataset, lambda images: _samples(images, run.recipe, device)),
+        "tests": given(dataset, lambda images: given(evaluation, lambda found: _tests(images, found))),
+        "summary": given(dataset, lambda images: _summary(run.recipe, len(images.classes))),
+    }
+    _require_no_less(path, sections)
     write_page(
         path,
         "report.html.j2",
@@ -74,12 +88,21 @@ def write_report(
         **run.pictures(),
         schedule=_schedule_picture(run),
         lr_find=given(run, _lr_find_picture),
-        samples=given(dataset, lambda images: _samples(images, run.recipe, device)),
-        tests=given(dataset, lambda images: given(evaluation, lambda found: _tests(images, found))),
-        summary=given(dataset, lambda images: _summary(run.recipe, len(images.classes))),
+        **sections,
         files={name: text for name, text in FILES.items() if (run.folder / name).exists()},
     )
     return path
+
+
+def _require_no_less(path: Path, sections: dict[str, Any]) -> None:
+    """Raise UserError if the page that is there shows a section that is missing now."""
+    page = path.read_text("utf-8", "replace") if path.is_file() else ""
+    for name, content in sections.items():
+        if isinstance(content, Missing) and MARKS[name] in page:
+            raise UserError(
+                f"{path}: left as it is, since a new page would show less ({content.reason}); "
+                "remove it to have that page all the same"
+            )
 
 
 def _schedule_picture(run: Run) -> Picture:

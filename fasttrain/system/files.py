@@ -33,6 +33,22 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         _sync_folder(path.parent)
 
 
+def nearest_existing(folder: Path) -> Path:
+    """Return the folder, or the nearest of its parents that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def require_writable(folder: Path, place: str) -> None:
+    """Raise UserError if files cannot be created in this folder, or it is not there; before a long work.
+
+    place: the flag and its value, for the message.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{place}: {folder} is not a folder; create it, or choose another")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{place}: {folder} cannot be written to; choose another folder")
+
+
 def link_atomically(source: Path, target: Path) -> None:
     """Make `target` a hard link to `source`, or a copy where the file system has no hard links.
 

@@ -14,6 +14,9 @@ RECIPE_FILE, RESULT_FILE = "recipe.json", "result.json"
 MACHINE_FILE = "machine.json"
 """The machine that the run was started on, and its compile mode."""
 
+DATA_FILE = "data.json"
+"""Which images the run was trained on, and where they were."""
+
 ERROR_FILE = "error.txt"
 """The traceback of an error that ended the training, if there was one."""
 

@@ -7,27 +7,28 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from fasttrain.errors import UserError
+from fasttrain.system.console import Console, silence_stdout
 from fasttrain.system.files import write_atomically, write_json
 
 T = TypeVar("T")
 
 EPOCH_COLUMNS = (
-    ("epoch", "epoch", "{:>5}"),
-    ("train_loss", "train loss", "{:>10.4f}"),
-    ("train_accuracy", "train acc", "{:>9.2%}"),
-    ("test_loss", "test loss", "{:>9.4f}"),
-    ("test_accuracy", "test acc", "{:>8.2%}"),
-    ("test_accuracy_flip", "with flip", "{:>9.2%}"),
-    ("lr", "lr", "{:>9.2e}"),
-    ("seconds", "seconds", "{:>8.2f}"),
-    ("images_per_sec", "images/s", "{:>9,.0f}"),
-    ("data_wait_share", "data wait", "{:>9.2%}"),
+    ("epoch", "", "epoch", "{:>5}"),
+    ("train_loss", "train", "loss", "{:>7.4f}"),
+    ("train_accuracy", "train", "acc", "{:>7.2%}"),
+    ("test_loss", "test", "loss", "{:>7.4f}"),
+    ("test_accuracy", "test", "acc", "{:>7.2%}"),
+    ("test_accuracy_flip", "with", "flip", "{:>7.2%}"),
+    ("lr", "learning", "rate", "{:>8.2e}"),
+    ("seconds", "", "seconds", "{:>8.2f}"),
+    ("images_per_sec", "images", "per sec", "{:>8,.0f}"),
+    ("data_wait_share", "data", "wait", "{:>6.2%}"),
 )
+"""The table of epochs: key, two lines of header, and form. A row has 79 characters, for a narrow terminal."""
 
 LIVE_COLUMNS = (
     ("train_loss", "loss {:.3f}"),
@@ -49,14 +50,17 @@ class RunLog:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(soft_wrap=True)
         self.folder = folder
         self._header_shown = False
         self._board: Any = None
 
     def print(self, line: str) -> None:
-        """Print a line as it is, without rich's markup."""
-        self.console.print(line, markup=False)
+        """Print a line as it is, without rich's markup. Where nobody reads any more, the training goes on."""
+        try:
+            self.console.print(line, markup=False)
+        except BrokenPipeError:
+            silence_stdout()
 
     def open_tensorboard(self, images_NCHW: Tensor) -> None:
         """From now on, also write every epoch's metrics for TensorBoard into the run's folder.
@@ -121,11 +125,15 @@ class RunLog:
             for key in metrics.keys() - {"epoch"}:
                 self._board.add_scalar(key, metrics[key], metrics["epoch"])
             self._board.flush()
-        cells = [(name, form.format(metrics[key])) for key, name, form in EPOCH_COLUMNS if key in metrics]
+        *headers, cells = zip(
+            *((*header, form.format(metrics[key])) for key, *header, form in EPOCH_COLUMNS if key in metrics),
+            strict=True,
+        )
         if not self._header_shown:
-            self.print("  ".join(name.rjust(len(cell)) for name, cell in cells))
+            for header in headers:
+                self.print(" ".join(name.rjust(len(cell)) for name, cell in zip(header, cells, strict=True)))
             self._header_shown = True
-        self.print("  ".join(cell for _, cell in cells))
+        self.print(" ".join(cells))
 
 
 class SilentLog(RunLog):

@@ -1,50 +1,90 @@
-"""Signals during training: the first asks it to stop, the second ends it at once."""
+"""Signals: they end a command with one line; a training, which the first asks to stop, with the second."""
 
 import faulthandler
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
+
+from fasttrain.errors import Interrupted
+
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""The signals that ask a process to stop: Ctrl-C, kill and schedulers, a terminal that was closed."""
+
+
+@contextmanager
+def leave_on_signals() -> Iterator[None]:
+    """Within the block, a signal ends the process at once, with one line and the status that shells use.
+
+    For imports, which hold nothing that needs to be finished, and in which an exception can get lost.
+    """
+
+    def leave(signum: int, _: object) -> None:
+        os.write(2, f"fasttrain: {signal.Signals(signum).name}: stopped\n".encode())
+        os._exit(128 + signum)
+
+    with _handlers(leave, STOPPING):
+        yield
+
+
+@contextmanager
+def raise_on_signals() -> Iterator[None]:
+    """Within the block, SIGTERM and SIGHUP raise Interrupted, as Ctrl-C raises KeyboardInterrupt."""
+
+    def stop(signum: int, _: object) -> None:
+        raise Interrupted(f"{signal.Signals(signum).name}: stopped", signum)
+
+    with _handlers(stop, [signum for signum in STOPPING if signum != signal.SIGINT]):
+        yield
+
+
+@contextmanager
+def _handlers(handler: Callable[[int, object], None], signums: list[int]) -> Iterator[None]:
+    """Handle these signals within the block, except those that the process ignores, as under nohup."""
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for signum in signums:
+            if signal.getsignal(signum) not in (None, signal.SIG_IGN):  # None: from outside Python
+                before[signum] = signal.signal(signum, handler)
+    try:
+        yield
+    finally:
+        for signum, earlier in before.items():
+            if signal.getsignal(signum) is handler:  # not if ignore_sigterm has been called
+                signal.signal(signum, earlier)
 
 
 @contextmanager
 def catch_signals() -> Iterator[Callable[[], int | None]]:
-    """Within the block, note SIGINT and SIGTERM; yields a function that returns the signal noted, or None.
+    """Within the block, note SIGINT, SIGTERM and SIGHUP; yields a function that returns what was noted.
 
-    A second signal does what it would have done without the block. SIGUSR1, where it exists, prints the
-    stacks of all threads. The previous handlers are restored after the block, except one that ignore_sigterm
-    has replaced. Python allows signal handlers only in the main thread; in any other the block does nothing.
+    It returns the number of the first signal, or None. A second signal does what it would have done without
+    the block. SIGUSR1, where it exists, prints the stacks of all threads. The previous handlers are restored
+    after the block, except one that ignore_sigterm has replaced. Python allows signal handlers only in the
+    main thread; in any other the block does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
     noted: list[int] = []
-    before: dict[int, Any] = {}
-
-    def restore() -> None:
-        for signum, handler in before.items():
-            if signal.getsignal(signum) is note:
-                signal.signal(signum, handler)
-        before.clear()
+    noting = ExitStack()
 
     def note(signum: int, _: object) -> None:
         if noted:
-            restore()
+            noting.close()
             signal.raise_signal(signum)
         noted.append(signum)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        # None: a handler from outside Python, which cannot be restored. SIG_IGN: nohup and the like.
-        if signal.getsignal(signum) not in (None, signal.SIG_IGN):
-            before[signum] = signal.signal(signum, note)
+    noting.enter_context(_handlers(note, STOPPING))
     with suppress(AttributeError, ValueError, RuntimeError, OSError):  # Windows; a stderr that is not a file
         faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or sys.stderr)
     try:
         yield lambda: noted[0] if noted else None
     finally:
-        restore()
+        noting.close()
         with suppress(AttributeError):
             faulthandler.unregister(signal.SIGUSR1)
 

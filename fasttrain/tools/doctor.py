@@ -36,9 +36,10 @@ def doctor(device: str = "auto") -> int:
 
     Returns the exit status: 0 if training can run, 1 if not.
     """
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from fasttrain.system.console import Console
 
     findings = examine(device)
     table = Table("component", "state", "fix")

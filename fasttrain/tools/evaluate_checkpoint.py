@@ -1,77 +1,87 @@
 """`fasttrain evaluate`: a checkpoint's accuracy, figures per class, and the most confident mistakes."""
 
-from collections.abc import Callable
-from pathlib import Path
+import dataclasses
+from typing import Literal
 
+import numpy as np
 import torch
 
 from fasttrain.checkpoint.network import TrainedModel, load_model
 from fasttrain.data.build_loader import build_loader
-from fasttrain.data.dataset import Dataset
+from fasttrain.data.dataset import Dataset, Split
+from fasttrain.data.load_dataset import load_from_options, names_own_images
+from fasttrain.data.run_images import find_dataset
 from fasttrain.errors import UserError
 from fasttrain.evaluate import Evaluation, evaluate
+from fasttrain.options import DataOptions, EvaluateOptions
 from fasttrain.runtime import Runtime
 from fasttrain.system.machine import pick_device
 from fasttrain.system.precision import evaluation_precision
 
+SplitName = Literal["test", "train", "all"]
+
 
 def evaluate_model(
-    trained: TrainedModel, dataset: Dataset, device: torch.device, *, flip: bool = False
+    trained: TrainedModel,
+    dataset: Dataset,
+    device: torch.device,
+    *,
+    split: SplitName = "test",
+    flip: bool = False,
 ) -> Evaluation:
-    """Measure a checkpoint's network on every test image, as its training did.
+    """Measure a checkpoint's network on every image of a split, as its training did on the test images.
 
     Uses the training's precision if the device has it (see precision.evaluation_precision), and the
-    training's mean and standard deviation, which the model holds. flip: also classify each image's mirror
-    image.
-    Raises UserError if the checkpoint's classes are not the data set's.
+    training's mean and standard deviation, which the model holds. split: all takes the training images first,
+    and then the test images. flip: also classify each image's mirror image.
+    Raises UserError if the checkpoint's classes are not the data set's, or if the split is empty.
     """
     trained.require_classes_of(dataset)
+    images = _images_of(dataset, split)
+    if not len(images.labels):
+        raise UserError(f"--split {split}: {dataset.name} has no such images")
     precision = evaluation_precision(trained.precision, device)
     runtime = Runtime.resolve(trained.recipe, device, precision=precision, trains=False)
-    loader = build_loader(dataset, trained.recipe, train=False, device=device, loader=runtime.loader)
+    loader = build_loader(
+        dataclasses.replace(dataset, test=images),
+        trained.recipe,
+        train=False,
+        device=device,
+        loader=runtime.loader,
+    )
     return evaluate(trained.model, loader, runtime, flip=flip)
 
 
-def evaluate_checkpoint(
-    path: Path,
-    load_dataset: Callable[[int], Dataset],
-    *,
-    device: str = "auto",
-    mistakes: int = 5,
-    flip: bool = False,
-) -> Evaluation:
-    """Measure a checkpoint on every test image; print accuracy, figures per class and confident mistakes.
+def evaluate_checkpoint(options: EvaluateOptions) -> Evaluation:
+    """Measure a checkpoint on every image of a split; print accuracy, figures per class and mistakes.
 
-    Also prints the accuracy that the training measured on the same weights, if any.
-    load_dataset: called with the checkpoint's resolution. mistakes: how many to print.
-    flip: print a second accuracy, from each image and its mirror image.
+    The images are those that the options name, else the run's own. Also prints the test accuracy that the
+    training measured on the same weights, if any.
     Raises UserError if the checkpoint cannot be read, or if its classes are not the data set's.
     """
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    run_device = pick_device(device)
-    trained = load_model(path, run_device)
-    dataset = load_dataset(trained.recipe.resolution)
-    try:
-        result = evaluate_model(trained, dataset, run_device, flip=flip)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    from fasttrain.system.console import Console
 
-    precision = evaluation_precision(trained.precision, run_device)
-    console = Console(highlight=False, soft_wrap=True)
+    device, split = pick_device(options.device), options.split
+    trained = load_model(options.checkpoint, device)
+    dataset = _load(trained, options)
+    result = evaluate_model(trained, dataset, device, split=split, flip=options.flip)
+
+    precision = evaluation_precision(trained.precision, device)
+    console = Console(soft_wrap=True)
     console.print(
-        f"{dataset.name}: test accuracy {result.accuracy:.2%}, loss {result.loss:.4f} over "
-        f"{len(result.labels_N):,} images, in {precision}; epoch {trained.epoch} of {path}",
+        f"{dataset.name}: {'' if split == 'all' else f'{split} '}accuracy {result.accuracy:.2%}, "
+        f"loss {result.loss:.4f} over {'all ' if split == 'all' else ''}{len(result.labels_N):,} images, in "
+        f"{precision}; epoch {trained.epoch} of {trained.path}",
         markup=False,
     )
     if trained.metrics is not None:
-        note = f"the training itself measured {trained.metrics['test_accuracy']:.2%} on {trained.dataset}"
+        note = f"the training itself measured {trained.metrics['test_accuracy']:.2%}"
+        note += f" on {'' if split == 'test' else 'the test images of '}{trained.images.name}"
         if trained.precision not in (None, precision):
-            note += (
-                f", in {trained.precision}, which does not work on {run_device}; rounding moves a few images"
-            )
+            note += f", in {trained.precision}, which does not work on {device}; rounding moves a few images"
         console.print(note, markup=False)
     if result.accuracy_flip is not None:
         console.print(f"with each image's mirror image: {result.accuracy_flip:.2%}", markup=False)
@@ -85,8 +95,31 @@ def evaluate_checkpoint(
             "-" if figures.taken_for is None else escape(dataset.classes[figures.taken_for]),
         )
     console.print(table)
-    for index in result.misclassified()[:mistakes].tolist():
+    in_train = {"test": 0, "train": len(result.labels_N), "all": len(dataset.train.labels)}[split]
+    for index in result.misclassified()[: options.mistakes].tolist():
         truth, found = dataset.classes[result.labels_N[index]], dataset.classes[result.predictions_N[index]]
+        place = f"training image {index}" if index < in_train else f"test image {index - in_train}"
         confidence = result.confidences_N[index]
-        console.print(f"test image {index}: {truth}, mistaken for {found} at {confidence:.1%}", markup=False)
+        console.print(f"{place}: {truth}, mistaken for {found} at {confidence:.1%}", markup=False)
     return result
+
+
+def _load(trained: TrainedModel, options: DataOptions) -> Dataset:
+    """Return the images that the options name, else the run's own; a release is downloaded if necessary."""
+    resolution = trained.recipe.resolution
+    if options.data == "auto" and options.data_dir is None:
+        try:
+            return find_dataset(trained.images, skip_bad=options.skip_bad, resolution=resolution)
+        except UserError:
+            if names_own_images(trained.images.name):
+                raise
+    return load_from_options(options, resolution, classes=trained.classes)
+
+
+def _images_of(dataset: Dataset, split: SplitName) -> Split:
+    if split != "all":
+        return dataset.train if split == "train" else dataset.test
+    parts = dataset.train, dataset.test
+    return Split(
+        np.concatenate([part.images for part in parts]), np.concatenate([part.labels for part in parts])
+    )

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from fasttrain import __version__
 from fasttrain.checkpoint.network import TrainedModel, load_model, model_with_weights
-from fasttrain.data.load_dataset import find_dataset
+from fasttrain.data.run_images import find_dataset
 from fasttrain.errors import UserError
 from fasttrain.model import CustomResNet
 from fasttrain.recipe import Recipe
-from fasttrain.system.files import write_atomically, write_json
+from fasttrain.system.files import require_writable, write_atomically, write_json
 
 TOLERANCE = 1e-4
 """Largest difference allowed in a logit, as a share of the largest logit (or of 1, if that is larger)."""
@@ -44,6 +44,7 @@ def export(
     input: Input = "pixels",
     data: str = "auto",
     data_dir: Path | None = None,
+    skip_bad: bool = False,
 ) -> Path:
     """Write a checkpoint's network to `out`, and its description to `out` + .json; returns the latter's path.
 
@@ -51,7 +52,7 @@ def export(
     The bytes to write are loaded and compared with the checkpoint first: on the run's test images if they are
     on the disk, else on random pixels. Prints the largest difference and, on test images, the accuracy of the
     file and that of the training.
-    data, data_dir: the test images, as data.load.load_dataset takes them; nothing is downloaded.
+    data, data_dir, skip_bad: where the run's images are now, as run_images.find_dataset takes them.
     Raises UserError, and writes nothing, if a logit differs by more than TOLERANCE, if the checkpoint cannot
     be read, if the suffix of `out` is not the format's, or if a package is missing.
     """
@@ -60,13 +61,15 @@ def export(
         raise UserError(f"--out {out}: expected a name that ends with {suffix} for --format {format}")
     if format == "safetensors" and input != "pixels":
         raise UserError("--input normalized: safetensors hold weights, not a graph; leave it out")
+    require_writable(out.parent, f"--out {out}")
     trained = load_model(checkpoint, CPU)
+    checkpoint = trained.path
     model, recipe = trained.model, trained.recipe
     with warnings.catch_warnings():  # torch's exporters warn about their own internals
         warnings.simplefilter("ignore")
         content = encode(model if input == "pixels" else _NormalizedInput(model))
         forward = load(content, recipe)
-    images = _images(trained, data, data_dir)
+    images = _images(trained, data, data_dir, skip_bad)
     found = _compare(model, forward, images, input)
     print(
         f"compared with {checkpoint} on {len(images.pixels_NCHW):,} images ({images.name}): logits differ by "
@@ -190,11 +193,11 @@ class _Comparison(NamedTuple):
     accuracy: float | None
 
 
-def _images(trained: TrainedModel, data: str, data_dir: Path | None) -> _Images:
+def _images(trained: TrainedModel, data: str, data_dir: Path | None, skip_bad: bool) -> _Images:
     """Return the run's test images or, if they are not found, the same random pixels every time."""
     resolution = trained.recipe.resolution
     try:
-        dataset = find_dataset(trained.dataset, data, data_dir, resolution=resolution)
+        dataset = find_dataset(trained.images, data, data_dir, skip_bad=skip_bad, resolution=resolution)
         trained.require_classes_of(dataset)
     except UserError as error:
         if data != "auto":
@@ -245,7 +248,7 @@ def _card(
         "classes": trained.classes,
         "mean": (model.mean / 255).tolist(),
         "std": (1 / (255 * model.inverse_std)).tolist(),
-        "dataset": trained.dataset,
+        "dataset": trained.images.name,
         "epoch": trained.epoch,
         "test_accuracy": found.accuracy,
         "training_test_accuracy": trained.metrics["test_accuracy"] if trained.metrics else None,

@@ -142,15 +142,16 @@ def show(predictions: Iterable[Prediction], format: Format) -> None:
             for rank, (name, share) in enumerate(one.classes, start=1):
                 writer.writerow([_name(one.path), rank, name, share])
     else:
-        from rich.console import Console
         from rich.table import Column, Table
         from rich.text import Text
+
+        from fasttrain.system.console import Console
 
         table = Table(Column("file", overflow="fold"), "class", Column("probability", justify="right"))
         for one in predictions:
             for rank, (name, share) in enumerate(one.classes):
                 table.add_row(Text(_name(one.path) if rank == 0 else ""), Text(name), f"{share:.1%}")
-        Console(highlight=False).print(table)
+        Console().print(table)
 
 
 def _name(path: Path) -> str:

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from fasttrain.checkpoint.network import load_model
-from fasttrain.data.load_dataset import find_dataset, names_own_images
+from fasttrain.data.load_dataset import names_own_images
+from fasttrain.data.run_images import RunImages, find_dataset
 from fasttrain.errors import UserError
 from fasttrain.report.html import given, write_report
 from fasttrain.report.run import load_run
@@ -23,19 +24,22 @@ def report(
 
     The figures on the test images come from evaluating last.pt again. Nothing is downloaded or generated:
     without the run's images, or without last.pt, a sentence replaces their sections.
-    data: folder:PATH or webdataset:PATTERN for a run on those, with skip_bad if some files are bad; else
-    auto.
-    Raises UserError if there is no finished run, or if the page cannot be written.
+    data, data_dir, skip_bad: where the run's images are now, as run_images.find_dataset takes them.
+    Raises UserError if there is no finished run, if there is a page that would lose a section, or if the page
+    cannot be written.
     """
     if data != "auto" and not names_own_images(data):
         raise UserError(f"--data {data}: expected auto, folder:PATH or webdataset:PATTERN")
     run = load_run(folder)
     run_device = pick_device(device)
+    images = RunImages.of_run(folder) or RunImages(name=run.result["dataset"])
     dataset = given(
-        run.result["dataset"],
-        lambda name: find_dataset(name, data, data_dir, resolution=run.recipe.resolution, skip_bad=skip_bad),
+        images,
+        lambda wanted: find_dataset(
+            wanted, data, data_dir, skip_bad=skip_bad, resolution=run.recipe.resolution
+        ),
     )
     evaluation = given(
-        dataset, lambda images: evaluate_model(load_model(folder / "last.pt", run_device), images, run_device)
+        dataset, lambda found: evaluate_model(load_model(folder, run_device), found, run_device)
     )
     return write_report(run, dataset, evaluation, device=run_device)

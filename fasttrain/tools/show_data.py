@@ -6,11 +6,12 @@ from fasttrain.data.sources import cifar
 
 def show_dataset(dataset: Dataset) -> None:
     """Print a release's files and checksums, the images per class, and mean and standard deviation."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    from fasttrain.system.console import Console
+
+    console = Console(soft_wrap=True)
     console.print(f"{dataset.name} in {dataset.root}", markup=False)
     if dataset.release:
         files = Table("file", "images", "bytes", "checksum")

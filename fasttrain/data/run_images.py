@@ -1,0 +1,133 @@
+"""Which images a run was trained on: written to its folder, and found again from there."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fasttrain.data.dataset import Dataset
+from fasttrain.data.load_dataset import load_dataset, names_own_images
+from fasttrain.data.sources import cifar, synthetic
+from fasttrain.errors import UserError
+from fasttrain.options import DataOptions
+from fasttrain.recipe import Recipe
+from fasttrain.system.run_folder import DATA_FILE, read_object
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunImages:
+    """The images of one run, which their SHA-256 identifies, and where they were.
+
+    name: the data set's. sha256: its content_hash; None if the run does not say, and only the name can be
+    compared. data, data_dir, skip_bad: as load_dataset takes them, for any working directory; data is None if
+    the run does not say.
+    """
+
+    name: str
+    sha256: str | None = None
+    data: str | None = None
+    data_dir: str | None = None
+    skip_bad: bool = False
+
+    @classmethod
+    def of(cls, dataset: Dataset, options: DataOptions) -> "RunImages":
+        """Describe a data set that was loaded with these options; `options.data` may be the set itself."""
+        data: str | None = options.data
+        root = cifar.locate(options.data_dir)
+        if isinstance(options.data, Dataset):
+            data, root = ("auto", dataset.root) if dataset.release else (None, root)
+        elif names_own_images(options.data):
+            source, _, place = options.data.partition(":")
+            data = f"{source}:{os.path.abspath(Path(place).expanduser())}"
+        elif dataset.root == root / synthetic.NAME:
+            data = "synthetic"  # auto, or the name itself
+        if data == "auto" and dataset.name != synthetic.NAME:  # a resumed run must not fall back
+            data = next(key for key, one in cifar.RELEASES.items() if one == dataset.release)
+        return cls(
+            name=dataset.name,
+            sha256=dataset.content_hash,
+            data=data,
+            data_dir=str(root.absolute()),
+            skip_bad=options.skip_bad,
+        )
+
+    @classmethod
+    def of_run(cls, folder: Path) -> "RunImages | None":
+        """Read what a run's folder says; None if it says nothing, or nothing that can be read."""
+        try:
+            values = read_object(folder / DATA_FILE)
+            images = cls(**values)
+        except (UserError, TypeError):
+            return None
+        kinds: dict[str, Any] = {
+            "name": str,
+            "sha256": str,
+            "data": str | None,
+            "data_dir": str,
+            "skip_bad": bool,
+        }
+        return images if all(isinstance(values.get(key), kind) for key, kind in kinds.items()) else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields and their values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def options(self, data: str, data_dir: Path | None, skip_bad: bool) -> dict[str, Any]:
+        """Return what to load the images with: these options, or the run's own if these name no place."""
+        is_elsewhere = data_dir is not None and not names_own_images(self.data or "")
+        if self.data is not None and data == "auto" and not is_elsewhere:
+            data, skip_bad = self.data, skip_bad or self.skip_bad
+            data_dir = data_dir or (Path(self.data_dir) if self.data_dir else None)
+        return {"data": data, "data_dir": data_dir, "skip_bad": skip_bad}
+
+    def are(self, dataset: Dataset) -> bool:
+        """Return whether a data set holds these images, whatever it is called now."""
+        return dataset.name == self.name if self.sha256 is None else dataset.content_hash == self.sha256
+
+    def require(self, dataset: Dataset, place: object) -> None:
+        """Raise UserError, which begins with `place`, if a data set does not hold these images."""
+        if self.are(dataset):
+            return
+        found = dataset.name
+        if found == self.name:
+            found = f"another set of that name (SHA-256 {dataset.content_hash:.12}, not {self.sha256:.12})"
+        raise UserError(f"{place}: the run was trained on {self.name}, and this is {found}")
+
+
+def find_dataset(
+    images: RunImages,
+    data: str = "auto",
+    data_dir: Path | None = None,
+    *,
+    skip_bad: bool = False,
+    resolution: int = Recipe.resolution,
+) -> Dataset:
+    """Return a run's images, from where the run says they were, or from where the options say they are.
+
+    data: auto, folder:PATH or webdataset:PATTERN. Nothing is downloaded or generated.
+    Raises UserError if the images are not there.
+    """
+    options = images.options(data, data_dir, skip_bad)
+    place, kind = options["data"], options["data"].partition(":")[0]
+    if names_own_images(place):
+        try:
+            dataset = load_dataset(resolution=resolution, **options)
+        except UserError as error:
+            if place == data:
+                raise
+            moved = f"if the run's images have moved, say where they are with --data {kind}:..."
+            raise UserError(f"{error}; {moved}") from error
+        images.require(dataset, f"--data {place}")
+        return dataset
+    if names_own_images(images.name):
+        kind = images.name.partition(":")[0]
+        raise UserError(f"the run's images are {images.name}: say where they are with --data {kind}:...")
+    root = cifar.locate(options["data_dir"])
+    places = [(root, release) for release in cifar.RELEASES.values()]
+    for folder, release in (*places, (root / synthetic.NAME, cifar.CIFAR10)):
+        if cifar.exists(folder, release) and images.are(dataset := cifar.read(folder, release)):
+            return dataset
+    raise UserError(
+        f"{root} does not hold the run's images, {images.name}: name their folder with --data-dir"
+    )

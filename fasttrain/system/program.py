@@ -1,0 +1,19 @@
+"""How this program is called from the user's shell, so that the commands in our messages work when pasted."""
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+
+def program() -> str:
+    """Return `fasttrain` if the shell finds this installation by that name, else `PYTHON -m fasttrain`."""
+    script, python = Path(sys.argv[0]), Path(sys.executable)
+    if script.name != "fasttrain":
+        script = python.with_name("fasttrain")
+    found = shutil.which("fasttrain")
+    if found and script.exists() and Path(found).samefile(script):
+        return "fasttrain"
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    return f"{shlex.quote(str(python))} -m fasttrain"

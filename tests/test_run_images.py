@@ -1,0 +1,161 @@
+"""A run remembers its images: later commands find them from any folder, under any name, and only them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fasttrain.cli import main
+from fasttrain.data.dataset import Dataset
+from fasttrain.data.run_images import RunImages, find_dataset
+from fasttrain.data.sources import cifar, synthetic
+from fasttrain.errors import UserError
+from fasttrain.options import DataOptions, EvaluateOptions
+from fasttrain.recipe import Recipe
+from fasttrain.tools.evaluate_checkpoint import evaluate_checkpoint
+from fasttrain.trainer import train
+
+SMALL = ["--device", "cpu", "--width", "8", "--epochs", "1", "--batch-size", "8", "--loader", "tensor"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with pets/, one bad file among them, and runs/, with a run that was trained on the rest."""
+    home = tmp_path_factory.mktemp("home")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 8), ("test", 3)):
+        for label in ("cat", "dog"):
+            folder = home / "pets" / split / label
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = torch.randint(256, (32, 32, 3), dtype=torch.uint8, generator=generator)
+                Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+    (home / "pets" / "train" / "cat" / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        assert main(["train", "--data", "folder:pets", "--skip-bad", *SMALL]) == 0
+    return home
+
+
+@pytest.fixture
+def run(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the run, for a process that works in another folder and has no images in data/."""
+    monkeypatch.chdir(tmp_path)
+    [run] = (home / "runs").iterdir()
+    shutil.copytree(run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_every_command_finds_them_from_another_folder(run: Path, capsys) -> None:
+    written = json.loads((run / "result.json").read_text())
+    assert main(["evaluate", str(run), "--device", "cpu"]) == 0
+    assert f"folder:pets: test accuracy {written['test_accuracy']:.2%}" in capsys.readouterr().out
+    (run / "report.html").unlink()
+    assert main(["report", str(run), "--device", "cpu"]) == 0
+    assert "Confusion matrix" in (run / "report.html").read_text()
+    assert main(["export", str(run), "--format", "safetensors", "--out", "model.safetensors"]) == 0
+    assert "(test images of folder:pets)" in capsys.readouterr().out
+
+
+def test_a_folder_with_another_name_is_known_by_its_images(run: Path, home: Path, tmp_path, capsys) -> None:
+    moved = tmp_path / "animals"
+    shutil.copytree(home / "pets", moved)
+    record = json.loads((run / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps(record | {"data": f"folder:{tmp_path / 'pets'}"}))
+    assert main(["evaluate", str(run), "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert "pets: no such folder" in said and "--data folder:..." in said and said.count("\n") == 1
+    (run / "report.html").unlink()
+    report_it = ["report", str(run), "--device", "cpu", "--data", f"folder:{moved}"]
+    assert main([*report_it, "--skip-bad"]) == 0
+    assert "Confusion matrix" in (run / "report.html").read_text()
+    (moved / "test" / "cat" / "0.png").unlink()  # now they are others
+    assert main([*report_it, "--skip-bad"]) == 2
+    assert "trained on folder:pets, and this is folder:animals" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_a_renamed_folder_and_remembers_it(
+    run: Path, home: Path, tmp_path, capsys
+) -> None:
+    (run / "result.json").unlink()
+    shutil.move(shutil.copytree(home / "pets", tmp_path / "pets"), tmp_path / "animals")
+    data = ["--data", f"folder:{tmp_path / 'animals'}", "--skip-bad"]
+    assert main(["train", "--resume", str(run), "--device", "cpu", *data]) == 0
+    assert json.loads((run / "result.json").read_text())["changes"] == []
+    record = json.loads((run / "data.json").read_text())
+    assert (record["name"], record["data"]) == ("folder:animals", f"folder:{tmp_path / 'animals'}")
+
+
+def test_a_resumed_run_needs_no_word_about_its_images(run: Path) -> None:
+    (run / "result.json").unlink()
+    assert main(["train", "--resume", str(run), "--device", "cpu"]) == 0
+    assert json.loads((run / "result.json").read_text())["dataset"] == "folder:pets"
+
+
+def test_other_images_of_the_same_classes_can_be_measured_on(run: Path, home: Path, tmp_path, capsys) -> None:
+    new = tmp_path / "new" / "dog"  # not every class, and no training images
+    shutil.copytree(home / "pets" / "test" / "dog", new)
+    evaluate_it = ["evaluate", str(run), "--device", "cpu", "--data", f"folder:{tmp_path / 'new'}"]
+    assert main([*evaluate_it, "--split", "all"]) == 0
+    said = capsys.readouterr().out
+    assert "folder:new: accuracy" in said and "over all 3 images" in said
+    assert "on the test images of folder:pets" in said
+
+
+def test_the_splits_add_up(run: Path, capsys) -> None:
+    found = {
+        split: evaluate_checkpoint(EvaluateOptions(checkpoint=run, device="cpu", split=split))  # type: ignore[arg-type]
+        for split in ("test", "train", "all")
+    }
+    assert "train accuracy" in capsys.readouterr().out
+    right = {split: round(one.accuracy * len(one.labels_N)) for split, one in found.items()}
+    assert [len(found[split].labels_N) for split in found] == [6, 16, 22]
+    assert right["all"] == right["train"] + right["test"]
+
+
+def test_a_damaged_or_missing_record_is_as_none(run: Path, home: Path, tmp_path, capsys) -> None:
+    for content in ("{", "[]", '{"name": "x"}', '{"name": "x", "data": 3, "data_dir": "", "skip_bad": 1}'):
+        (run / "data.json").write_text(content)
+        assert RunImages.of_run(run) is None
+    assert main(["evaluate", str(run), "--device", "cpu"]) == 2
+    assert "say where they are with --data folder:" in capsys.readouterr().err
+    pets = ["--data", f"folder:{home / 'pets'}", "--skip-bad"]
+    assert main(["evaluate", str(run), "--device", "cpu", *pets]) == 0
+
+
+def test_a_release_is_known_by_its_images_wherever_it_lies(tmp_path: Path) -> None:
+    synthetic.generate(tmp_path / "a", train_count=64, test_count=40)
+    dataset = cifar.read(tmp_path / "a")
+    images = RunImages.of(dataset, DataOptions(data_dir=tmp_path / "a"))
+    assert find_dataset(images).content_hash == dataset.content_hash
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(UserError, match="a does not hold the run's images, synthetic: name their folder"):
+        find_dataset(images)
+    assert find_dataset(images, data_dir=tmp_path / "b").root == tmp_path / "b"
+    path = next((tmp_path / "b").rglob("test_batch.bin"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="does not hold the run's images"):
+        find_dataset(images, data_dir=tmp_path / "b")
+
+
+def test_what_auto_fell_back_on_is_what_a_resumed_run_gets(tmp_path: Path, dataset: Dataset) -> None:
+    """CIFAR-10 may be there by then."""
+    synthetic.generate(tmp_path / synthetic.NAME, train_count=64, test_count=40)
+    stand_in = cifar.read(tmp_path / synthetic.NAME)
+    assert RunImages.of(stand_in, DataOptions(data_dir=tmp_path)).data == "synthetic"
+    original = cifar.read(dataset.root)
+    object.__setattr__(original, "name", "CIFAR-10")
+    assert RunImages.of(original, DataOptions(data_dir=dataset.root)).data == "cifar10"
+
+
+def test_a_data_set_from_python_is_found_if_it_is_a_release(dataset: Dataset, tmp_path: Path) -> None:
+    recipe = Recipe(epochs=1, batch_size=32, width=8, loader="tensor")
+    run = train(recipe, data=dataset, out=tmp_path, device="cpu", report=False)
+    images = RunImages.of_run(run.folder)
+    assert images is not None and images.data == "auto"
+    assert main(["evaluate", str(run.folder), "--device", "cpu"]) == 0
