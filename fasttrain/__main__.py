@@ -1,5 +1,6 @@
 """`fasttrain` and `python -m fasttrain`: the command line, from its first import on."""
 
+import signal
 import sys
 
 from fasttrain.system.signals import leave_on_signals
@@ -7,9 +8,13 @@ from fasttrain.system.signals import leave_on_signals
 
 def main() -> int:
     """Run the command that the process was started with; returns the exit status."""
-    with leave_on_signals():
-        from fasttrain.cli import main
-    return main()
+    try:
+        with leave_on_signals():
+            from fasttrain.cli import main
+        return main()
+    except KeyboardInterrupt:  # between the imports and the command
+        print("fasttrain: SIGINT: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

@@ -268,7 +268,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         line, status = "SIGINT: stopped", 130
     if status == 2 or rank == "0":  # all ranks stop for the same signal
-        print(f"fasttrain {command if rank == '0' else f'{command}, rank {rank}'}: {line}", file=sys.stderr)
+        place = command if rank == "0" else f"{command}, rank {rank}"
+        print(f"fasttrain {place}: {' '.join(line.splitlines())}", file=sys.stderr)
     return status
 
 

@@ -1,0 +1,203 @@
+"""The command line as it is typed: help, names, and how a command that is cut short ends."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import fasttrain
+from fasttrain import cli
+from fasttrain.cli import main
+from fasttrain.data.dataset import Dataset
+from fasttrain.errors import UserError
+from fasttrain.recipe import Recipe
+from fasttrain.system import program
+from fasttrain.system.run_log import RunLog
+
+ROOT = Path(__file__).resolve().parents[1]
+METRICS = {
+    "epoch": 24,
+    "train_loss": 2.30261,
+    "train_accuracy": 1.0,
+    "test_loss": 10.1234,
+    "test_accuracy": 1.0,
+    "test_accuracy_flip": 1.0,
+    "lr": 1.23e-05,
+    "seconds": 12345.678,
+    "images_per_sec": 1234567.8,
+    "data_wait_share": 0.0123,
+}
+
+
+def start(*args: str, **options) -> subprocess.Popen[str]:
+    """`fasttrain` in a process that handles signals as one that a terminal started."""
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += f"import sys; sys.argv[1:] = {list(args)!r}\n"
+    code += "from fasttrain.__main__ import main; sys.exit(main())"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, **options}
+    return subprocess.Popen([sys.executable, "-c", code], **pipes)
+
+
+@pytest.mark.parametrize("args", [[], ["help"], ["--help"], ["-h"]])
+def test_help_lists_every_command(args: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    said = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert re.findall(r"^  ([a-z-]+) +\S", said.split("commands:")[1], re.MULTILINE) == list(cli.COMMANDS)
+
+
+def test_help_of_a_command_and_the_version(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["help", "predict"])
+    assert stop.value.code == 0 and "--top-k" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.split()[:2] == ["fasttrain", fasttrain.__version__]
+
+
+@pytest.mark.parametrize(("on_gpu", "epochs"), [(False, 3), (True, 24)])
+def test_help_shows_what_this_machine_would_use(on_gpu: bool, epochs: int, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(cli, "_on_gpu", lambda _: on_gpu)
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"Passes over the training images. (default: {epochs})" in said
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "/tmp/x", "a/b", "a\\b", "..", ".hidden", "", "-x", "a\nb", "x" * 81]
+)
+def test_a_name_that_could_leave_the_folder_is_refused(name: str, capsys) -> None:
+    with pytest.raises(UserError, match=r"(?s)--name .*expected up to 80 letters"):
+        Recipe(name=name)
+    assert main(["train", "--name", name]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["mine", "größe 3", "lr=0.01,wd=5e-4", "v1.2_final", "a" * 80])
+def test_a_plain_name_is_taken(name: str) -> None:
+    assert Recipe(name=name).name == name
+
+
+def test_a_row_of_the_table_fits_a_narrow_terminal(tmp_path: Path, capsys) -> None:
+    RunLog(tmp_path).epoch(METRICS)
+    *header, row = capsys.readouterr().out.splitlines()
+    assert len(header) == 2 and max(map(len, [*header, row])) <= 80
+    assert [len(line) for line in header] == [len(row)] * 2  # each name ends above its figure
+    assert row.split()[:3] == ["24", "2.3026", "100.00%"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("seconds", [0.0, 0.6])
+def test_a_signal_while_modules_are_imported_is_one_line(signum: int, seconds: float, tmp_path) -> None:
+    """From the package's first line on: at 0.0 s the command line's own imports, later torch's."""
+    process = start("train", "--data", "synthetic", "--data-dir", str(tmp_path), "--out", str(tmp_path / "r"))
+    while b"fasttrain" not in Path(f"/proc/{process.pid}/maps").read_bytes() and not _started(process.pid):
+        time.sleep(0.002)
+    time.sleep(seconds)
+    process.send_signal(signum)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert error.count("\n") == 1 and f"{signal.Signals(signum).name}: stopped" in error
+
+
+def _started(pid: int) -> bool:
+    """Whether the process handles SIGTERM: then the package's own handlers are in place."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = re.search(r"SigCgt:\s*([0-9a-f]+)", status)
+    return caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_in_any_command_is_one_line(signum: int, monkeypatch, capsys) -> None:
+    before = signal.getsignal(signum)
+    monkeypatch.setitem(cli.COMMANDS, "data", (lambda _: signal.raise_signal(signum), ""))
+    assert main(["data"]) == 128 + signum
+    assert capsys.readouterr().err == f"fasttrain data: {signal.Signals(signum).name}: stopped\n"
+    assert signal.getsignal(signum) is before
+
+
+def test_a_reader_who_leaves_is_no_error(dataset_dir: Path, tmp_path) -> None:
+    """A closed pipe: a command ends, but a training goes on to its end."""
+    read, write = os.pipe()
+    os.close(read)
+    show = start("data", "--data-dir", str(dataset_dir), stdout=write)
+    assert (show.communicate(timeout=60)[1], show.returncode) == ("", 0)
+    flags = ["--data-dir", str(dataset_dir), "--out", str(tmp_path), "--device", "cpu", "--width", "4"]
+    training = start(
+        "train", *flags, "--epochs", "1", "--batch-size", "16", "--loader", "tensor", stdout=write
+    )
+    assert (training.communicate(timeout=120)[1], training.returncode) == ("", 0)
+    os.close(write)
+    [run] = tmp_path.iterdir()
+    assert (run / "result.json").exists() and (run / "report.html").exists()
+
+
+def test_a_terminal_that_knows_only_ascii_gets_every_line(dataset_dir: Path, tmp_path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    odd = tmp_path / "größe"
+    odd.mkdir()
+    (odd / "cifar-10-batches-bin").symlink_to(dataset_dir / "cifar-10-batches-bin")
+    for args, status, said in (
+        (["data", "--data-dir", str(odd)], 0, "gr\\xf6\\xdfe"),
+        (["help", "train"], 0, "--epochs"),
+        (["train", "--out", f"{odd}/cifar-10-batches-bin/test_batch.bin/ö"], 2, "\\xf6"),
+    ):
+        process = start(*args, env=environment)
+        out, error = process.communicate(timeout=60)
+        assert process.returncode == status and said in out + error
+        assert "Traceback" not in error
+
+
+def test_messages_name_the_program_as_this_shell_finds_it(tmp_path: Path, monkeypatch) -> None:
+    environment = tmp_path / "env" / "bin"
+    environment.mkdir(parents=True)
+    for name in ("python", "fasttrain"):
+        (environment / name).write_text("")
+        (environment / name).chmod(0o755)
+    monkeypatch.setattr(program.sys, "executable", str(environment / "python"))
+    monkeypatch.setattr(program.sys, "argv", ["/x/fasttrain/__main__.py"])
+    monkeypatch.setenv("PATH", str(environment))
+    assert program.program() == "fasttrain"
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert program.program() == f"{environment / 'python'} -m fasttrain"
+    monkeypatch.chdir(tmp_path)
+    assert program.program() == "env/bin/python -m fasttrain"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "fasttrain").write_text("")
+    (other / "fasttrain").chmod(0o755)
+    monkeypatch.setenv("PATH", str(other))  # another program of this name
+    assert program.program() == "env/bin/python -m fasttrain"
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["train", "--out", "{tmp}/file/runs"], "--out"),
+        (["train", "--save-every", "often"], "--save-every often"),
+        (
+            ["export", "{tmp}/none.pt", "--format", "onnx", "--out", "{tmp}/nowhere/m.onnx"],
+            "nowhere is not a folder",
+        ),
+        (["evaluate", "{tmp}/none.pt"], "none.pt: no such file"),
+        (["evaluate", "{tmp}"], "holds no last.pt"),
+    ],
+)
+def test_cheap_checks_come_before_the_images(args, said, tmp_path, monkeypatch, capsys) -> None:
+    from fasttrain.data import load_dataset
+
+    def no_images(*_: object, **__: object) -> Dataset:
+        pytest.fail("loaded the images first")
+
+    monkeypatch.setattr(load_dataset, "load_dataset", no_images)
+    (tmp_path / "file").write_text("")
+    assert main([arg.format(tmp=tmp_path) for arg in args]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
