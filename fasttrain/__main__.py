@@ -3,16 +3,16 @@
 import signal
 import sys
 
-from fasttrain.system.signals import leave_on_signals
-
 
 def main() -> int:
     """Run the command that the process was started with; returns the exit status."""
     try:
+        from fasttrain.system.signals import leave_on_signals
+
         with leave_on_signals():
             from fasttrain.cli import main
         return main()
-    except KeyboardInterrupt:  # between the imports and the command
+    except KeyboardInterrupt:  # before these handlers, or after them
         print("fasttrain: SIGINT: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
 
