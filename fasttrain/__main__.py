@@ -7,14 +7,16 @@ import sys
 def main() -> int:
     """Run the command that the process was started with; returns the exit status."""
     try:
-        from fasttrain.system.signals import leave_on_signals
+        from fasttrain.system.signals import leave_on_signals, raise_on_signals
 
-        with leave_on_signals():
-            from fasttrain.cli import main
-        return main()
-    except KeyboardInterrupt:  # before these handlers, or after them
-        print("fasttrain: SIGINT: stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
+        with raise_on_signals():
+            with leave_on_signals():
+                from fasttrain.cli import main
+            return main()
+    except KeyboardInterrupt as stop:  # before or after all that
+        signum = getattr(stop, "signum", signal.SIGINT)
+        print(f"fasttrain: {signal.Signals(signum).name}: stopped", file=sys.stderr)
+        return 128 + signum
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from fasttrain.options import (  # noqa: E402
 )
 from fasttrain.recipe import Recipe, load_recipe  # noqa: E402
 from fasttrain.system.console import silence_stdout  # noqa: E402
-from fasttrain.system.signals import leave_on_signals, raise_on_signals  # noqa: E402
+from fasttrain.system.signals import leave_on_signals  # noqa: E402
 
 if TYPE_CHECKING:
     from fasttrain.data.dataset import Dataset
@@ -254,10 +254,9 @@ def main(args: Sequence[str] | None = None) -> int:
     command = _parser().parse_args([first]).command
     rank = os.environ.get("RANK", "0")  # set by torchrun
     try:
-        with raise_on_signals():
-            status = COMMANDS[command][0](rest)
-            sys.stdout.flush()
-            return status
+        status = COMMANDS[command][0](rest)
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:  # `| head -1` has seen enough
         silence_stdout()
         return 0

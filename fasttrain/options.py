@@ -109,7 +109,7 @@ class EvaluateOptions(DataOptions):
     """Measure a checkpoint on every image of a split: by default the test images of its own run."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A run's folder, or a checkpoint such as its best.pt."""
+    """A run's folder, or a checkpoint such as its best.pt; latest: the newest finished run in runs/."""
     split: Literal["test", "train", "all"] = "test"
     """Which images to measure on; all: a folder of new images as a whole, for instance."""
     device: str = "auto"
@@ -125,7 +125,7 @@ class PredictOptions:
     """Classify any images with a checkpoint; they are scaled to the network's resolution."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A run's folder, or a checkpoint such as its best.pt."""
+    """A run's folder, or a checkpoint such as its best.pt; latest: the newest finished run in runs/."""
     images: tyro.conf.Positional[tuple[Path, ...]]
     """JPEG, PNG, BMP or WebP files, or folders of them at any depth."""
     top_k: int = 3
@@ -148,7 +148,7 @@ class ExportOptions(RunDataOptions):
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """A run's folder, or a checkpoint such as its best.pt."""
+    """A run's folder, or a checkpoint such as its best.pt; latest: the newest finished run in runs/."""
     format: Literal["safetensors", "torch-export", "onnx"]
     """safetensors: the weights. torch-export, onnx: the graph too, for any number of images."""
     out: Path
@@ -162,7 +162,7 @@ class ReportOptions(RunDataOptions):
     """Write a finished run's report.html again: one page, with every picture embedded."""
 
     run: tyro.conf.Positional[Path]
-    """The run's folder."""
+    """The run's folder; latest: the newest finished one in runs/."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
 
@@ -172,7 +172,7 @@ class CompareOptions:
     """Compare finished runs on one page; runs that differ only in their seed form a group."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """The runs' folders, such as runs/..."""
+    """The runs' folders, such as runs/*."""
     out: Path = Path("compare.html")
     """The page to write."""
 

@@ -159,3 +159,15 @@ def test_a_data_set_from_python_is_found_if_it_is_a_release(dataset: Dataset, tm
     images = RunImages.of_run(run.folder)
     assert images is not None and images.data == "auto"
     assert main(["evaluate", str(run.folder), "--device", "cpu"]) == 0
+
+
+def test_latest_is_the_newest_finished_run(home: Path, run: Path, tmp_path, monkeypatch, capsys) -> None:
+    assert main(["evaluate", "latest"]) == 2
+    assert "latest: no finished run in runs/" in capsys.readouterr().err
+    monkeypatch.chdir(home)
+    [only] = (home / "runs").iterdir()
+    assert main(["evaluate", "latest", "--device", "cpu"]) == 0
+    assert f"runs/{only.name}/last.pt" in capsys.readouterr().out
+    (only / "report.html").unlink()
+    assert main(["report", "latest", "--device", "cpu"]) == 0
+    assert (only / "report.html").exists()

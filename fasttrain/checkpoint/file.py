@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fasttrain.errors import UserError
 from fasttrain.system.files import write_atomically
+from fasttrain.system.run_folder import run_folder
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 
@@ -40,10 +41,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def checkpoint_in(path: Path) -> Path:
-    """Return the checkpoint that a path names: itself, or the last one of a run's folder.
+    """Return the checkpoint that a path means: itself, or the last one of a run's folder.
 
     Raises UserError for a folder without one.
     """
+    path = run_folder(path)
     if not path.is_dir():
         return path
     if not (path / LAST).is_file():

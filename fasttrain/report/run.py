@@ -13,7 +13,7 @@ from fasttrain.report.pages import render
 from fasttrain.report.plots import Curve, Draw, Picture
 from fasttrain.system.machine import hardware_name
 from fasttrain.system.program import program
-from fasttrain.system.run_folder import parse_object, read_object, read_text
+from fasttrain.system.run_folder import parse_object, read_object, read_text, run_folder
 
 EPOCH_FIGURES = ("epoch", "train_accuracy", "test_accuracy", "seconds", "images_per_sec", "data_wait_share")
 EPOCH_LOSSES = ("train_loss", "test_loss")  # null for NaN or infinity
@@ -95,7 +95,7 @@ class Run:
 
 def load_run(folder: Path | str) -> Run:
     """Read a run's folder. Raises UserError if it is not one, is unfinished, or has a corrupt file."""
-    folder = Path(folder)
+    folder = run_folder(Path(folder))
     if not (folder / "recipe.json").is_file():
         raise UserError(f"{folder}: not a run's folder; expected one that fasttrain train made")
     if not (folder / "result.json").is_file():

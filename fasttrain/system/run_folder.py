@@ -78,6 +78,19 @@ def new_run_folder(out: Path, recipe_name: str) -> Path:
     raise UserError(f"--out {out}: already holds 999 runs of this second; choose another folder")
 
 
+def run_folder(path: Path) -> Path:
+    """Return the folder that a path to a run means: latest is the newest finished one in runs/.
+
+    Raises UserError if there is none.
+    """
+    if path != Path("latest") or path.exists():
+        return path
+    finished = [result.parent for result in Path("runs").glob(f"*/{RESULT_FILE}")]
+    if not finished:
+        raise UserError("latest: no finished run in runs/; name a run's folder, or train one")
+    return max(finished)  # the names begin with the time
+
+
 def find_unfinished(resume: str | Path, out: Path) -> Path:
     """Return the folder that --resume refers to; for auto, that of the newest unfinished run under `out`.
 

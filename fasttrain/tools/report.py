@@ -31,6 +31,7 @@ def report(
     if data != "auto" and not names_own_images(data):
         raise UserError(f"--data {data}: expected auto, folder:PATH or webdataset:PATTERN")
     run = load_run(folder)
+    folder = run.folder
     run_device = pick_device(device)
     images = RunImages.of_run(folder) or RunImages(name=run.result["dataset"])
     dataset = given(
