@@ -35,6 +35,7 @@ from fasttrain.options import (  # noqa: E402
 )
 from fasttrain.recipe import Recipe, load_recipe  # noqa: E402
 from fasttrain.system.console import silence_stdout  # noqa: E402
+from fasttrain.system.files import nearest_existing, require_writable  # noqa: E402
 from fasttrain.system.signals import leave_on_signals  # noqa: E402
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ def profile(args: Sequence[str]) -> int:
         from fasttrain.system.machine import pick_device
         from fasttrain.tools.profiler import profile_training, sentences
 
+    require_writable(nearest_existing(options.out), f"--out {options.out}")
     found, table = profile_training(
         options.settings,
         _load(options, options.settings.resolution),

@@ -184,6 +184,7 @@ def test_messages_name_the_program_as_this_shell_finds_it(tmp_path: Path, monkey
     [
         (["train", "--out", "{tmp}/file/runs"], "--out"),
         (["train", "--save-every", "often"], "--save-every often"),
+        (["profile", "--out", "{tmp}/file/profile"], "--out"),
         (
             ["export", "{tmp}/none.pt", "--format", "onnx", "--out", "{tmp}/nowhere/m.onnx"],
             "nowhere is not a folder",
