@@ -1,19 +1,57 @@
-"""Progress bars for long operations, drawn on stderr, and only if that is a terminal."""
+"""Progress of long operations on stderr: bars on a terminal; of a download, lines where there is none."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+LINE_SECONDS = 10
+"""From one line to the next, where stderr is not a terminal."""
+
+
+def note(line: str) -> None:
+    """Write one line to stderr at once."""
+    print(line, file=sys.stderr, flush=True)
+
 
 @contextmanager
-def show_bytes(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that takes the bytes received so far and shows them, the total and the speed."""
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+def show_bytes(title: str, total: int, start: int = 0) -> Iterator[Callable[[int], None]]:
+    """Yield a function that takes the bytes received so far and shows them, the total, rate and time left.
 
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with _bar(columns, title, total) as show:
+    start: bytes that were there before.
+    """
+    if not sys.stderr.isatty():
+        yield _lines(title, total, start)
+        return
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with _bar(columns, title, total, start) as show:
         yield show
+
+
+def _lines(title: str, total: int, start: int) -> Callable[[int], None]:
+    note(f"{title}: {total / 1e6:.1f} MB" + (f", {start / 1e6:.1f} MB of them here already" if start else ""))
+    began = last = time.monotonic()
+
+    def show(done: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < LINE_SECONDS:
+            return
+        last = now
+        rate = (done - start) / (now - began)
+        left = f", {(total - done) / rate:,.0f} s left" if rate > 0 else ""
+        note(f"{title}: {done / 1e6:.1f} of {total / 1e6:.1f} MB, {rate / 1e6:.2f} MB/s{left}")
+
+    return show
 
 
 @contextmanager
@@ -26,10 +64,10 @@ def show_count(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def _bar(columns: tuple[Any, ...], title: str, total: int) -> Iterator[Callable[[int], None]]:
+def _bar(columns: tuple[Any, ...], title: str, total: int, start: int = 0) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(title, total=total)
+        task = progress.add_task(title, total=total, completed=start)
         yield lambda done: progress.update(task, completed=done)

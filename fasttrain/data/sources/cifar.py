@@ -3,8 +3,7 @@
 A release (https://www.cs.toronto.edu/~kriz/cifar.html) is a folder; CIFAR-10's is `cifar-10-batches-bin`,
 with five training files and one test file. A file is a sequence of images of fixed length: a label (for
 CIFAR-100 two, coarse and fine, of which the fine one is used), then the red, green and blue planes of a 32x32
-image, row-major. The Python releases hold the same pixels as pickles, which can run code when opened; these
-files cannot.
+image, row-major. The release's other forms hold the same pixels: archives.py makes these files of them.
 
 A data set is called "CIFAR-10" only if all its files have the release's SHA-256. Any other data set in this
 layout (a generated stand-in, a re-encoded copy) gives its own name in a `dataset.json` next to its files,
@@ -154,10 +153,7 @@ def _read_bytes(path: Path) -> np.ndarray:
 def _read_classes(folder: Path, release: Release) -> tuple[str, ...]:
     path = folder / release.classes_file
     lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
-    classes = tuple(line.strip() for line in lines if line.strip()) or release.classes
-    if not classes:
-        raise UserError(f"{path}: no names of classes; expected one per line: download the data again")
-    return classes
+    return tuple(line.strip() for line in lines if line.strip()) or release.classes
 
 
 def _check_labels(path: Path, labels: np.ndarray, classes: int) -> None:

@@ -1,38 +1,37 @@
-"""Download of a CIFAR release: mirrors, broken connections, checksums, and an untrusted archive."""
+"""A CIFAR release for the data folder: from files placed there by hand, else from one of several places.
 
-import hashlib
-import http.client
+The sources are tried in order. One that is dead, wrong or slow is left for the next; if all that work are
+slow, the fastest of them is asked again and may take its time.
+"""
+
 import os
-import shutil
-import tarfile
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
 
+from fasttrain.data.sources.archives import unpack
 from fasttrain.data.sources.cifar import exists
-from fasttrain.data.sources.releases import CIFAR10, Release
+from fasttrain.data.sources.folder import looks_like_classes
+from fasttrain.data.sources.releases import CIFAR10, Release, Source
+from fasttrain.data.sources.transfer import SLOW_BYTES_PER_S, Pace, SlowError, SourceError, transfer
 from fasttrain.errors import UserError
-from fasttrain.system.files import disk_errors, new_folder
-from fasttrain.system.progress import show_bytes
-
-CLASSES_BYTES_MAX = 4096
-SILENCE_SECONDS = 10  # to connect, and between two chunks: without a network a run must fail fast
-CHUNK_BYTES = 1 << 18
+from fasttrain.system.files import disk_errors
+from fasttrain.system.progress import note
 
 
 class DownloadError(UserError):
-    """No mirror provided the release. A separate class, so that a caller can fall back on other data."""
+    """No source provided the release. A separate class, so that a caller can fall back on other data."""
 
 
 def download(root: Path, mirrors: Sequence[str] | None = None, release: Release | None = None) -> None:
-    """Download a release (by default CIFAR-10) into its folder in `root`, which appears only once complete.
+    """Put a release (by default CIFAR-10) into its folder in `root`, which appears only once complete.
 
-    mirrors: URLs (http, https, file) of the archive, tried in order; by default those in the environment's
-    FASTTRAIN_MIRRORS, separated by commas, else the release's own. An interrupted download resumes where it
-    stopped. Does nothing if the files exist.
-    Raises DownloadError if no mirror provides the release, UserError if the folder cannot be written to.
+    An archive of the release that lies in `root` already, or the folder of the Python release, is taken
+    without a download, and stays.
+    mirrors: URLs (http, https, file) to try before the release's own sources; by default those in the
+    environment's FASTTRAIN_MIRRORS, separated by commas. See mirror.
+    An interrupted download resumes where it stopped. Does nothing if the files exist.
+    Raises DownloadError if no source provides the release; UserError if the folder cannot be written to, or
+    holds damaged files or other images.
     """
     release = release or CIFAR10
     if exists(root, release):
@@ -43,134 +42,89 @@ def download(root: Path, mirrors: Sequence[str] | None = None, release: Release 
             f"{target}: exists but lacks some of {', '.join(release.files)}; move it away and try again"
         )
     if mirrors is None:
-        listed = os.environ.get("FASTTRAIN_MIRRORS", "").split(",")
-        mirrors = [url.strip() for url in listed if url.strip()] or [release.url]
-
-    part = root / f"{release.archive}.part"
-    failures = []
+        mirrors = [url.strip() for url in os.environ.get("FASTTRAIN_MIRRORS", "").split(",") if url.strip()]
     with disk_errors(root):
-        root.mkdir(parents=True, exist_ok=True)
-        for url in mirrors:
-            try:
-                _fetch(url, part, release)
-                break
-            except _MirrorError as error:
-                failures.append(f"{url}: {error}")
-        else:
-            raise DownloadError(
-                f"{release.name} could not be downloaded ({'; '.join(failures)}). "
-                f"Put the files of {release.archive} into {target} yourself, or use --data synthetic"
-            )
-        _unpack(part, target, release)
-        part.unlink()
-
-
-# Downloading
-class _MirrorError(Exception):
-    """The reason why one mirror failed; never a fault of the local disk."""
-
-
-def _fetch(url: str, part: Path, release: Release) -> None:
-    """Complete `part` from one mirror and verify it.
-
-    Raises _MirrorError. A `part` with wrong content is removed; one that is too short is kept, to resume
-    from.
-    """
-    while True:
-        existed = part.exists()
-        _transfer(url, part, release)
-        if part.stat().st_size == release.archive_bytes and _md5(part) == release.archive_md5:
+        if _take_placed(root, target, release):
             return
-        part.unlink()
-        # The first bytes may have come from another mirror: only blame this one for a file it sent in full.
-        if not existed:
-            raise _MirrorError("the content is not the release's (md5 or size differs)")
+        if looks_like_classes(root):
+            raise UserError(
+                f"{root}: holds folders of images; to train on them use --data folder:{root}, "
+                f"or choose another --data-dir for {release.name}"
+            )
+        root.mkdir(parents=True, exist_ok=True)
+        _try_sources([mirror(url, release) for url in mirrors] + [*release.sources], root, target, release)
+        for archive in release.archives:
+            for file in archive.files:
+                _part(root, file.name).unlink(missing_ok=True)
 
 
-def _md5(path: Path) -> str:
-    md5 = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            md5.update(chunk)
-    return md5.hexdigest()
+def mirror(url: str, release: Release) -> Source:
+    """Return the source that a URL stands for, by its last part.
 
-
-def _transfer(url: str, part: Path, release: Release) -> None:
-    """Append to `part` until it has the archive's size, with new connections as long as each adds bytes."""
-    with show_bytes(release.name, release.archive_bytes) as show:
-        size = part.stat().st_size if part.exists() else 0
-        while size < release.archive_bytes:
-            before = size
-            reason = _transfer_once(url, part, size, release.archive_bytes, show)
-            size = part.stat().st_size
-            if size <= before:
-                raise _MirrorError(reason or f"it ends after {size} of {release.archive_bytes} bytes")
-
-
-def _transfer_once(url: str, part: Path, offset: int, limit: int, show: Callable[[int], None]) -> str:
-    """Download over one connection; returns why it broke, or "". Raises _MirrorError if it cannot start."""
-    reason = ""
-    with _open(url, offset) as response:
-        # Only a 206 resumes where we stopped: a server without ranges, or a file, starts from the beginning.
-        resumed = getattr(response, "status", None) == 206
-        with part.open("ab" if resumed else "wb") as output:
-            while output.tell() <= limit:
-                try:
-                    chunk = response.read(CHUNK_BYTES)
-                except (OSError, http.client.HTTPException) as error:
-                    reason = _reason(error)
-                    break
-                if not chunk:
-                    break
-                output.write(chunk)
-                show(output.tell())
-    return reason
-
-
-def _open(url: str, offset: int) -> Any:
-    if not url.startswith(("http://", "https://", "file://")):
-        raise _MirrorError("not a http, https or file URL")
-    headers = {"User-Agent": "fasttrain"}
-    if offset:
-        headers["Range"] = f"bytes={offset}-"
-    try:
-        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=SILENCE_SECONDS)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code == 416 and offset:  # the server's file is shorter than our part: one of them is wrong
-            return _open(url, 0)
-        raise _MirrorError(f"HTTP {error.code} {error.reason}") from error
-    except (OSError, http.client.HTTPException) as error:
-        raise _MirrorError(_reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    cause = error.reason if isinstance(error, urllib.error.URLError) else error
-    return str(cause) or type(cause).__name__
-
-
-def _unpack(archive: Path, target: Path, release: Release) -> None:
-    """Copy the release's files out of the archive by name, and ignore everything else in it.
-
-    Never extractall: the names, links and modes in a downloaded tar file must not reach the file system.
+    *.parquet is the training images, next to the test images whose name has test in place of train; *python*
+    is the Python release, anything else the binary one.
     """
-    with new_folder(target) as folder, tarfile.open(archive, "r:gz") as tar:
-        missing = {*release.files, release.classes_file}
-        for member in tar:
-            path = PurePosixPath(member.name)
-            name = path.name
-            if path != PurePosixPath(release.folder, name) or name not in missing:
-                continue
-            size = member.size
-            is_names = name == release.classes_file
-            right_size = size <= CLASSES_BYTES_MAX if is_names else size == release.file_bytes(name)
-            content = tar.extractfile(member) if member.isreg() and right_size else None
-            if content is None:
-                raise DownloadError(
-                    f"{archive}: {member.name} has {size} bytes or is not a regular file; remove the archive"
-                )
-            with (folder / name).open("wb") as output:
-                shutil.copyfileobj(content, output)
-            missing.remove(name)
-        if missing:
-            raise DownloadError(f"{archive}: lacks {', '.join(sorted(missing))}; remove the archive")
+    place, _, name = url.rpartition("/")
+    if name.endswith(".parquet"):
+        return Source(release.parquet, (url, f"{place}/{name.replace('train', 'test')}"))
+    return Source(release.python if "python" in name else release.binary, (url,))
+
+
+def _take_placed(root: Path, target: Path, release: Release) -> bool:
+    """Unpack what was placed in the data folder by hand; returns whether there was anything."""
+    for archive in (release.binary, release.python):
+        for path in (root / archive.files[0].name, root / archive.folder):
+            if path.exists():
+                note(f"{release.name}: taken from {path}")
+                try:
+                    unpack(archive, [path], target, release, verify=False)
+                except ValueError as error:
+                    raise UserError(
+                        f"{path}: {error}; put a good copy there, or move it away to download {release.name}"
+                    ) from error
+                return True
+    return False
+
+
+def _try_sources(sources: Sequence[Source], root: Path, target: Path, release: Release) -> None:
+    """Fill `target` from the first source that can. Raises DownloadError."""
+    failures: dict[Source, str] = {}
+    slow: dict[Source, float] = {}
+    for source in sources:
+        try:
+            return _obtain(source, Pace(SLOW_BYTES_PER_S), root, target, release)
+        except SourceError as error:
+            failures[source] = str(error)
+            if isinstance(error, SlowError):
+                slow[source] = error.rate
+            note(f"{release.name}: left {source.urls[0]}: {error}")
+    for source in sorted(slow, key=lambda source: -slow[source]):
+        try:
+            return _obtain(source, Pace(0), root, target, release)
+        except SourceError as error:
+            failures[source] = str(error)
+    reasons = "; ".join(f"{source.name}: {reason}" for source, reason in failures.items())
+    raise DownloadError(
+        f"{release.name} could not be downloaded ({reasons}). Put {release.binary.files[0].name} or "
+        f"{release.python.files[0].name} into {root} yourself, or use --data synthetic"
+    )
+
+
+def _obtain(source: Source, pace: Pace, root: Path, target: Path, release: Release) -> None:
+    """Download all files of a source and unpack them. Raises SourceError."""
+    archive = source.archive
+    parts = [_part(root, file.name) for file in archive.files]
+    for url, file, part in zip(source.urls, archive.files, parts, strict=True):
+        transfer(url, file, part, pace, f"{release.name} from {source.name}")
+    note(f"{release.name}: unpacking")
+    try:
+        unpack(archive, parts, target, release, verify=True)
+    except ValueError as error:
+        for part in parts:
+            part.unlink()
+        raise SourceError(str(error)) from error
+
+
+def _part(root: Path, name: str) -> Path:
+    """Return where a file is downloaded to; copies of one archive go on where another stopped."""
+    return root / f"{name}.part"

@@ -15,6 +15,7 @@ from fasttrain.data.sources.pixel_cache import CLASSES_MAX, Sample, Source, read
 from fasttrain.errors import UserError
 
 TRAIN, TEST = "train", ("test", "val")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
 def read(
@@ -42,6 +43,24 @@ def read(
         raise UserError(f"{error.filename or root}: cannot be read ({error.strerror})") from error
     cache = cache_dir / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}-{resolution}.pixels"
     return read_decoded(source, cache, resolution=resolution, skip_bad=skip_bad, log=log)
+
+
+def looks_like_classes(root: Path) -> bool:
+    """Return whether a folder, or `train` in it, holds two folders with images, going by the files' names.
+
+    Folders that cannot be read do not count.
+    """
+
+    def entries(folder: Path) -> Sequence[Path]:
+        try:
+            return list(folder.iterdir())
+        except OSError:
+            return []
+
+    def holds_images(folder: Path) -> bool:
+        return any(path.suffix.lower() in SUFFIXES for path in entries(folder))
+
+    return any(sum(map(holds_images, entries(folder))) >= 2 for folder in (root, root / TRAIN))
 
 
 def _list(root: Path, place: str, known: Sequence[str] | None) -> Source:
