@@ -1,8 +1,13 @@
 """What several tests need: steps, loaders and checkpoints without a training, and CIFAR-10 in small."""
 
 import dataclasses
+import hashlib
+import io
+import pickle
+import tarfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -143,6 +148,68 @@ def write_release(root: Path) -> Path:
     for seed, name in enumerate(cifar.CIFAR10.files):
         (folder / name).write_bytes(records(SMALL_RELEASE + seed, seed))
     return folder
+
+
+def small_release(**changes: Any) -> cifar.Release:
+    """CIFAR-10 as if it held no more than four random images a file, and could be had nowhere."""
+    return dataclasses.replace(
+        cifar.CIFAR10,
+        sha256={name: hashlib.sha256(content).hexdigest() for name, content in small_files().items()},
+        train_images=5 * SMALL_RELEASE,
+        test_images=SMALL_RELEASE,
+        sources=(),
+        mean=None,
+        std=None,
+        **changes,
+    )
+
+
+def small_files() -> dict[str, bytes]:
+    """The files of `small_release`."""
+    return {name: records(SMALL_RELEASE, seed) for seed, name in enumerate(cifar.CIFAR10.files)}
+
+
+def tar_gz(members: Mapping[str, bytes]) -> bytes:
+    """A compressed tar file of these members."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+class _Pickler2(pickle._Pickler):
+    """Writes bytes as Python 2 wrote its strings, which are bytes too."""
+
+    dispatch: ClassVar[dict[Any, Any]] = dict(pickle._Pickler.dispatch)
+
+    def save_str(self, value: bytes) -> None:
+        size = len(value)
+        self.write(b"U" + bytes([size]) if size < 256 else b"T" + size.to_bytes(4, "little"))
+        self.write(value)
+        self.memoize(value)
+
+    dispatch[bytes] = save_str
+
+
+def pickle2(value: object) -> bytes:
+    """A pickle as Python 2 and the NumPy of its time wrote it."""
+    buffer = io.BytesIO()
+    _Pickler2(buffer, protocol=2).dump(value)
+    return buffer.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+
+
+def pickle_of(content: bytes, name: str = "batch", labels: tuple[str, ...] = ("labels",)) -> bytes:
+    """A file of the binary release as one of the Python release."""
+    rows = np.frombuffer(content, np.uint8).reshape(-1, len(labels) + 3072)
+    batch: dict[bytes, object] = {b"batch_label": name.encode()}
+    for column, label in enumerate(labels):
+        batch[label.encode()] = rows[:, column].tolist()
+    batch[b"data"] = rows[:, len(labels) :].copy()
+    batch[b"filenames"] = [f"{name}_s_{index:06}.png".encode() for index in range(len(rows))]
+    return pickle2(batch)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from fasttrain.data.sources import image, python_release
 from fasttrain.data.sources.releases import IMAGE_SHAPE, Archive, Release
+from fasttrain.errors import one_line
 from fasttrain.system.files import new_folder
 
 MEMBERS_MAX = 100
@@ -89,19 +90,23 @@ def _parquet(archive: Archive, paths: Sequence[Path], release: Release) -> Files
 
 
 def _parquet_records(path: Path, release: Release) -> np.ndarray:
+    import pyarrow
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as table:
-        records = np.empty((table.metadata.num_rows, release.record_bytes), np.uint8)
-        start = 0
-        for batch in table.iter_batches(1000, columns=["img.bytes", *release.labels]):
-            here = slice(start, start + batch.num_rows)
-            for column, label in enumerate(release.labels):
-                records[here, column] = batch.column(label).to_numpy()
-            for row, content in enumerate(batch.column("img").field("bytes"), start):
-                pixels = image.decode(io.BytesIO(content.as_py()), IMAGE_SHAPE[0])
-                records[row, release.label_bytes :] = pixels.transpose(2, 0, 1).ravel()
-            start = here.stop
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            records = np.empty((table.metadata.num_rows, release.record_bytes), np.uint8)
+            start = 0
+            for batch in table.iter_batches(1000, columns=["img.bytes", *release.labels]):
+                here = slice(start, start + batch.num_rows)
+                for column, label in enumerate(release.labels):
+                    records[here, column] = batch.column(label).to_numpy()
+                for row, content in enumerate(batch.column("img").field("bytes"), start):
+                    pixels = image.decode(io.BytesIO(content.as_py()), IMAGE_SHAPE[0])
+                    records[row, release.label_bytes :] = pixels.transpose(2, 0, 1).ravel()
+                start = here.stop
+    except (pyarrow.ArrowException, OSError, KeyError) as error:
+        raise ValueError(f"{path.name}: {one_line(error)}") from error
     return records
 
 

@@ -62,13 +62,13 @@ def transfer(url: str, file: RemoteFile, part: Path, pace: Pace, title: str) -> 
     Raises SourceError, of that SlowError if the source falls behind the pace.
     """
     while True:
-        existed = part.exists()
+        fresh = not part.exists() or part.stat().st_size == 0
         _complete(url, file, part, pace, title)
         if part.stat().st_size == file.bytes and digest(part, file) == file.digest:
             return
         part.unlink()
         # The first bytes may have come from another place: only blame this one for a file it sent in full.
-        if not existed:
+        if fresh:
             raise SourceError(
                 f"the content is not the release's (size or {file.digest.split(':')[0]} differs)"
             )
@@ -103,8 +103,9 @@ def _receive(
 ) -> str:
     """Download over one connection; returns why it broke, or "". Raises SourceError if it cannot start."""
     with _open(url, offset) as response:
-        start = _check_answer(response, file, offset)
-        with part.open("ab" if start else "wb") as output:
+        # How many of the coming bytes are in `part` already: all of those, if the server cannot resume.
+        already = offset - _check_answer(response, file, offset)
+        with part.open("ab") as output:
             while output.tell() <= file.bytes:
                 try:
                     chunk = response.read1(CHUNK_BYTES)  # not read: that waits until the chunk is full
@@ -112,7 +113,8 @@ def _receive(
                     return _reason(error)
                 if not chunk:
                     break
-                output.write(chunk)
+                output.write(chunk[already:])
+                already = max(0, already - len(chunk))
                 show(output.tell())
                 pace.count(len(chunk))
     return ""
