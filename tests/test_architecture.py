@@ -32,7 +32,17 @@ FLOORS = [
 ]
 """From the ground up. A package stands for all of its modules, which may import each other."""
 
-HEAVY = {"torch", "nvidia", "matplotlib", "jinja2", "torch_lr_finder", "torchinfo", "tensorboard", "PIL"}
+HEAVY = {
+    "torch",
+    "nvidia",
+    "matplotlib",
+    "jinja2",
+    "torch_lr_finder",
+    "torchinfo",
+    "tensorboard",
+    "PIL",
+    "pyarrow",
+}
 LIGHT_MODULES = [
     "fasttrain",
     "fasttrain.data",

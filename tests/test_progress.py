@@ -23,8 +23,8 @@ def test_piped_it_says_how_far_it_is_every_ten_seconds(
             show(20_000_000 + second * 1_000_000)
     assert capsys.readouterr().err.splitlines() == [
         "CIFAR-10 from example.org: 170.0 MB, 20.0 MB of them here already",
-        "CIFAR-10 from example.org: 30.0 of 170.0 MB, 1.00 MB/s, 140 s left",
-        "CIFAR-10 from example.org: 40.0 of 170.0 MB, 1.00 MB/s, 130 s left",
+        "CIFAR-10 from example.org: 30.0 of 170.0 MB, 1.00 MB/s, 0:02:20 left",
+        "CIFAR-10 from example.org: 40.0 of 170.0 MB, 1.00 MB/s, 0:02:10 left",
     ]
 
 

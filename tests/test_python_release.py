@@ -208,6 +208,12 @@ def test_what_was_placed_by_hand_is_converted_once(
     assert cifar.read(tmp_path, small_release()).name == "CIFAR-10"
 
 
+def test_the_folder_of_pickles_may_be_the_data_folder_itself(tmp_path: Path) -> None:
+    folder = place_folder(tmp_path)
+    download(folder, [], small_release())
+    assert cifar.read(folder, small_release()).name == "CIFAR-10"
+
+
 def test_other_pixels_placed_by_hand_are_unverified(tmp_path: Path) -> None:
     folder = place_folder(tmp_path)
     (folder / "test_batch").write_bytes(pickle_of(records(4, seed=99)))

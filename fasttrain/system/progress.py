@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 LINE_SECONDS = 10
@@ -48,7 +49,7 @@ def _lines(title: str, total: int, start: int) -> Callable[[int], None]:
             return
         last = now
         rate = (done - start) / (now - began)
-        left = f", {(total - done) / rate:,.0f} s left" if rate > 0 else ""
+        left = f", {timedelta(seconds=(total - done) // rate)} left" if rate > 0 else ""
         note(f"{title}: {done / 1e6:.1f} of {total / 1e6:.1f} MB, {rate / 1e6:.2f} MB/s{left}")
 
     return show

@@ -72,17 +72,22 @@ def mirror(url: str, release: Release) -> Source:
 
 def _take_placed(root: Path, target: Path, release: Release) -> bool:
     """Unpack what was placed in the data folder by hand; returns whether there was anything."""
-    for archive in (release.binary, release.python):
-        for path in (root / archive.files[0].name, root / archive.folder):
-            if path.exists():
-                note(f"{release.name}: taken from {path}")
-                try:
-                    unpack(archive, [path], target, release, verify=False)
-                except ValueError as error:
-                    raise UserError(
-                        f"{path}: {error}; put a good copy there, or move it away to download {release.name}"
-                    ) from error
-                return True
+    pickles = release.python.folder
+    places = [
+        (release.binary, root / release.binary.files[0].name),
+        (release.python, root / release.python.files[0].name),
+        (release.python, root if root.resolve().name == pickles else root / pickles),
+    ]
+    for archive, path in places:
+        if path.exists():
+            note(f"{release.name}: taken from {path}")
+            try:
+                unpack(archive, [path], target, release, verify=False)
+            except ValueError as error:
+                raise UserError(
+                    f"{path}: {error}; put a good copy there, or move it away to download {release.name}"
+                ) from error
+            return True
     return False
 
 
@@ -115,7 +120,7 @@ def _obtain(source: Source, pace: Pace, root: Path, target: Path, release: Relea
     archive = source.archive
     parts = [_part(root, file.name) for file in archive.files]
     for url, file, part in zip(source.urls, archive.files, parts, strict=True):
-        transfer(url, file, part, pace, f"{release.name} from {source.name}")
+        transfer(url, file, part, pace, f"{file.name} from {source.name}")
     note(f"{release.name}: unpacking")
     try:
         unpack(archive, parts, target, release, verify=True)
