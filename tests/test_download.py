@@ -272,7 +272,12 @@ def test_every_mirrors_reason_is_told(tmp_path: Path, archive: bytes, serve: Ser
         download.download(tmp_path, [gone.url, file, "ftp://127.0.0.1/x", "http://127.0.0.1:1/x"])
     message = str(caught.value)
     assert "\n" not in message
-    for part in ("127.0.0.1: HTTP 416", f"{file}: ", "127.0.0.1: not a http", "127.0.0.1: [Errno"):
+    for part in (
+        "127.0.0.1: HTTP 416",
+        f"{file}: ",
+        "127.0.0.1: not a http",
+        "127.0.0.1: Connection refused",
+    ):
         assert part in message
 
 
@@ -382,7 +387,7 @@ def test_a_slow_source_is_left_and_its_bytes_are_kept(
     assert_complete(tmp_path)
     (asked,) = fast.asked
     assert asked and 3_000 < int(asked.removeprefix("bytes=").removesuffix("-")) < 30_000
-    assert f"left {slow.url}: slow, 3" in capsys.readouterr().err  # 30 kB/s
+    assert "left 127.0.0.1: slow, 3" in capsys.readouterr().err  # 30 kB/s
 
 
 @pytest.mark.usefixtures("impatient")
@@ -553,9 +558,9 @@ def test_a_mirrors_form_is_told_by_its_name() -> None:
         ("file:///copy.tgz", release.binary),
     ):
         assert download.mirror(url, release) == Source(archive, (url,))
-    assert download.mirror("https://host/train/train-0-of-1.parquet", release).urls == (
-        "https://host/train/train-0-of-1.parquet",
-        "https://host/train/test-0-of-1.parquet",
+    assert download.mirror("https://host/train/train-0-of-1.parquet?download=true", release).urls == (
+        "https://host/train/train-0-of-1.parquet?download=true",
+        "https://host/train/test-0-of-1.parquet?download=true",
     )
 
 

@@ -65,7 +65,7 @@ def mirror(url: str, release: Release) -> Source:
     is the Python release, anything else the binary one.
     """
     place, _, name = url.rpartition("/")
-    if name.endswith(".parquet"):
+    if ".parquet" in name:
         return Source(release.parquet, (url, f"{place}/{name.replace('train', 'test')}"))
     return Source(release.python if "python" in name else release.binary, (url,))
 
@@ -102,13 +102,16 @@ def _try_sources(sources: Sequence[Source], root: Path, target: Path, release: R
             failures[source] = str(error)
             if isinstance(error, SlowError):
                 slow[source] = error.rate
-            note(f"{release.name}: left {source.urls[0]}: {error}")
+            note(f"{release.name}: left {source.name}: {error}")
     for source in sorted(slow, key=lambda source: -slow[source]):
         try:
             return _obtain(source, Pace(0), root, target, release)
         except SourceError as error:
             failures[source] = str(error)
-    reasons = "; ".join(f"{source.name}: {reason}" for source, reason in failures.items())
+    hosts: dict[str, dict[str, None]] = {}  # without a network, all have one reason
+    for source, reason in failures.items():
+        hosts.setdefault(reason, {})[source.name] = None
+    reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in hosts.items())
     raise DownloadError(
         f"{release.name} could not be downloaded ({reasons}). Put {release.binary.files[0].name} or "
         f"{release.python.files[0].name} into {root} yourself, or use --data synthetic"

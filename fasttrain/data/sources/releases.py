@@ -52,7 +52,10 @@ class Source:
     @property
     def name(self) -> str:
         """The host, or the URL where there is none."""
-        return urlsplit(self.urls[0]).hostname or self.urls[0]
+        try:
+            return urlsplit(self.urls[0]).hostname or self.urls[0]
+        except ValueError:  # a malformed URL
+            return self.urls[0]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttrain.data.sources.releases import RemoteFile
+from fasttrain.errors import one_line
 from fasttrain.system.progress import show_bytes
 
 ANSWER_SECONDS = 5  # from the name's resolution to the end of all redirects: a dead server must cost little
@@ -191,4 +192,6 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
 
 def _reason(error: Exception) -> str:
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
-    return " ".join(str(cause).split()) or type(cause).__name__
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return cause if isinstance(cause, str) else one_line(cause)
