@@ -154,9 +154,9 @@ def _open(url: str, offset: int) -> Any:
     headers = {"User-Agent": "fasttrain"}
     if offset:
         headers["Range"] = f"bytes={offset}-"
-    request = urllib.request.Request(url, headers=headers)
     opener = urllib.request.build_opener(_Redirects)
     try:
+        request = urllib.request.Request(url, headers=headers)
         return _within(ANSWER_SECONDS, lambda: opener.open(request, timeout=SILENCE_SECONDS))
     except urllib.error.HTTPError as error:
         error.close()
