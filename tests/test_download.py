@@ -407,12 +407,19 @@ def test_another_form_of_the_release_stands_in_for_a_slow_one(
     assert slow.asked == [None] and other.asked == [None, "bytes=20000-"]
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.fixture
+def demanding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Find everything slow, after 0.2 s."""
+    monkeypatch.setattr(transfer, "SLOW_SECONDS", 0.2)
+    monkeypatch.setattr(download, "SLOW_BYTES_PER_S", float("inf"))
+
+
+@pytest.mark.usefixtures("demanding")
 def test_where_all_are_slow_the_fastest_finishes(
     tmp_path: Path, archive: bytes, python_archive: bytes, serve: Serve
 ) -> None:
-    slower = serve(archive, rate=25_000)
-    slow = serve(python_archive, name="cifar-10-python.tar.gz", rate=45_000)
+    slower = serve(archive, rate=50_000)
+    slow = serve(python_archive, name="cifar-10-python.tar.gz", rate=150_000)
     download.download(tmp_path, [slower.url, "http://127.0.0.1:1/x", slow.url])
     assert_complete(tmp_path)
     assert slower.asked == [None]
@@ -420,12 +427,12 @@ def test_where_all_are_slow_the_fastest_finishes(
     assert first is None and again and again.startswith("bytes=")
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("demanding")
 def test_a_source_that_fails_the_second_time_is_left_to_the_next_slow_one(
     tmp_path: Path, archive: bytes, python_archive: bytes, serve: Serve
 ) -> None:
-    slow = serve(archive, rate=25_000)
-    breaking = serve(python_archive, name="cifar-10-python.tar.gz", rate=45_000, cuts=(70_000, 0))
+    slow = serve(archive, rate=50_000)
+    breaking = serve(python_archive, name="cifar-10-python.tar.gz", rate=150_000, cuts=(70_000, 0))
     download.download(tmp_path, [slow.url, breaking.url])
     assert_complete(tmp_path)
     assert len(breaking.asked) == len(slow.asked) == 2
