@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fasttrain.data.sources.releases import IMAGE_SHAPE, Release
+from fasttrain.errors import one_line
 
 PIXELS = math.prod(IMAGE_SHAPE)
 # fmt: off
@@ -28,6 +29,9 @@ INSTRUCTIONS = {
 }
 # fmt: on
 """Those of protocol 2, without the ones that make objects of other kinds."""
+
+STORED_MAX = 1 << 20
+"""The most values that a pickle may store for later; pickle keeps a table as long as the largest number."""
 
 
 class _DType:
@@ -73,10 +77,8 @@ def read(content: bytes, images: int, release: Release) -> np.ndarray:
     try:
         _check_instructions(content)
         batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
-    except ValueError:
-        raise
     except Exception as error:  # a corrupt pickle fails anywhere
-        raise ValueError(f"not a batch of the Python release ({type(error).__name__})") from error
+        raise ValueError(f"not a batch of the Python release: {one_line(error)}") from error
     if not isinstance(batch, dict):
         raise ValueError("not a batch of the Python release: no dictionary")
     columns = [_labels(batch, f"{label}s", images) for label in release.labels]
@@ -85,7 +87,6 @@ def read(content: bytes, images: int, release: Release) -> np.ndarray:
 
 def _check_instructions(content: bytes) -> None:
     """Let only a program through that builds plain values, in memory in proportion to its length."""
-    stored = 0
     argument: Any
     for instruction, argument, _ in pickletools.genops(content):
         if instruction.name not in INSTRUCTIONS:
@@ -94,10 +95,10 @@ def _check_instructions(content: bytes) -> None:
             )
         if instruction.name == "GLOBAL" and argument.replace(" ", ".") not in STAND_INS:
             raise ValueError(f"a pickle that asks for {argument[:80]!r}, which the release does not use")
-        if instruction.name in ("BINPUT", "LONG_BINPUT"):
-            stored += 1
-            if argument > stored:  # pickle keeps a table as long as the largest number
-                raise ValueError("a pickle that stores a value out of order")
+        if instruction.name == "LONG_BINPUT" and argument > STORED_MAX:
+            raise ValueError(
+                f"a pickle that stores a value in place {argument}, expected {STORED_MAX} at most"
+            )
 
 
 def _labels(batch: dict[Any, Any], key: str, images: int) -> np.ndarray:
@@ -113,9 +114,9 @@ def _pixels(batch: dict[Any, Any], images: int) -> np.ndarray:
     array = batch.get(b"data")
     if not isinstance(array, _Array) or not isinstance(array.state, tuple) or len(array.state) != 5:
         raise ValueError("data: expected an array")
-    _, shape, dtype, in_columns, content = array.state
+    _, shape, dtype, by_column, content = array.state
     if shape != (images, PIXELS) or not isinstance(dtype, _DType) or dtype.code not in (b"u1", "u1"):
         raise ValueError(f"data: expected an array of bytes of shape {(images, PIXELS)}")
-    if in_columns or not isinstance(content, bytes) or len(content) != images * PIXELS:
-        raise ValueError(f"data: expected {images * PIXELS} bytes, row by row")
-    return np.frombuffer(content, np.uint8).reshape(images, PIXELS)
+    if not isinstance(content, bytes) or len(content) != images * PIXELS:
+        raise ValueError(f"data: expected {images * PIXELS} bytes")
+    return np.frombuffer(content, np.uint8).reshape((images, PIXELS), order="F" if by_column else "C")
