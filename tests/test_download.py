@@ -401,7 +401,6 @@ def test_another_form_of_the_release_stands_in_for_a_slow_one(
     other = serve(python_archive, name="cifar-10-python.tar.gz", cuts=(20_000,))
     release = cifar.CIFAR10
     sources = (Source(release.binary, (slow.url,)), Source(release.python, (other.url,)))
-    publish(pytest.MonkeyPatch(), release)
     download.download(tmp_path, [], dataclasses.replace(release, sources=sources))
     assert_complete(tmp_path)
     assert slow.asked == [None] and other.asked == [None, "bytes=20000-"]
