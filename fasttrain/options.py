@@ -127,7 +127,7 @@ class PredictOptions:
     checkpoint: tyro.conf.Positional[Path]
     """A run's folder, or a checkpoint such as its best.pt; latest: the newest finished run in runs/."""
     images: tyro.conf.Positional[tuple[Path, ...]]
-    """JPEG, PNG, BMP or WebP files, or folders of them at any depth."""
+    """JPEG, PNG, BMP, WebP, GIF or TIFF files, or folders of them at any depth."""
     top_k: int = 3
     """How many classes to name per image."""
     format: Literal["table", "json", "csv"] = "table"

@@ -97,11 +97,20 @@ def test_the_split_depends_on_names_alone(root: Path, tmp_path: Path) -> None:
     assert sum(holds(kept, image_HWC) for image_HWC in data.test.images) >= 3  # at most a border moves
 
 
-@pytest.mark.parametrize("tests", ["val", "test"])
-def test_train_and_test_folders_are_taken_as_they_are(tmp_path: Path, tests: str) -> None:
+@pytest.mark.parametrize(
+    ("train", "tests"),
+    [
+        ("train", "test"),
+        ("train", "val"),
+        ("Train", "VALID"),
+        ("TRAINING", "Validation"),
+        ("training", "Test"),
+    ],
+)
+def test_train_and_test_folders_are_taken_as_they_are(tmp_path: Path, train: str, tests: str) -> None:
     root = tmp_path / "pets"
-    write_class(root / "train" / "cat", 3)
-    write_class(root / "train" / "dog", 2, seed=10)
+    write_class(root / train / "cat", 3)
+    write_class(root / train / "dog", 2, seed=10)
     write_class(root / tests / "dog", 4, seed=20)
     data = read(root)
     assert data.classes == ("cat", "dog")
@@ -114,7 +123,9 @@ def test_test_goes_before_val_and_train_may_be_a_class(tmp_path: Path) -> None:
     for part, seed in (("train", 0), ("val", 10), ("test", 20)):
         for offset, name in enumerate(("cat", "dog")):
             write_class(root / part / name, 1, seed=seed + offset)
-    assert holds(read(root).test.images, pixels(noise(20)))
+    said: list[str] = []
+    assert holds(read(root, log=said.append).test.images, pixels(noise(20)))
+    assert said == [f"--data folder:{root}: left out val: the test images are those in test"]
     root = tmp_path / "vehicles"
     write_class(root / "train", 5)
     write_class(root / "ship", 5, seed=10)
@@ -151,12 +162,55 @@ def test_all_formats_and_modes_become_rgb(root: Path) -> None:
     for mode in ("L", "RGBA", "P", "1", "LA"):
         noise(202).convert(mode).save(root / "dog" / f"{mode}.png")
     noise(203).convert("CMYK").save(root / "dog" / "cmyk.jpg")
-    (root / "dog" / ".DS_Store").write_bytes(b"not an image, and not ours")
+    for suffix in ("gif", "tif"):
+        noise(204).convert("P").save(root / "dog" / f"x.{suffix}")
     data = read(root)
-    assert len(data.train.labels) + len(data.test.labels) == 31
+    assert len(data.train.labels) + len(data.test.labels) == 33
     images = np.concatenate([data.train.images, data.test.images])
     assert holds(images, pixels(noise(200)))  # BMP keeps every pixel
     assert holds(images, pixels(noise(202).convert("L")))
+    assert (images == pixels(noise(204).convert("P"))).all((1, 2, 3)).sum() == 2
+
+
+def test_files_that_are_no_images_are_left_out_with_their_number_and_the_cache_is_kept(root: Path) -> None:
+    whole = read(root)
+    for name in ("a.txt", "b.TXT", "labels.json", "Thumbs.db", ".DS_Store", "._000.png", "LICENSE"):
+        (root / "cat" / name).write_bytes(b"no image")
+    (root / "cat" / "pipe.txt").symlink_to("nowhere")
+    for name in ("__MACOSX", ".ipynb_checkpoints"):
+        write_class(root / "dog" / name, 1)
+        write_class(root / name, 1)
+    (root / "classes.txt").write_text("cat dog")
+    noise(1).save(root / "loose.jpg")
+    cache = root.parent / "cache"
+    [before] = (path.stat() for path in cache.iterdir())
+    said: list[str] = []
+    data = read(root, log=said.append)
+    assert np.array_equal(data.train.images, whole.train.images)
+    assert np.array_equal(data.test.labels, whole.test.labels)
+    assert said == [
+        f"--data folder:{root}: left out 12 other files: 4 .txt, 4 hidden, "
+        "1 .jpg outside the class folders, 1 without an ending, 1 .db, ..."
+    ]
+    [after] = (path.stat() for path in cache.iterdir())
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)  # and not decoded again
+    for path in (root / "cat").iterdir():
+        if path.suffix != ".png" or path.name[0] == ".":
+            path.unlink()
+    read(root, log=said.append)
+    assert "left out 4 other files: 2 hidden, 1 .txt, 1 .jpg outside the class folders" in said[1]
+
+
+def test_splits_whose_names_differ_only_in_case_are_refused(tmp_path: Path) -> None:
+    for first, second in (("train", "Train"), ("train", "training"), ("Test", "test")):
+        root = tmp_path / f"{first}-{second}"
+        for part in {"train", first, second}:
+            write_class(root / part / "cat", 1)
+        if root.joinpath(first).samefile(root / second):
+            pytest.skip("the disk does not tell upper from lower case")
+        if "est" not in first:
+            write_class(root / "val" / "cat", 1)
+        refused(root, "has both [tT]\\w+ and [tT]\\w+; keep one of them")
 
 
 def test_images_are_cropped_to_the_centre_and_shrunk_without_aliasing(tmp_path: Path) -> None:
@@ -211,7 +265,8 @@ def damage(root: Path) -> dict[str, str]:
     (cat / "text.jpg").write_text("no image")
     Image.new("1", (20_000, 10_000)).save(cat / "bomb.png")
     Image.new("1", (10_000, 8_000)).save(cat / "big.png")
-    noise(1).save(cat / "other.gif")
+    (cat / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    Image.fromarray(np.zeros((32, 32), np.float32)).save(cat / "depth.tiff")
     (cat / "inner").mkdir()
     (cat / "loop.png").symlink_to(cat / "loop.png")
     (cat / "gone.png").symlink_to(cat / "nothing.png")
@@ -222,10 +277,11 @@ def damage(root: Path) -> dict[str, str]:
         "cut.jpg": "truncated",
         "cut.png": "truncated",
         "empty.jpg": "empty",
-        "text.jpg": "not a JPEG, PNG, BMP or WebP",
+        "text.jpg": "not a JPEG, PNG, BMP, WebP, GIF or TIFF that can be read",
         "bomb.png": "exceeds limit",
         "big.png": "10000x8000 pixels, over the limit of 67,108,864",
-        "other.gif": "not a JPEG, PNG, BMP or WebP",
+        "phone.HEIC": "HEIC is not read; convert it to JPEG or PNG",
+        "depth.tiff": "signed or 32-bit pixels, of no known range; convert it to 8 or 16 bits",
         "inner": "a folder inside a class",
         "loop.png": "symbolic link",
         "gone.png": "No such file",
@@ -237,7 +293,7 @@ def damage(root: Path) -> dict[str, str]:
 def test_every_bad_file_is_named_with_what_is_wrong(root: Path, monkeypatch) -> None:
     reasons = damage(root)
     monkeypatch.setattr(pixel_cache, "NAMED", 100)
-    message = refused(root, f"12 of {20 + len(reasons)} files cannot be used: .*--skip-bad")
+    message = refused(root, f"13 of {20 + len(reasons)} files cannot be used: .*--skip-bad")
     found = dict(
         part.split("cat/")[1].rstrip(")").split(" (", 1) for part in message.split("used: ")[1].split("), ")
     )
@@ -264,8 +320,8 @@ def test_bad_files_are_left_out_on_request_and_never_cached(root: Path) -> None:
         data = read(root, skip_bad=True, log=said.append)
         assert np.array_equal(data.train.images, whole.train.images)
         assert np.array_equal(data.test.labels, whole.test.labels)
-    assert len(said) == 2 and all("left out 12 of 32 files: cat/" in line for line in said)
-    with pytest.raises(UserError, match="12 of 32"):
+    assert len(said) == 2 and all("left out 13 of 33 files: cat/" in line for line in said)
+    with pytest.raises(UserError, match="13 of 33"):
         read(root)
     assert before == cache.read_bytes()
 
@@ -289,7 +345,7 @@ def test_folders_of_another_layout_are_refused(tmp_path: Path) -> None:
     root = tmp_path / "train-alone"
     write_class(root / "train" / "cat", 2)
     write_class(root / "train" / "dog", 2)
-    refused(root, "neither test nor val")
+    refused(root, "has train, but none of test, val, valid, validation next to it")
     (root / "val").mkdir()
     refused(root, "no usable test images")
     write_class(root / "val" / "mouse", 2)

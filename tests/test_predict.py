@@ -81,6 +81,20 @@ def test_decoding_turns_scales_and_drops_transparency(tmp_path: Path) -> None:
     assert (read_image(tmp_path / "clear.png", 32) == (10, 20, 30)).all()
 
 
+def test_the_first_frame_and_the_first_page_count(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (32, 32), color) for color in ("red", "lime", "blue")]
+    for name in ("moving.gif", "pages.tif", "pages.tiff"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        assert (read_image(tmp_path / name, 32) == (255, 0, 0)).all()
+    assert find_images([tmp_path]) == sorted(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["<u2", ">u2"])
+def test_a_tiff_of_16_bits_is_scaled_to_8(tmp_path: Path, kind: str) -> None:
+    Image.fromarray(np.full((8, 8), 0x8000, kind)).save(tmp_path / "deep.tif")
+    assert (read_image(tmp_path / "deep.tif", 32) == 128).all()
+
+
 def test_downscaling_weighs_every_pixel(tmp_path: Path) -> None:
     """Stripes finer than the result's pixels become grey; a filter that skips pixels would leave them."""
     stripes = np.zeros((256, 256, 3), np.uint8)
@@ -99,7 +113,7 @@ BAD = {
     "truncated": truncated,
     "text": lambda path: path.write_text("no image"),
     "empty": lambda path: path.touch(),
-    "gif": lambda path: Image.new("L", (8, 8)).save(path, "GIF"),
+    "icon": lambda path: Image.new("L", (16, 16)).save(path, "ICO"),
     "dangling": lambda path: path.symlink_to("nowhere"),
 }
 
@@ -122,10 +136,21 @@ def test_a_bad_file_is_named_or_skipped(kind: str, checkpoint: Path, images: Pat
 
 
 def test_a_decompression_bomb_is_refused_with_the_limit(tmp_path: Path, monkeypatch) -> None:
-    Image.new("L", (16, 16)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(image_module, "PIXELS_MAX", 16 * 16 - 1)
-    with pytest.raises(UserError, match=r"bomb\.png: .*16x16 pixels, over the limit of 255"):
-        read_image(tmp_path / "bomb.png", 32)
+    for name in ("bomb.png", "bomb.gif", "bomb.tif"):
+        Image.new("L", (16, 16)).save(tmp_path / name)
+        with pytest.raises(UserError, match=rf"{name}: .*16x16 pixels, over the limit of 255"):
+            read_image(tmp_path / name, 32)
+
+
+def test_a_gif_whose_frame_outgrows_its_screen_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    Image.new("P", (16, 16)).save(tmp_path / "bomb.gif")
+    content = bytearray((tmp_path / "bomb.gif").read_bytes())
+    place = content.index(b",\0\0\0\0") + 5  # the frame's width and height
+    content[place : place + 4] = (9000).to_bytes(2, "little") * 2
+    (tmp_path / "bomb.gif").write_bytes(content)
+    with pytest.raises(UserError, match=r"9000x9000 pixels, over the limit of 67,108,864"):
+        read_image(tmp_path / "bomb.gif", 32)
 
 
 def test_what_cannot_be_asked_is_one_line(checkpoint: Path, images: Path, tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def damage(root: Path) -> tuple[str, dict[str, str]]:
     (root / "08.tar").mkdir()
     return "{00..08}.tar", {
         "02.tar: no-label.png": "no label; expected no-label.cls next to it",
-        "02.tar: text.jpg": "not a JPEG, PNG, BMP or WebP",
+        "02.tar: text.jpg": "not a JPEG, PNG, BMP, WebP, GIF or TIFF that can be read",
         "02.tar: empty.png": "empty",
         "02.tar: both.png": "2 images with one key",
         "02.tar: twice.png": "its key occurs twice",

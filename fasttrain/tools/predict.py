@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from fasttrain.checkpoint.network import load_model
-from fasttrain.data.sources.image import FORMATS, decode
+from fasttrain.data.sources.image import FORMATS, SUFFIXES, decode
 from fasttrain.errors import UserError
 from fasttrain.model import CustomResNet
 from fasttrain.system.machine import pick_device
 from fasttrain.system.precision import prepare
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 Format = Literal["table", "json", "csv"]
 
 
@@ -112,7 +111,7 @@ def read_image(path: Path, resolution: int) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about odd metadata
-            return decode(path, resolution)
+            return decode(path, resolution, name=path.name)
     except ValueError as error:
         raise UserError(f"{path}: cannot be decoded ({error}); expected {', '.join(FORMATS)}") from error
 

@@ -1,21 +1,32 @@
 """A folder of a user's own images, with one folder per class, as a Dataset.
 
-PATH/train/<class>/*, PATH/test/<class>/*    (or PATH/val instead of PATH/test)
+PATH/train/<class>/*, PATH/test/<class>/*    (see TRAIN and TEST for other names)
 PATH/<class>/*                               split by pixel_cache.py: one image in five is a test image
 """
 
 import hashlib
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from fasttrain.data.dataset import Dataset
+from fasttrain.data.sources.image import SUFFIXES, UNREAD_SUFFIXES, is_image
 from fasttrain.data.sources.pixel_cache import CLASSES_MAX, Sample, Source, read_decoded
 from fasttrain.errors import UserError
 
-TRAIN, TEST = "train", ("test", "val")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+TRAIN = ("train", "training")
+TEST = ("test", "val", "valid", "validation")
+"""Names of the splits' folders, in upper or lower case; the first one that exists holds the test images."""
+
+SYSTEM_FOLDERS = ("__MACOSX",)
+
+KINDS_NAMED = 5
+"""How many kinds of files that are left out a message names."""
+
+EXPECTED = "expected folder:PATH with PATH/<class>/*, or PATH/train/<class>/* and PATH/test/<class>/*"
+Log = Callable[[str], object]
 
 
 def read(
@@ -25,11 +36,12 @@ def read(
     resolution: int,
     skip_bad: bool = False,
     classes: Sequence[str] | None = None,
-    log: Callable[[str], object] = print,
+    log: Log = print,
 ) -> Dataset:
     """Decode the folder's images, or take their pixels from the cache; see pixel_cache.read_decoded.
 
-    The split depends on `<class>/<name>`. Names that begin with a dot are ignored.
+    The split depends on `<class>/<name>`. Files that are no images by their names, or without an ending by
+    their content, are left out, and so is everything hidden; one line logs how many.
     cache_dir: where the pixels are kept, one file per folder and resolution.
     classes: those of a trained network, in the order of its labels, for images that it is to be measured on:
     the folder may lack some of them, and PATH/train altogether. By default the training split's folders.
@@ -38,7 +50,7 @@ def read(
     place = f"--data folder:{root}"
     root = Path(os.path.abspath(root))
     try:
-        source = _list(root, place, classes)
+        source = _list(root, place, classes, log)
     except OSError as error:
         raise UserError(f"{error.filename or root}: cannot be read ({error.strerror})") from error
     cache = cache_dir / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}-{resolution}.pixels"
@@ -46,7 +58,7 @@ def read(
 
 
 def looks_like_classes(root: Path) -> bool:
-    """Return whether a folder, or `train` in it, holds two folders with images, going by the files' names.
+    """Return whether a folder, or its training split, holds two folders with images, going by the files' names.
 
     Folders that cannot be read do not count.
     """
@@ -60,32 +72,25 @@ def looks_like_classes(root: Path) -> bool:
     def holds_images(folder: Path) -> bool:
         return any(path.suffix.lower() in SUFFIXES for path in entries(folder))
 
-    return any(sum(map(holds_images, entries(folder))) >= 2 for folder in (root, root / TRAIN))
+    splits = [folder for folder in entries(root) if folder.name.lower() in TRAIN]
+    return any(sum(map(holds_images, entries(folder))) >= 2 for folder in (root, *splits))
 
 
-def _list(root: Path, place: str, known: Sequence[str] | None) -> Source:
-    """Return the classes and everything in their folders. Raises OSError if a folder cannot be read."""
-    expected = "expected folder:PATH with PATH/<class>/*, or PATH/train/<class>/* and PATH/test/<class>/*"
+def _list(root: Path, place: str, known: Sequence[str] | None, log: Log) -> Source:
+    """Return the classes and every image in their folders. Raises OSError if a folder cannot be read."""
     if not root.is_dir():
-        raise UserError(f"{place}: no such folder; {expected}")
+        raise UserError(f"{place}: no such folder; {EXPECTED}")
     real = root.resolve()
-    parts = [(root, False)]
-    # A folder named train that holds images, not folders, is an ordinary class.
-    if TRAIN in _folders(root, real) and _folders(root / TRAIN, real):
-        tests = [name for name in TEST if (root / name).is_dir()]
-        if not tests:
-            raise UserError(f"{place}: has train, but neither test nor val next to it; {expected}")
-        parts = [(root / TRAIN, False), (root / tests[0], True)]
-    elif known is not None:
-        parts = [(root / name, True) for name in TEST if name in _folders(root, real)][:1] or parts
-
+    parts = _splits(root, real, place, needs_train=known is None, log=log)
     classes = tuple(_folders(parts[0][0], real) if known is None else known)
     if len(classes) < 2 or len(classes) > CLASSES_MAX:
         found = f"{len(classes)} class folders in {parts[0][0]}"
-        raise UserError(f"{place}: {found}; {expected}, with 2 to {CLASSES_MAX} classes")
+        raise UserError(f"{place}: {found}; {EXPECTED}, with 2 to {CLASSES_MAX} classes")
     samples: list[Sample] = []
     bad: list[tuple[str, str]] = []
+    left_out: Counter[str] = Counter()
     for folder, in_test in parts:
+        left_out.update(_kind(entry) for entry in _entries(folder) if not entry.is_dir())
         present = _folders(folder, real)
         unknown = [name for name in present if name not in classes]
         if unknown:
@@ -94,6 +99,9 @@ def _list(root: Path, place: str, known: Sequence[str] | None) -> Source:
         for name in present:
             label, inside = classes.index(name), str((folder / name).relative_to(root))
             for entry in _entries(folder / name):
+                if not _may_be_image(entry):
+                    left_out[_kind(entry)] += 1
+                    continue
                 sample_name = os.path.join(inside, entry.name)
                 status = _examine(entry, real)
                 if isinstance(status, str):
@@ -110,6 +118,10 @@ def _list(root: Path, place: str, known: Sequence[str] | None) -> Source:
                     mtime_ns=status.st_mtime_ns,
                 )
                 samples.append(sample)
+    if left_out:
+        kinds = [f"{count:,} {kind}" for kind, count in left_out.most_common(KINDS_NAMED)]
+        more = ", ..." if len(left_out) > KINDS_NAMED else ""
+        log(f"{place}: left out {left_out.total():,} other files: {', '.join(kinds)}{more}")
     return Source(
         name=f"folder:{root.name}",
         place=place,
@@ -122,14 +134,38 @@ def _list(root: Path, place: str, known: Sequence[str] | None) -> Source:
     )
 
 
+def _splits(root: Path, real: Path, place: str, *, needs_train: bool, log: Log) -> list[tuple[Path, bool]]:
+    """Return the folders that hold the class folders, each with whether its images are test images."""
+    names = _folders(root, real)
+    # A folder named train that holds images, not folders, is an ordinary class.
+    trains = [name for name in _named(TRAIN, names) if _folders(root / name, real)]
+    tests = _named(TEST, names)
+    alone = not needs_train and bool(tests) and bool(_folders(root / tests[0], real))
+    if not trains and not alone:
+        return [(root, False)]
+    if not tests:
+        raise UserError(f"{place}: has {trains[0]}, but none of {', '.join(TEST)} next to it; {EXPECTED}")
+    rivals = trains if len(trains) > 1 else [name for name in tests if name.lower() == tests[0].lower()]
+    if len(rivals) > 1:
+        raise UserError(f"{place}: has both {rivals[0]} and {rivals[1]}; keep one of them")
+    for name in tests[1:]:
+        log(f"{place}: left out {name}: the test images are those in {tests[0]}")
+    return [*((root / name, False) for name in trains), (root / tests[0], True)]
+
+
+def _named(words: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return the names that are one of the words but for their case, in the words' order."""
+    return [name for word in words for name in names if name.lower() == word]
+
+
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Yield a folder's entries, sorted by name, without hidden ones."""
+    """Yield a folder's entries, sorted by name."""
     with os.scandir(folder) as entries:
-        yield from sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
+        yield from sorted(entries, key=lambda entry: entry.name)
 
 
 def _folders(folder: Path, real: Path) -> list[str]:
-    names = [entry.name for entry in _entries(folder) if entry.is_dir()]
+    names = [entry.name for entry in _entries(folder) if entry.is_dir() and not _is_hidden(entry)]
     for name in names:
         if not (folder / name).resolve().is_relative_to(real):
             raise UserError(
@@ -138,6 +174,34 @@ def _folders(folder: Path, real: Path) -> list[str]:
         if not name.isprintable():  # undecodable bytes too: the name goes into results and pages
             raise UserError(f"{folder / name!r}: not a printable name in UTF-8; rename the folder")
     return names
+
+
+def _is_hidden(entry: os.DirEntry[str]) -> bool:
+    return entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS
+
+
+def _suffix(entry: os.DirEntry[str]) -> str:
+    return PurePath(entry.name).suffix.lower()
+
+
+def _may_be_image(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry of a class counts as an image, or at least as a mistake to report."""
+    if _is_hidden(entry):
+        return False
+    suffix = _suffix(entry)
+    if suffix in SUFFIXES or suffix in UNREAD_SUFFIXES or os.path.isdir(entry.path):
+        return True
+    return not suffix and os.path.isfile(entry.path) and is_image(Path(entry.path))
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """Return what to call a file that is left out."""
+    suffix = _suffix(entry)
+    if _is_hidden(entry) or not suffix:
+        return "hidden" if _is_hidden(entry) else "without an ending"
+    if suffix in SUFFIXES:
+        return f"{suffix} outside the class folders"
+    return suffix if suffix.isprintable() else ascii(suffix)
 
 
 def _examine(entry: os.DirEntry[str], real: Path) -> os.stat_result | str:

@@ -5,7 +5,7 @@ once, before the training, by several threads, at the training's resolution. So 
 are reported before the training begins, and loaders, augmentation, reports and resumed runs work as on
 CIFAR-10.
 
-Pillow decodes: it reads all four formats, says what is wrong with each bad file, and shrinks a large JPEG
+Pillow decodes: it reads all formats, says what is wrong with each bad file, and shrinks a large JPEG
 while decoding it. Plain JPEGs that have the right resolution already go to DALI's CPU decoder (jpeg.py),
 which is faster and produces the same pixels, so that `fasttrain predict` sees what was trained on.
 """
@@ -210,7 +210,7 @@ def _decode(samples: Sequence[Sample], images: np.ndarray, name: str) -> dict[in
 
     def decode_one(row: int, content: bytes) -> None:
         try:
-            images[row] = decode(io.BytesIO(content), resolution)
+            images[row] = decode(io.BytesIO(content), resolution, name=samples[row].name)
         except ValueError as error:
             bad[row] = str(error)
 
