@@ -22,7 +22,7 @@ class DataOptions:
     data: DataName = "auto"
     """auto: CIFAR-10 from the disk, else downloaded, else a generated stand-in. cifar10 and cifar100 never
     fall back. folder:PATH: your own images, a folder per class, in PATH/train and PATH/test or unsplit.
-    webdataset:PATTERN: your own images in tar files, such as pets-{train,val}-{000..009}.tar."""
+    webdataset:PATTERN: your own images in tar files: their folder, or pets-{train,val}-{000..009}.tar."""
     data_dir: Path | None = None
     """Folder of the data; by default $FASTTRAIN_DATA, else data/."""
     skip_bad: bool = False

@@ -92,7 +92,10 @@ def test_pixels_are_cached_until_a_shard_changes(root: Path, monkeypatch) -> Non
     assert holds(images, 50) and not holds(images, 10)
 
 
-@pytest.mark.parametrize("pattern", ["pets-{train,val}-{0..0}.tar", "{train,test}/0.tar"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["pets-{train,val}-{0..0}.tar", "{train,test}/0.tar", "{0-TRAIN,1-Valid}.tar", "{a,validation}/0.tar"],
+)
 def test_shards_named_test_or_val_hold_the_test_images(tmp_path: Path, pattern: str) -> None:
     # A folder above all shards that is called test means nothing.
     for index, path in enumerate(webdataset.expand(str(tmp_path / "test" / pattern), "here")):
@@ -243,7 +246,7 @@ def test_samples_to_measure_a_network_on_need_no_training_samples_and_keep_its_l
         ("{1..0}.tar", r"\{1..0\} is not understood; expected \{000..009\} or \{train,val\}"),
         ("{}.tar", r"\{\} is not understood"),
         ("{00.tar", "braces do not match"),
-        ("{00,00}.tar", "name a shard twice"),
+        ("{00,00}.tar", "names a shard twice"),
         ("{0..999999999}.tar", "names 1,000,000,000 shards"),
         ("{0..99999}{0..99999}.tar", "shards; expected at most 100,000"),
         ("val.tar", "no training samples"),
@@ -258,6 +261,61 @@ def test_a_pattern_that_names_no_training_set_is_one_line(root: Path, pattern: s
     with pytest.raises(UserError, match=said) as refusal:
         read(root, pattern)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        (".", ["b-{1}.tar", "test/c.tar", "train-0.tar", "train-1.tar"]),
+        ("train-*.tar", ["train-0.tar", "train-1.tar"]),
+        ("{test,.}/?.tar", "no shard is ./\\?.tar"),
+        ("test,train-{0,1}.tar", ["test/c.tar", "train-0.tar", "train-1.tar"]),
+        ("train-1.tar, train-0.tar", ["train-1.tar", "train-0.tar"]),
+        ("x,y", ["x,y/d.tar"]),  # a folder of that name
+        ("tr*-[0].tar", "no shard is"),  # a bracket is a letter like any other
+        ("train-*.tar,./train-0.tar", "names a shard twice"),
+        ("empty", "the folder empty holds no .tar; expected a folder or a pattern such as"),
+    ],
+)
+def test_shards_are_named_by_folder_star_or_several_patterns(
+    tmp_path: Path, pattern: str, found: list[str] | str, monkeypatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    names = ["b-{1}.tar", "test/c.tar", "train-0.tar", "train-1.tar", "._train-2.tar", "notes.txt"]
+    for name in [*names, "x,y/d.tar"] if pattern == "x,y" else names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    if isinstance(found, str):
+        with pytest.raises(UserError, match=found):
+            webdataset.find_shards(pattern, "here")
+    else:
+        assert webdataset.find_shards(pattern, "here") == found
+
+
+def test_a_folder_of_shards_is_read_and_cached_under_its_own_name(root: Path, monkeypatch) -> None:
+    by_pattern = read(root)
+    by_folder = read(root, ".")
+    assert by_folder.name == by_pattern.name == "webdataset:pets"
+    assert np.array_equal(by_folder.train.images, by_pattern.train.images)
+    monkeypatch.setattr(pixel_cache, "_decode", lambda *_: pytest.fail("decoded again"))
+    assert np.array_equal(read(root, ".").test.images, by_pattern.test.images)
+    assert np.array_equal(read(root).test.images, by_pattern.test.images)
+
+
+def test_shards_that_the_webdataset_package_wrote_are_read(tmp_path: Path) -> None:
+    """It writes fractional times, which take extended headers, and labels before images."""
+    package = pytest.importorskip("webdataset")
+    for name, first in (("pets-train-%06d.tar", 0), ("pets-val-%06d.tar", 10)):
+        with package.ShardWriter(str(tmp_path / name), maxcount=3, verbose=0) as shards:
+            for seed in range(first, first + 6):
+                key = f"photos/{seed}-{'long' * 40}"  # too long for a plain header
+                shards.write({"__key__": key, "png": noise(seed), "cls": seed % 2, "json": {"seed": seed}})
+    data = read(tmp_path, "pets-*.tar")
+    assert (len(data.train.labels), len(data.test.labels)) == (6, 6) and data.classes == ("0", "1")
+    for split, first in ((data.train, 0), (data.test, 10)):
+        for seed in range(first, first + 6):
+            assert holds(split.images[split.labels == seed % 2], seed)
 
 
 def test_a_pattern_counts_with_equal_width() -> None:

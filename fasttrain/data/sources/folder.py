@@ -1,6 +1,6 @@
 """A folder of a user's own images, with one folder per class, as a Dataset.
 
-PATH/train/<class>/*, PATH/test/<class>/*    (see TRAIN and TEST for other names)
+PATH/train/<class>/*, PATH/test/<class>/*    (see TRAIN_NAMES and TEST_NAMES)
 PATH/<class>/*                               split by pixel_cache.py: one image in five is a test image
 """
 
@@ -13,12 +13,10 @@ from pathlib import Path, PurePath
 
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.sources.image import SUFFIXES, UNREAD_SUFFIXES, is_image
-from fasttrain.data.sources.pixel_cache import CLASSES_MAX, Sample, Source, read_decoded
+from fasttrain.data.sources.pixel_cache import CLASSES_MAX, TEST_NAMES, Sample, Source, read_decoded
 from fasttrain.errors import UserError
 
-TRAIN = ("train", "training")
-TEST = ("test", "val", "valid", "validation")
-"""Names of the splits' folders, in upper or lower case; the first one that exists holds the test images."""
+TRAIN_NAMES = ("train", "training")
 
 SYSTEM_FOLDERS = ("__MACOSX",)
 
@@ -138,13 +136,15 @@ def _splits(root: Path, real: Path, place: str, *, needs_train: bool, log: Log) 
     """Return the folders that hold the class folders, each with whether its images are test images."""
     names = _folders(root, real)
     # A folder named train that holds images, not folders, is an ordinary class.
-    trains = [name for name in _named(TRAIN, names) if _folders(root / name, real)]
-    tests = _named(TEST, names)
+    trains = [name for name in _named(TRAIN_NAMES, names) if _folders(root / name, real)]
+    tests = _named(TEST_NAMES, names)
     alone = not needs_train and bool(tests) and bool(_folders(root / tests[0], real))
     if not trains and not alone:
         return [(root, False)]
     if not tests:
-        raise UserError(f"{place}: has {trains[0]}, but none of {', '.join(TEST)} next to it; {EXPECTED}")
+        raise UserError(
+            f"{place}: has {trains[0]}, but none of {', '.join(TEST_NAMES)} next to it; {EXPECTED}"
+        )
     rivals = trains if len(trains) > 1 else [name for name in tests if name.lower() == tests[0].lower()]
     if len(rivals) > 1:
         raise UserError(f"{place}: has both {rivals[0]} and {rivals[1]}; keep one of them")

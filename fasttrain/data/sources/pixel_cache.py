@@ -38,7 +38,11 @@ from fasttrain.system.progress import show_count
 CLASSES_MAX = 1000
 """The most classes: their confusion matrix has a million cells."""
 
+TEST_NAMES = ("test", "val", "valid", "validation")
+"""What the test images' folder or shards are called, in upper or lower case."""
+
 TEST_ONE_IN = 5
+"""Without any of these, one in five images of every class is a test image."""
 
 FILE_BYTES_MAX = 1 << 28
 """The largest image file; threads read a file as a whole."""

@@ -1,13 +1,14 @@
 """A user's own images in shards, tar files in WebDataset's layout, as a Dataset.
 
-A sample consists of the members with one key, `<key>.<extension>`: an image (jpg, jpeg, png, bmp, webp) and
+A sample consists of the members with one key, `<key>.<extension>`: an image (see image.SUFFIXES) and
 `<key>.cls`, its class, as a name or a number. Members with other extensions are ignored.
 
-Shards with the word test or val in their name, as in `pets-{train,val}-{000..009}.tar`, hold the test images;
+Shards with a word of TEST_NAMES in their name, as in `pets-{train,val}-{000..009}.tar`, hold the test images;
 if there are none, pixel_cache.py splits. Nothing is unpacked: only the positions of the members are noted.
 """
 
 import dataclasses
+import glob
 import hashlib
 import os
 import re
@@ -15,15 +16,15 @@ import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 from fasttrain.data.dataset import Dataset
-from fasttrain.data.sources.pixel_cache import CLASSES_MAX, Sample, Source, read_decoded
+from fasttrain.data.sources.image import SUFFIXES
+from fasttrain.data.sources.pixel_cache import CLASSES_MAX, TEST_NAMES, Sample, Source, read_decoded
 from fasttrain.errors import UserError
 
-IMAGES, LABEL = ("jpg", "jpeg", "png", "bmp", "webp"), "cls"
+IMAGES, LABEL = tuple(suffix[1:] for suffix in SUFFIXES), "cls"
 CLASSES_FILE = "classes.txt"
-TEST = {"test", "val"}
 SHARDS_MAX = 100_000
 LABEL_BYTES_MAX = 1024
 Members = dict[str, dict[str, tarfile.TarInfo]]
@@ -40,7 +41,7 @@ def read(
 ) -> Dataset:
     """Decode the shards that a pattern names, or take their pixels from the cache, as folder.read does.
 
-    pattern: a path with `{000..009}` and `{train,val}`. The split depends on `<shard>/<key>`.
+    pattern: what `find_shards` takes. The split depends on `<shard>/<key>`.
     Classes are the lines of a `classes.txt` next to the shards, numbered from 0; without that file, the
     sorted names in the training samples, or the numbers from 0 to the largest.
     cache_dir: where the pixels are kept, one file per pattern and resolution.
@@ -49,14 +50,46 @@ def read(
     Raises UserError for bad shards or samples, or a class without images.
     """
     place = f"--data webdataset:{pattern}"
-    shards = [Path(os.path.abspath(name)) for name in expand(str(pattern), place)]
+    shards = [Path(os.path.abspath(name)) for name in find_shards(str(pattern), place)]
     root = Path(os.path.commonpath([shard.parent for shard in shards]))
     source = _list(shards, root, place, classes)
-    cache = (
-        cache_dir
-        / f"{hashlib.sha256(os.fsencode(os.path.abspath(pattern))).hexdigest()[:16]}-{resolution}.pixels"
-    )
+    identity = ",".join(map(os.path.abspath, _patterns(str(pattern))))
+    cache = cache_dir / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]}-{resolution}.pixels"
     return read_decoded(source, cache, resolution=resolution, skip_bad=skip_bad, log=log)
+
+
+def find_shards(pattern: str, place: str) -> list[str]:
+    """Return every shard that a pattern names.
+
+    pattern: one or more, separated by commas: a folder, for every .tar in it or below it, or a path with
+    `{000..009}` or `{train,val}`, as expand takes it, and with `*` and `?`, as a shell takes them.
+    Raises UserError for braces that are not understood, for a folder or a `*` without shards, and for a shard
+    that is named twice.
+    """
+    shards: list[str] = []
+    for one in _patterns(pattern):
+        if os.path.isdir(one):
+            names = [str(path) for path in Path(one).rglob("*.tar") if not path.name.startswith(".")]
+            shards += sorted(names) or _none(place, f"the folder {one} holds no .tar")
+            continue
+        for name in expand(one, place):
+            if "*" in name or "?" in name:
+                shards += sorted(glob.glob(name.replace("[", "[[]"))) or _none(place, f"no shard is {name}")
+            else:
+                shards.append(name)
+    if len({os.path.abspath(shard) for shard in shards}) != len(shards):
+        raise UserError(f"{place}: names a shard twice")
+    return shards
+
+
+def _patterns(pattern: str) -> list[str]:
+    """Split at commas outside braces, unless there is a file or folder of the whole name."""
+    parts = [pattern] if os.path.exists(pattern) else re.split(r",(?![^{}]*\})", pattern)
+    return [os.path.expanduser(part.strip()) for part in parts]
+
+
+def _none(place: str, found: str) -> NoReturn:
+    raise UserError(f"{place}: {found}; expected a folder or a pattern such as pets-{{train,val}}-*.tar")
 
 
 def expand(pattern: str, place: str) -> list[str]:
@@ -85,8 +118,8 @@ def expand(pattern: str, place: str) -> list[str]:
     if count > SHARDS_MAX:
         raise UserError(f"{place}: names {count:,} shards; expected at most {SHARDS_MAX:,}")
     paths = ["".join(parts) for parts in product(*choices)]
-    if pattern.count("{") != pattern.count("}") or len(set(paths)) != len(paths):
-        raise UserError(f"{place}: the braces do not match, or name a shard twice")
+    if pattern.count("{") != pattern.count("}"):
+        raise UserError(f"{place}: the braces do not match")
     return paths
 
 
@@ -96,7 +129,7 @@ def _list(shards: Sequence[Path], root: Path, place: str, known: Sequence[str] |
     bad: list[tuple[str, str]] = []
     for shard in shards:
         name = str(shard.relative_to(root))
-        in_test = not TEST.isdisjoint(re.findall("[a-z]+", name.lower()))
+        in_test = not set(TEST_NAMES).isdisjoint(re.findall("[a-z]+", name.lower()))
         try:
             found += _samples(shard, name, in_test, bad)
         except FileNotFoundError as error:
