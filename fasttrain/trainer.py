@@ -18,7 +18,7 @@ from fasttrain.checkpoint.resume import ResumePoint, restore_latest, resume_comm
 from fasttrain.checkpoint.state import RunState
 from fasttrain.checkpoint.writer import CheckpointWriter
 from fasttrain.compile import cache_of, compile_step, example_batch, pick_final_mode
-from fasttrain.data.build_loader import build_loader
+from fasttrain.data.build_loader import build_loader, fit_batch_size
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.load_dataset import load_from_options
 from fasttrain.data.loader import Loader
@@ -83,6 +83,8 @@ def train(recipe: Recipe, **options: Any) -> Run:
     import_in_background("nvidia.dali", "torch._dynamo")
     dataset = world.main_first(lambda: load_from_options(opts, recipe.resolution, log=world.print))
     origin.require_images(dataset)
+    recipe = fit_batch_size(recipe, dataset, log=world.print)
+    world.share(recipe.batch_size)
     # The fingerprint will need the hash: compute it while the images are padded.
     threading.Thread(target=lambda: dataset.content_hash, name="hash").start()
     runtime = Runtime.resolve(

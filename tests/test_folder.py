@@ -14,6 +14,7 @@ from fasttrain.data.dataset import Dataset, channel_statistics
 from fasttrain.data.load_dataset import load_dataset
 from fasttrain.data.sources import folder, pixel_cache
 from fasttrain.errors import UserError
+from fasttrain.recipe import load_recipe
 from fasttrain.tools.predict import read_image
 
 
@@ -461,9 +462,11 @@ def test_the_commands_take_a_folder_from_data_to_report(root: Path, tmp_path: Pa
     out = ["--out", str(tmp_path / "runs"), "--device", "cpu", "--width", "8"]
     assert main(["train", *images, *out, "--epochs", "1", "--batch-size", "17"]) == 2
     assert "folder:pets has 16 training images" in capsys.readouterr().err
-    assert main(["train", *images, *out, "--epochs", "1", "--batch-size", "8"]) == 0
+    assert main(["train", *images, *out, "--epochs", "1"]) == 0
+    assert "--batch-size 8 instead of 256: folder:pets has 16 training images" in capsys.readouterr().out
     [run] = (tmp_path / "runs").iterdir()
     assert json.loads((run / "result.json").read_text())["dataset"] == "folder:pets"
+    assert load_recipe(str(run / "recipe.json")).batch_size == 8
     page = (run / "report.html").read_text()
     assert main(["evaluate", str(run / "last.pt"), *images, "--device", "cpu"]) == 0
     assert "folder:pets: test accuracy" in capsys.readouterr().out

@@ -14,7 +14,7 @@ import torch
 
 from fasttrain.data import build_loader as build_loader_module
 from fasttrain.data import load_dataset as load_dataset_module
-from fasttrain.data.build_loader import pick_loader
+from fasttrain.data.build_loader import fit_batch_size, pick_loader
 from fasttrain.data.dataset import Dataset, Split
 from fasttrain.data.load_dataset import load_dataset
 from fasttrain.data.loader import Loader
@@ -442,6 +442,24 @@ def test_the_sampler_is_a_pure_function_of_seed_and_step() -> None:
 def test_a_batch_larger_than_the_training_set_is_refused() -> None:
     with pytest.raises(UserError, match="--batch-size 700"):
         loader_of("tensor", random_dataset(), batch_size=700)
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(512, 512), (511, 128), (256, 128), (255, 64), (16, 8), (15, 4), (4, 2), (3, 2), (2, 2)],
+)
+def test_a_presets_batch_shrinks_to_a_power_of_two_that_leaves_an_epoch_two_steps(
+    count: int, expected: int
+) -> None:
+    said: list[str] = []
+    dataset = random_dataset(count)
+    fitted = fit_batch_size(Recipe(name="default", batch_size=512), dataset, said.append)
+    assert fitted == Recipe(batch_size=expected)
+    assert [line.split(":")[0] for line in said] == (
+        [] if expected == 512 else [f"--batch-size {expected} instead of 512"]
+    )
+    chosen = Recipe(batch_size=600)
+    assert fit_batch_size(chosen, dataset, pytest.fail) == chosen
 
 
 def test_without_dali_the_torch_loader_takes_over_in_one_line(monkeypatch) -> None:

@@ -103,6 +103,17 @@ def test_a_stopped_run_ends_with_the_same_bits(number, whole, dataset_dir, tmp_p
     assert json.loads((folder / "result.json").read_text())["resumed"] == 1
 
 
+def test_a_batch_that_was_fitted_to_few_images_is_kept_by_the_run(dataset_dir, tmp_path, monkeypatch) -> None:
+    large = dataclasses.replace(RECIPE, batch_size=Recipe.batch_size)  # of 512, with 64 images
+    folder = stop_at(dataset_dir, tmp_path, 3, monkeypatch, recipe=large)
+    assert json.loads((folder / "recipe.json").read_text())["batch_size"] == 32
+    assert load_checkpoint(folder / "last.pt")["recipe"]["batch_size"] == 32
+    resume_it = ["train", "--resume", str(folder), "--data-dir", str(dataset_dir), "--device", "cpu"]
+    assert main(resume_it) == 0
+    assert load_run(folder).result["recipe"]["batch_size"] == 32
+    assert len(load_run(folder).epochs) == 3
+
+
 def test_the_loader_of_dali_resumes_too(dataset_dir, tmp_path, monkeypatch) -> None:
     recipe = dataclasses.replace(RECIPE, loader="dali", compute_dtype="auto")
     undisturbed = train(dataset_dir, tmp_path / "whole", recipe)

@@ -1,7 +1,9 @@
 """The choice of a loader: `build_loader` turns a Dataset and a Recipe into batches."""
 
+import dataclasses
 import functools
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +16,7 @@ from fasttrain.data.loader import Loader
 from fasttrain.data.padding import LazyPadded, pad
 from fasttrain.data.sampler import WHOLE, Sampler, Shard
 from fasttrain.errors import UserError, one_line
-from fasttrain.recipe import Recipe
+from fasttrain.recipe import PRESETS, Recipe
 from fasttrain.system.fallbacks import Fallbacks
 from fasttrain.system.machine import pick_device
 
@@ -71,6 +73,22 @@ def _first_batch(loader: LoaderName, device: torch.device) -> tuple[torch.Tensor
     dataset = Dataset("noise", Path(), tuple("01234567"), split, split, (0.5,) * 3, (0.25,) * 3)
     recipe = Recipe(batch_size=8, resolution=16, loader_threads=1)
     return next(iter(build_loader(dataset, recipe, train=True, device=device, loader=loader)))
+
+
+def fit_batch_size(recipe: Recipe, dataset: Dataset, log: Callable[[str], object]) -> Recipe:
+    """Return the recipe, with a smaller batch if its preset's is larger than the training set.
+
+    The batch becomes the largest power of two that leaves an epoch at least two steps, but 2 or more, and one
+    line logs that. A batch that is not the preset's is the user's choice: build_loader will refuse it.
+    """
+    count = len(dataset.train.labels)
+    preset = PRESETS.get(recipe.name, PRESETS["default"])
+    if recipe.batch_size <= count or recipe.batch_size != preset.batch_size:
+        return recipe
+    batch_size = max(2, 1 << (count // 2).bit_length() >> 1)
+    too_large = f"{dataset.name} has {count} training images"
+    log(f"--batch-size {batch_size} instead of {recipe.batch_size}: {too_large}")
+    return dataclasses.replace(recipe, batch_size=batch_size)
 
 
 def build_loader(

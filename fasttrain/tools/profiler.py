@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 
 from fasttrain.compile import cache_of, compile_step
-from fasttrain.data.build_loader import build_loader
+from fasttrain.data.build_loader import build_loader, fit_batch_size
 from fasttrain.data.dataset import Dataset
 from fasttrain.errors import UserError
 from fasttrain.model import build_model, training_flop_per_image
@@ -98,7 +98,7 @@ def profile_training(
     Raises UserError if a batch is larger than the training set, or if `out` cannot be written.
     """
     on_gpu = device.type == "cuda"
-    recipe = dataclasses.replace(recipe, early_resolution=0)
+    recipe = fit_batch_size(dataclasses.replace(recipe, early_resolution=0), dataset, log=print)
     active = active or (20 if on_gpu else 3)
     runtime = Runtime.resolve(recipe, device)
     loader = build_loader(dataset, recipe, train=True, device=device, loader=runtime.loader)
