@@ -6,7 +6,8 @@ import io
 import math
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +24,27 @@ from fasttrain.recipe import Recipe
 from fasttrain.runtime import Runtime
 from fasttrain.system.rng import fork_rng
 
-SKIP_START, SKIP_END = 10, 5
-"""Points left out at a curve's ends, as in the library's own suggestion: the noise, and the divergence."""
+START_LR, ASSIGNMENT_START_LR, END_LR = 1e-4, 1e-2, 10.0
+NUM_ITER, REPEATS = 200, 3
+"""The default search. `assignment` starts where its assignment says, all other recipes far below a peak."""
 
-SHORTEST = SKIP_START + SKIP_END + 2
-"""The fewest points in a usable curve: a slope takes two of those that are left."""
+SEARCH_SECONDS = 180
+"""How long a search of default length may take; see _affordable."""
+
+FEWEST_STEPS, FEWEST_ITER, FEWEST_REPEATS = 20, 40, 2
+"""The fewest steps in a usable curve; the fewest steps and tries that a default search is shortened to."""
+
+TIMED_STEPS = 5
+
+BANDWIDTH = 0.3
+"""Standard deviation, in decades of the rate, of the Gaussian that curves are smoothed with."""
+
+LATE_START, LATE_SHARE = 1e-2, 0.1
+"""From this start on, a network trains well from its first step, and its loss still falls when the rate is
+long too high: then the suggestion is this share of the rate with the lowest loss."""
+
+AGREEMENT = 3
+"""The largest factor between the tries' suggestions."""
 
 
 @dataclass(frozen=True)
@@ -43,43 +60,72 @@ class LrCurve:
     diverged: bool
 
     @property
-    def suggestion(self) -> float | None:
-        """The rate at which the loss falls fastest over log(lr); None if the curve is too short."""
-        if len(self.lrs) < SHORTEST:
-            return None
-        lrs, losses = self.lrs[SKIP_START:-SKIP_END], self.losses[SKIP_START:-SKIP_END]
-        slope = np.gradient(losses, np.log(lrs))
-        return lrs[int(slope.argmin())]
+    def lowest(self) -> float | None:
+        """The rate with the lowest loss; None if the curve is too short, or lowest at one of its ends."""
+        index = int(np.argmin(self.losses)) if len(self.losses) >= FEWEST_STEPS else 0
+        return self.lrs[index] if 0 < index < len(self.lrs) - 1 else None
 
     def __str__(self) -> str:
         steps = f"{len(self.lrs)} steps"
         end = f"diverged after {steps}" if self.diverged else steps
-        if self.suggestion is None:
-            return f"no suggestion: {end}, too few to tell"
-        return f"{self.suggestion:.3g} ({end})"
+        if self.lowest is None:
+            return f"no lowest loss between the ends of the curve ({end})"
+        return f"lowest loss at {self.lowest:.3g} ({end})"
 
 
 @dataclass(frozen=True)
 class LrSearch:
-    """The curves of independent tries, and their suggestions."""
+    """The curves of independent tries, and the peak rates that they suggest."""
 
     curves: list[LrCurve]
     suggestions: list[float]
 
     @property
+    def problem(self) -> str | None:
+        """Why the tries together suggest no rate; None if they do."""
+        if 2 * len(self.suggestions) <= len(self.curves):
+            without = len(self.curves) - len(self.suggestions)
+            return f"{without} of {len(self.curves)} tries have no lowest loss between the ends of the curve"
+        low, high = min(self.suggestions), max(self.suggestions)
+        if high > AGREEMENT * low:
+            return f"the tries suggest {low:.3g} to {high:.3g}, more than a factor of {AGREEMENT} apart"
+        return None
+
+    @property
     def suggestion(self) -> float:
-        """The median of the suggestions."""
+        """The median of the suggestions. Raises UserError if there is a problem with them."""
+        if self.problem:
+            raise UserError(
+                f"--max-lr auto: {self.problem}; give --max-lr a number, or see what find-lr draws"
+            )
         return statistics.median(self.suggestions)
 
     def __str__(self) -> str:
-        """Format the suggestion with its spread, and how many tries diverged or were too short."""
+        """Format the suggestion with its spread, and how many tries diverged or suggest nothing."""
         found = self.suggestions
         spread = f"median of {len(found)} tries, {min(found):.3g} to {max(found):.3g}"
         if len(found) == 1:
             spread = "one try, so no spread is known"
         diverged = sum(curve.diverged for curve in self.curves)
-        short = sum(curve.suggestion is None for curve in self.curves)
-        return f"{self.suggestion:.3g} ({spread}; diverged: {diverged}, too short to tell: {short})"
+        without = sum(curve.lowest is None for curve in self.curves)
+        return f"{self.suggestion:.3g} ({spread}; diverged: {diverged}, without a suggestion: {without})"
+
+
+def check_search(
+    recipe: Recipe, start_lr: float | None, end_lr: float, num_iter: int | None, repeats: int | None
+) -> float:
+    """Return the rate that a search starts at. Raises UserError for an impossible range or count."""
+    if start_lr is None:
+        start_lr = ASSIGNMENT_START_LR if recipe.name == "assignment" else START_LR
+    if not 0 < start_lr < end_lr < math.inf:
+        raise UserError(
+            f"--start-lr {start_lr:g} --end-lr {end_lr:g}: expected a start above 0, below the end"
+        )
+    if num_iter is not None and num_iter < FEWEST_STEPS:
+        raise UserError(f"--num-iter {num_iter}: expected at least {FEWEST_STEPS}")
+    if repeats is not None and repeats < 1:
+        raise UserError(f"--repeats {repeats}: expected at least 1")
+    return start_lr
 
 
 def find_max_lr(
@@ -87,53 +133,85 @@ def find_max_lr(
     recipe: Recipe,
     runtime: Runtime,
     *,
-    start_lr: float = 1e-2,
-    end_lr: float = 10.0,
-    num_iter: int = 200,
-    repeats: int = 3,
+    start_lr: float | None = None,
+    end_lr: float = END_LR,
+    num_iter: int | None = None,
+    repeats: int | None = None,
     log: Callable[[str], object],
 ) -> LrSearch:
     """Raise the learning rate exponentially over `num_iter` steps, `repeats` times, and suggest a peak.
 
     Each try has its own network, optimizer and loader, with its own seed, so that the training to come is not
-    affected; the global random generators are restored. Single suggestions vary by a factor of up to ten
-    between seeds, hence the median. A try ends early if it diverges; each is logged in one line.
-    Raises UserError for an impossible range or count, and if no try gives a curve that is long enough.
-    Source: Smith 2017, arXiv:1506.01186; range and length as in the assignment.
+    affected; the global random generators are restored. A try ends early if it diverges; each is logged in
+    one line. A peak is where the loss stops falling; where it falls fastest is no guide, since that is at the
+    start, whatever the start (docs/recipes.md).
+    start_lr: by default 1e-4, in the recipe `assignment` 1e-2. num_iter, repeats: by default 200 and 3, or
+    fewer on a machine where those would take more than three minutes.
+    Raises UserError for an impossible range or count.
+    Source: Smith 2017, arXiv:1506.01186.
     """
-    if not 0 < start_lr < end_lr < math.inf:
-        raise UserError(
-            f"--start-lr {start_lr:g} --end-lr {end_lr:g}: expected a start above 0, below the end"
-        )
-    if num_iter < SHORTEST:
-        raise UserError(
-            f"--num-iter {num_iter}: expected at least {SHORTEST}, as the curve's ends do not count"
-        )
-    if repeats < 1:
-        raise UserError(f"--repeats {repeats}: expected at least 1")
+    start_lr = check_search(recipe, start_lr, end_lr, num_iter, repeats)
     curves = []
     with fork_rng(runtime.device):
+        if num_iter is None or repeats is None:
+            seconds = _seconds_per_step(dataset, recipe, runtime, start_lr)
+            num_iter, repeats = _affordable(seconds, num_iter, repeats, log)
         for repeat in range(repeats):
             seeded = dataclasses.replace(recipe, seed=recipe.seed + repeat)
             curves.append(_curve(dataset, seeded, runtime, start_lr, end_lr, num_iter))
             log(f"try {repeat + 1} of {repeats}: {curves[-1]}")
-    suggestions = [curve.suggestion for curve in curves if curve.suggestion is not None]
-    if not suggestions:
-        raise UserError(
-            f"--max-lr auto: the loss diverged at once from {start_lr:g} on, in all {repeats} tries; "
-            "give a number, or run find-lr with a lower --start-lr"
-        )
-    return LrSearch(curves, suggestions)
+    share = LATE_SHARE if start_lr >= LATE_START else 1.0
+    return LrSearch(curves, [share * curve.lowest for curve in curves if curve.lowest is not None])
+
+
+def smooth(lrs: Sequence[float], losses: Sequence[float]) -> list[float]:
+    """Return the losses, each averaged with its neighbours on both sides, so that nothing lags behind.
+
+    Losses count as at most five times the lowest, where torch-lr-finder stops.
+    """
+    position = np.log10(lrs)
+    weights = np.exp(-(((position[:, None] - position) / BANDWIDTH) ** 2) / 2)
+    limited = np.minimum(losses, 5 * min(losses, default=0.0))
+    return (weights @ limited / weights.sum(1)).tolist()
+
+
+def _affordable(
+    seconds: float, num_iter: int | None, repeats: int | None, log: Callable[[str], object]
+) -> tuple[int, int]:
+    """Return the steps and tries that fit into SEARCH_SECONDS; log it if that shortens the search.
+
+    num_iter, repeats: what the user asked for, which stays. A step takes `seconds`.
+    """
+    wanted = num_iter or NUM_ITER, repeats or REPEATS
+    steps = int(SEARCH_SECONDS / seconds) if seconds else math.prod(wanted)
+    if math.prod(wanted) <= steps:
+        return wanted
+    tries = repeats or max(FEWEST_REPEATS, min(REPEATS, steps // wanted[0]))
+    length = num_iter or max(FEWEST_ITER, min(NUM_ITER, steps // tries))
+    minutes = f"about {SEARCH_SECONDS // 60} minutes allowed, at {seconds:.2g} s a step"
+    log(f"{minutes}: {tries} tries of {length} steps instead of {wanted[1]} of {wanted[0]}")
+    return length, tries
+
+
+def _seconds_per_step(dataset: Dataset, recipe: Recipe, runtime: Runtime, start_lr: float) -> float:
+    """Return the median time of a few steps, the first not among them; 0 if they diverge."""
+    _, times = _range_test(dataset, recipe, runtime, start_lr, 2 * start_lr, TIMED_STEPS)
+    return float(np.median(np.diff(times))) if len(times) > 1 else 0.0
 
 
 def _curve(
-    dataset: Dataset,
-    recipe: Recipe,
-    runtime: Runtime,
-    start_lr: float,
-    end_lr: float,
-    num_iter: int,
+    dataset: Dataset, recipe: Recipe, runtime: Runtime, start_lr: float, end_lr: float, num_iter: int
 ) -> LrCurve:
+    history, _ = _range_test(dataset, recipe, runtime, start_lr, end_lr, num_iter)
+    count = min(len(history["lr"]), len(history["loss"]))
+    lrs, losses = history["lr"][:count], history["loss"][:count]
+    return LrCurve(lrs, smooth(lrs, losses), diverged=count < num_iter or losses[-1] > 5 * min(losses))
+
+
+def _range_test(
+    dataset: Dataset, recipe: Recipe, runtime: Runtime, start_lr: float, end_lr: float, num_iter: int
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Return torch-lr-finder's history, each step's "lr" and "loss", and the time after each loss, in s."""
     from torch_lr_finder import LRFinder, TrainDataLoaderIter
 
     class EndlessBatches(TrainDataLoaderIter):
@@ -151,10 +229,11 @@ def _curve(
     optimizer.register_step_pre_hook(
         lambda *_: set_schedule(optimizer, optimizer.param_groups[0]["lr"], None)
     )
+    loss_fn = _FiniteLoss(recipe.label_smoothing)
     finder = LRFinder(
         model,
         optimizer,
-        _FiniteLoss(recipe.label_smoothing),
+        loss_fn,
         device=device,
         amp_backend="torch",
         amp_config={
@@ -172,9 +251,10 @@ def _curve(
         quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if not sys.stderr.isatty():
             quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        finder.range_test(EndlessBatches(loader), start_lr=start_lr, end_lr=end_lr, num_iter=num_iter)
-    count = min(len(finder.history["lr"]), len(finder.history["loss"]))
-    return LrCurve(finder.history["lr"][:count], finder.history["loss"][:count], diverged=count < num_iter)
+        finder.range_test(
+            EndlessBatches(loader), start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, smooth_f=0
+        )
+    return finder.history, loss_fn.times
 
 
 class _Diverged(Exception):
@@ -182,14 +262,19 @@ class _Diverged(Exception):
 
 
 class _FiniteLoss(nn.Module):
-    """Cross entropy that raises _Diverged instead of returning NaN or infinity."""
+    """Cross entropy that raises _Diverged instead of returning NaN or infinity.
+
+    times: time.perf_counter() after each loss.
+    """
 
     def __init__(self, label_smoothing: float) -> None:
         super().__init__()
         self._loss_fn = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.times: list[float] = []
 
     def forward(self, logits_NK: Tensor, labels_N: Tensor) -> Tensor:
         loss = self._loss_fn(logits_NK.float(), labels_N)
         if not math.isfinite(loss.item()):  # the library itself waits for every step's loss
             raise _Diverged
+        self.times.append(time.perf_counter())
         return loss

@@ -92,14 +92,14 @@ class TrainCommand(TrainOptions, RecipeOptions):
 class FindLrOptions(RunOptions, RecipeOptions):
     """Suggest a peak learning rate from the loss over rising rates, in several tries."""
 
-    start_lr: float = 1e-2
-    """Lowest rate to try."""
+    start_lr: float | None = None
+    """Lowest rate to try; by default 1e-4, with the recipe assignment 1e-2."""
     end_lr: float = 10.0
     """Highest rate to try."""
-    num_iter: int = 200
-    """Steps from the lowest to the highest."""
-    repeats: int = 3
-    """Independent tries; the suggestion is their median."""
+    num_iter: int | None = None
+    """Steps from the lowest to the highest; by default 200, or as many as three minutes allow."""
+    repeats: int | None = None
+    """Independent tries; the suggestion is their median. By default 3, or 2 if those take too long."""
     plot: Path = Path("lr_find.png")
     """Where to write the plot of the curves."""
 

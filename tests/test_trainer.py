@@ -242,7 +242,7 @@ def test_max_lr_auto_asks_the_finder_first(dataset_dir: Path, tmp_path, monkeypa
     from fasttrain import trainer as train_module
     from fasttrain.lr_finder import LrSearch
 
-    monkeypatch.setattr(train_module, "find_max_lr", lambda *_, **__: LrSearch([], [0.5, 0.002, 0.001]))
+    monkeypatch.setattr(train_module, "find_max_lr", lambda *_, **__: LrSearch([], [0.003, 0.002, 0.001]))
     recipe = Recipe(epochs=1, batch_size=32, width=8, max_lr="auto")
     run = train(recipe, data_dir=dataset_dir, out=tmp_path, device="cpu", report=False)
     assert run.result["max_lr"] == 0.002

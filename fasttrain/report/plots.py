@@ -112,7 +112,7 @@ def chart(
     return draw
 
 
-def lr_find(curves: Sequence[tuple[Sequence[float], Sequence[float]]], max_lr: float) -> Draw:
+def lr_find(curves: Sequence[tuple[Sequence[float], Sequence[float]]], max_lr: float | None) -> Draw:
     """Define the plot of the LR finder's tries, each with rates and losses; a dashed line marks max_lr."""
     return chart(
         [Curve(lrs, losses, series, f"try {series + 1}") for series, (lrs, losses) in enumerate(curves)],

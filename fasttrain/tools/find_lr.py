@@ -1,8 +1,9 @@
 """`fasttrain find-lr`: search for a peak learning rate, print every try, and draw the curves."""
 
+from fasttrain.data.build_loader import fit_batch_size
 from fasttrain.data.load_dataset import load_from_options
 from fasttrain.errors import UserError
-from fasttrain.lr_finder import find_max_lr
+from fasttrain.lr_finder import check_search, find_max_lr
 from fasttrain.options import FindLrOptions
 from fasttrain.recipe import Recipe
 from fasttrain.report import plots
@@ -14,14 +15,18 @@ from fasttrain.system.machine import pick_device
 def find_lr(recipe: Recipe, options: FindLrOptions) -> None:
     """Search, print every try and the suggestion, and write the curves to `options.plot`, a PNG.
 
-    Raises UserError for a user's mistake; for a wrong name of the plot, before the search.
+    Raises UserError for a user's mistake, before the data set is loaded where that is possible; and, after
+    the curves are drawn, if the tries together suggest no rate.
     """
     plot = options.plot
     if plot.suffix != ".png" or not plot.parent.is_dir():
         raise UserError(f"--plot {plot}: expected the name of a .png file in an existing folder")
+    check_search(recipe, options.start_lr, options.end_lr, options.num_iter, options.repeats)
     device = pick_device(options.device)
+    dataset = load_from_options(options, recipe.resolution)
+    recipe = fit_batch_size(recipe, dataset, log=print)
     search = find_max_lr(
-        load_from_options(options, recipe.resolution),
+        dataset,
         recipe,
         Runtime.resolve(recipe, device, compiles=False),
         start_lr=options.start_lr,
@@ -30,7 +35,13 @@ def find_lr(recipe: Recipe, options: FindLrOptions) -> None:
         repeats=options.repeats,
         log=print,
     )
-    print(f"suggested --max-lr {search}")
-    drawn = plots.figure([plots.lr_find([(c.lrs, c.losses) for c in search.curves], search.suggestion)])
+    if not search.problem:
+        print(f"suggested --max-lr {search}")
+    marked = None if search.problem else search.suggestion
+    drawn = plots.figure([plots.lr_find([(c.lrs, c.losses) for c in search.curves], marked)])
     write_atomically(plot, lambda file: drawn.savefig(file, format="png"))
     print(f"curves -> {plot}")
+    if search.problem:
+        raise UserError(
+            f"no rate to suggest: {search.problem}; try more --repeats or --num-iter, or another --start-lr"
+        )
