@@ -188,8 +188,8 @@ def _affordable(
         return wanted
     tries = repeats or max(FEWEST_REPEATS, min(REPEATS, steps // wanted[0]))
     length = num_iter or max(FEWEST_ITER, min(NUM_ITER, steps // tries))
-    minutes = f"about {SEARCH_SECONDS // 60} minutes allowed, at {seconds:.2g} s a step"
-    log(f"{minutes}: {tries} tries of {length} steps instead of {wanted[1]} of {wanted[0]}")
+    minutes = f"about {tries * length * seconds / 60:.0f} minutes at {seconds:.2g} s a step"
+    log(f"{tries} tries of {length} steps instead of {wanted[1]} of {wanted[0]}: {minutes}")
     return length, tries
 
 
