@@ -133,11 +133,17 @@ def test_test_goes_before_val_and_train_may_be_a_class(tmp_path: Path) -> None:
     assert read(root).classes == ("ship", "train")
 
 
-def test_images_to_measure_a_network_on_need_no_training_images_and_keep_its_labels(tmp_path: Path) -> None:
+def test_images_to_measure_a_network_on_need_no_training_images_and_keep_its_labels(
+    tmp_path: Path, monkeypatch
+) -> None:
     root, classes = tmp_path / "holiday", ["dog", "cow", "cat"]  # not in the order of their names
     write_class(root / "test" / "cat", 3)
     write_class(root / "test" / "dog", 2, seed=10)
-    for _ in range(2):  # the second time from the cache
+    for gib in ("1", "1", "0"):  # decoded into the cache, read from it, and decoded without one
+        monkeypatch.setenv("FASTTRAIN_CACHE_GIB", gib)
+        if gib == "0":
+            [cache] = (tmp_path / "cache").iterdir()
+            cache.unlink()
         data = read(root, classes=classes)
         assert data.classes == ("dog", "cow", "cat") and data.train.images.shape == (0, 32, 32, 3)
         assert sorted(data.test.labels.tolist()) == [0, 0, 2, 2, 2]
