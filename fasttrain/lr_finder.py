@@ -167,11 +167,11 @@ def find_max_lr(
 def smooth(lrs: Sequence[float], losses: Sequence[float]) -> list[float]:
     """Return the losses, each averaged with its neighbours on both sides, so that nothing lags behind.
 
-    Losses count as at most five times the lowest, where torch-lr-finder stops.
+    Losses count as at most twice the first: how far the last ones explode must not matter.
     """
     position = np.log10(lrs)
     weights = np.exp(-(((position[:, None] - position) / BANDWIDTH) ** 2) / 2)
-    limited = np.minimum(losses, 5 * min(losses, default=0.0))
+    limited = np.minimum(losses, 2 * np.array(losses[:1]))
     return (weights @ limited / weights.sum(1)).tolist()
 
 
@@ -195,23 +195,21 @@ def _affordable(
 
 def _seconds_per_step(dataset: Dataset, recipe: Recipe, runtime: Runtime, start_lr: float) -> float:
     """Return the median time of a few steps, the first not among them; 0 if they diverge."""
-    _, times = _range_test(dataset, recipe, runtime, start_lr, 2 * start_lr, TIMED_STEPS)
+    *_, times = _range_test(dataset, recipe, runtime, start_lr, 2 * start_lr, TIMED_STEPS)
     return float(np.median(np.diff(times))) if len(times) > 1 else 0.0
 
 
 def _curve(
     dataset: Dataset, recipe: Recipe, runtime: Runtime, start_lr: float, end_lr: float, num_iter: int
 ) -> LrCurve:
-    history, _ = _range_test(dataset, recipe, runtime, start_lr, end_lr, num_iter)
-    count = min(len(history["lr"]), len(history["loss"]))
-    lrs, losses = history["lr"][:count], history["loss"][:count]
-    return LrCurve(lrs, smooth(lrs, losses), diverged=count < num_iter or losses[-1] > 5 * min(losses))
+    lrs, losses, _ = _range_test(dataset, recipe, runtime, start_lr, end_lr, num_iter)
+    return LrCurve(lrs, smooth(lrs, losses), diverged=len(lrs) < num_iter)
 
 
 def _range_test(
     dataset: Dataset, recipe: Recipe, runtime: Runtime, start_lr: float, end_lr: float, num_iter: int
-) -> tuple[dict[str, list[float]], list[float]]:
-    """Return torch-lr-finder's history, each step's "lr" and "loss", and the time after each loss, in s."""
+) -> tuple[list[float], list[float], list[float]]:
+    """Return the rate, the loss and the time, in seconds, of every step of torch-lr-finder's range test."""
     from torch_lr_finder import LRFinder, TrainDataLoaderIter
 
     class EndlessBatches(TrainDataLoaderIter):
@@ -245,16 +243,16 @@ def _range_test(
         grad_scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
     )
     # The library stops at five times the lowest loss, but continues on NaN, so the criterion raises there.
+    # The losses in its history are smoothed, and lag behind the rates: the criterion keeps them as they are.
     # Its messages are silenced, and so is its progress bar unless stderr is a terminal.
     with contextlib.ExitStack() as quiet:
         quiet.enter_context(contextlib.suppress(_Diverged))
         quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if not sys.stderr.isatty():
             quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        finder.range_test(
-            EndlessBatches(loader), start_lr=start_lr, end_lr=end_lr, num_iter=num_iter, smooth_f=0
-        )
-    return finder.history, loss_fn.times
+        finder.range_test(EndlessBatches(loader), start_lr=start_lr, end_lr=end_lr, num_iter=num_iter)
+    lrs = finder.history["lr"]
+    return lrs, loss_fn.losses[: len(lrs)], loss_fn.times
 
 
 class _Diverged(Exception):
@@ -264,17 +262,19 @@ class _Diverged(Exception):
 class _FiniteLoss(nn.Module):
     """Cross entropy that raises _Diverged instead of returning NaN or infinity.
 
-    times: time.perf_counter() after each loss.
+    losses, times: every loss so far, and time.perf_counter() after it.
     """
 
     def __init__(self, label_smoothing: float) -> None:
         super().__init__()
         self._loss_fn = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.losses: list[float] = []
         self.times: list[float] = []
 
     def forward(self, logits_NK: Tensor, labels_N: Tensor) -> Tensor:
         loss = self._loss_fn(logits_NK.float(), labels_N)
-        if not math.isfinite(loss.item()):  # the library itself waits for every step's loss
+        self.losses.append(loss.item())  # the library itself waits for every step's loss
+        if not math.isfinite(self.losses[-1]):
             raise _Diverged
         self.times.append(time.perf_counter())
         return loss

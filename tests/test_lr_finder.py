@@ -52,7 +52,7 @@ def answer(monkeypatch, loss, noise: float = 0.0) -> None:
         rng = np.random.default_rng(recipe.seed)
         lrs = np.geomspace(start_lr, end_lr, num_iter)
         losses = [loss(lr) + noise * rng.standard_normal() for lr in lrs]
-        return {"lr": lrs.tolist(), "loss": losses}, [0.0, 0.001]
+        return lrs.tolist(), losses, [0.0, 0.001]
 
     monkeypatch.setattr(lr_finder, "_range_test", range_test)
 

@@ -188,7 +188,7 @@ def _require_images(train: Sequence[Sample], test: Sequence[Sample], source: Sou
             least = "one to train on" if source.own_test else "two, one of them for the test"
             usable = 0 if source.own_test else sum(sample.label == label for sample in test)
             found = f"the class {name} has {usable} usable images"
-            raise UserError(f"{source.place}: {found}; expected at least {least}")
+            raise UserError(f"{source.place}: {found}; expected at least {least}; add some or remove it")
     if not test:
         raise UserError(f"{source.place}: no usable test images")
 
