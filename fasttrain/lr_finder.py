@@ -194,9 +194,12 @@ def _affordable(
 
 
 def _seconds_per_step(dataset: Dataset, recipe: Recipe, runtime: Runtime, start_lr: float) -> float:
-    """Return the median time of a few steps, the first not among them; 0 if they diverge."""
+    """Return the time of the fastest of a few steps, the first not among them; 0 if they diverge.
+
+    The fastest, since what else runs on the machine makes single steps many times as slow.
+    """
     *_, times = _range_test(dataset, recipe, runtime, start_lr, 2 * start_lr, TIMED_STEPS)
-    return float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+    return float(np.diff(times).min()) if len(times) > 1 else 0.0
 
 
 def _curve(
