@@ -56,7 +56,7 @@ def read(
 
 
 def looks_like_classes(root: Path) -> bool:
-    """Return whether a folder, or its training split, holds two folders with images, going by the files' names.
+    """Return whether a folder, or its training split, holds two folders with images by the files' names.
 
     Folders that cannot be read do not count.
     """
@@ -70,7 +70,7 @@ def looks_like_classes(root: Path) -> bool:
     def holds_images(folder: Path) -> bool:
         return any(path.suffix.lower() in SUFFIXES for path in entries(folder))
 
-    splits = [folder for folder in entries(root) if folder.name.lower() in TRAIN]
+    splits = [folder for folder in entries(root) if folder.name.lower() in TRAIN_NAMES]
     return any(sum(map(holds_images, entries(folder))) >= 2 for folder in (root, *splits))
 
 
