@@ -8,7 +8,18 @@ The public names are imported from their modules on first use, so that importing
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what a type checker takes the names below for
+    from fasttrain.data.build_loader import build_loader as build_loader
+    from fasttrain.data.load_dataset import load_dataset as load_dataset
+    from fasttrain.errors import UserError as UserError
+    from fasttrain.recipe import PRESETS as PRESETS
+    from fasttrain.recipe import Recipe as Recipe
+    from fasttrain.recipe import load_recipe as load_recipe
+    from fasttrain.report.run import Run as Run
+    from fasttrain.report.run import load_run as load_run
+    from fasttrain.trainer import train as train
 
 __version__ = "0.1.0"
 

@@ -5,6 +5,7 @@ import torch
 from fasttrain.model import training_flop_per_image
 from fasttrain.recipe import PRESETS, Recipe
 from fasttrain.step import TrainStep
+from fasttrain.system.gpu import other_gpu
 
 FIRST_STEPS = 5
 """Steps after which the laptop recipe estimates how long the full one would take."""
@@ -23,7 +24,9 @@ def estimate_full_recipe(step: TrainStep, seconds: float, images: int) -> str:
     full, resolution = PRESETS["default"], step.recipe.training_resolution(0, step.total_steps)
     seconds *= training_flop_per_image(step.model) / training_flop_per_image(step.model, resolution)
     minutes = full.epochs * images * seconds / step.recipe.batch_size / 60
+    other = other_gpu()
+    gpu = f"The {other} GPU is not used" if other else "No GPU is used"
     return (
-        f"No GPU: this is the short laptop recipe. The full one, {full.epochs} epochs, would take about "
+        f"{gpu}: this is the short laptop recipe. The full one, {full.epochs} epochs, would take about "
         f"{minutes:.0f} minutes here: fasttrain train --recipe {full.name}"
     )

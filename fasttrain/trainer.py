@@ -37,6 +37,7 @@ from fasttrain.runtime import Runtime, agree_on_precision, import_in_background
 from fasttrain.step import TrainStep
 from fasttrain.system.fallbacks import Fallbacks
 from fasttrain.system.files import hold_folder, nearest_existing, remove_temporaries, require_writable
+from fasttrain.system.gpu import why_no_gpu
 from fasttrain.system.machine import describe, hardware_name, pick_device
 from fasttrain.system.memory import peak_memory_gib, report_full_memory
 from fasttrain.system.program import program
@@ -78,6 +79,8 @@ def train(recipe: Recipe, **options: Any) -> Run:
     recipe, opts = origin.recipe(recipe), origin.options(opts)
     world.share(recipe.batch_size)  # refuse a batch that cannot be divided
     fallbacks = Fallbacks(world.print, allowed=opts.fallback)
+    if opts.device == "auto" and (reason := why_no_gpu()):
+        fallbacks(reason, "training on the CPU")
     precision = origin.working_precision(world.device) or agree_on_precision(recipe, world, fallbacks)
 
     import_in_background("nvidia.dali", "torch._dynamo")

@@ -66,9 +66,16 @@ MODULES = module_paths()
 SOURCES = [path for folder in ("fasttrain", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
+class WithoutTypeChecking(ast.NodeTransformer):
+    """Drops what is there for type checkers alone, as the names that the package fetches on first use."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
+
+
 def imports(path: Path) -> Iterator[str]:
     """Every module that a file imports, at its top or nested; of `from package import module`, the latter."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(WithoutTypeChecking().visit(ast.parse(path.read_text(encoding="utf-8")))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

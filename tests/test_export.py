@@ -152,6 +152,6 @@ def test_what_cannot_be_exported_is_one_line(checkpoint: Path, tmp_path: Path, m
     with pytest.raises(UserError, match="nowhere is not a folder"):
         export(checkpoint, "safetensors", tmp_path / "nowhere" / "m.safetensors", data_dir=tmp_path)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match=r"pip install 'fasttrain\[onnx\]'"):
+    with pytest.raises(UserError, match=r"pip install 'fasttrain-dali\[onnx\]'"):
         export(checkpoint, "onnx", tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []

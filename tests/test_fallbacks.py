@@ -69,7 +69,7 @@ def test_a_dali_that_does_not_run_is_replaced(broken_dali) -> None:
     [line] = fallbacks.lines
     assert "DALI fails on cpu (CUDA driver version is insufficient for CUDA runtime)" in line
     assert "pure-torch loader" in line
-    with pytest.raises(UserError, match=r"--loader dali: DALI fails on cpu .*; use --loader tensor"):
+    with pytest.raises(UserError, match=r"--loader dali: DALI fails on cpu .*; or use --loader tensor"):
         pick_loader("dali", CPU, fallbacks)
     with pytest.raises(UserError, match=r"loader: DALI fails .*; --no-fallback"):
         pick_loader("auto", CPU, Fallbacks(allowed=False))

@@ -29,10 +29,23 @@ def test_auto_takes_the_cpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_gpu_is_taken_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(machine, "why_unsupported", lambda index: None)
     assert machine.pick_device("auto") == machine.pick_device("cuda") == torch.device("cuda", 0)
     assert machine.pick_device("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(UserError, match="cuda:0, cuda:1"):
         machine.pick_device("cuda:2")
+
+
+def test_a_gpu_that_torch_has_no_code_for_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(machine, "why_unsupported", {0: "built for 7.5 and newer", 1: None}.get)
+    assert machine.pick_device("auto") == torch.device("cuda", 1)
+    monkeypatch.setattr(machine, "why_unsupported", lambda index: "built for 7.5 and newer")
+    monkeypatch.setattr(machine, "why_no_gpu", lambda: "built for 7.5 and newer")
+    assert machine.pick_device("auto") == CPU
+    with pytest.raises(UserError, match="--device cuda: built for 7.5 and newer; expected one of auto, cpu"):
+        machine.pick_device("cuda")
 
 
 def test_describe_is_json_and_names_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,10 +61,14 @@ def test_describe_is_json_and_names_nobody(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_copy_without_git_is_told_its_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, commit: str, dirty: bool
 ) -> None:
+    (tmp_path / "fasttrain").mkdir()
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "fasttrain" / "system" / "machine.py"))
     monkeypatch.delenv("FASTTRAIN_COMMIT", raising=False)
     assert machine.describe(CPU)["git_commit"] is None
     monkeypatch.setenv("FASTTRAIN_COMMIT", told)
+    assert (machine.describe(CPU)["git_commit"], machine.describe(CPU)["git_dirty"]) == (commit, dirty)
+    monkeypatch.setenv("FASTTRAIN_COMMIT", "another")  # a wheel knows better
+    (tmp_path / "fasttrain" / "commit.txt").write_text(f"{told}\n")
     assert (machine.describe(CPU)["git_commit"], machine.describe(CPU)["git_dirty"]) == (commit, dirty)
 
 

@@ -234,7 +234,7 @@ def test_tensorboard_where_it_is_missing_is_one_line_and_no_folder(
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     assert main(["train", "--data-dir", str(dataset_dir), "--out", str(tmp_path), "--tensorboard"]) == 2
     error = capsys.readouterr().err
-    assert "pip install 'fasttrain[tensorboard]'" in error and error.count("\n") == 1
+    assert "pip install 'fasttrain-dali[tensorboard]'" in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -40,7 +40,7 @@ def pick_loader(requested: str, device: torch.device, fallbacks: Fallbacks) -> L
     if reason is None:
         return "dali"
     if requested == "dali":
-        raise UserError(f"--loader dali: {reason}; use --loader tensor")
+        raise UserError(f"--loader dali: {reason}; or use --loader tensor")
     fallbacks(
         f"loader: {reason}", "the pure-torch loader makes the same batches, with more launches for each"
     )
@@ -49,7 +49,7 @@ def pick_loader(requested: str, device: torch.device, fallbacks: Fallbacks) -> L
 
 @functools.cache
 def dali_unusable(device: torch.device) -> str | None:
-    """Return None if DALI makes the pure-torch loader's batches on this device, else the reason, in a line.
+    """Return None if DALI makes the pure-torch loader's batches on this device, else reason and remedy.
 
     It is tried on a few images of noise, which takes 0.05 s on a CPU.
     """
@@ -60,10 +60,14 @@ def dali_unusable(device: torch.device) -> str | None:
     except ImportError as error:
         if platform.system() != "Linux":
             return f"DALI has no wheel for {platform.system()}"
-        return f"DALI is not installed ({error})"
+        return f"DALI is not installed ({error}): pip install nvidia-dali-cuda120"
     except (RuntimeError, OSError) as error:
-        return f"DALI fails on {device} ({one_line(error)})"
-    return None if alike else f"DALI's pixels on {device} are not the expected ones"
+        remedy = (
+            "update the driver to 525 or newer" if device.type == "cuda" else "reinstall nvidia-dali-cuda120"
+        )
+        return f"DALI fails on {device} ({one_line(error)}): {remedy}"
+    pinned = "install the version that constraints.txt pins"
+    return None if alike else f"DALI's pixels on {device} are not the expected ones: {pinned}"
 
 
 def _first_batch(loader: LoaderName, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,6 @@ import importlib
 import importlib.metadata
 import os
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +14,36 @@ import torch
 
 from fasttrain import __version__
 from fasttrain.errors import UserError
+from fasttrain.system.command import output_of
+from fasttrain.system.gpu import why_no_gpu, why_unsupported
 
 GIB = 2**30
 
 
 def pick_device(requested: str = "auto") -> torch.device:
-    """Choose the device to train on: auto takes the first NVIDIA GPU, or the CPU if there is none.
+    """Choose the device to train on: auto takes the first NVIDIA GPU that torch can use, else the CPU.
 
     Apple's mps is used only on request. Raises UserError if this machine does not have the requested device.
     """
-    cuda_count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = [index for index in range(count) if why_unsupported(index) is None]
     if requested == "auto":
-        requested = "cuda" if cuda_count else "cpu"
+        requested = f"cuda:{gpus[0]}" if gpus else "cpu"
     try:
         device = torch.device(requested)
     except RuntimeError:
         device = torch.device("meta")  # not one of ours: refused below
     if device.type == "cpu":
         return torch.device("cpu")
-    if device.type == "cuda" and (device.index or 0) < cuda_count:
+    if device.type == "cuda" and (device.index or 0) in gpus:
         return torch.device("cuda", device.index or 0)
     if device.type == "mps" and torch.backends.mps.is_available():
         return torch.device("mps")
-    known = ["auto", "cpu", *(f"cuda:{index}" for index in range(cuda_count))]
+    known = ["auto", "cpu", *(f"cuda:{index}" for index in gpus)]
     if torch.backends.mps.is_available():
         known.append("mps")
-    raise UserError(f"--device {requested}: not on this machine; expected one of {', '.join(known)}")
+    reason = (why_no_gpu() if device.type == "cuda" else None) or "not on this machine"
+    raise UserError(f"--device {requested}: {reason}; expected one of {', '.join(known)}")
 
 
 def describe(device: torch.device) -> dict[str, object]:
@@ -70,7 +73,7 @@ def describe(device: torch.device) -> dict[str, object]:
         gpu = torch.cuda.get_device_properties(device)
         # By UUID: nvidia-smi counts all GPUs, torch only those in CUDA_VISIBLE_DEVICES.
         query = ("nvidia-smi", f"--id=GPU-{gpu.uuid}", "--format=csv,noheader,nounits")
-        driver, _, watts = (_output(*query, "--query-gpu=driver_version,power.limit") or "").partition(", ")
+        driver, _, watts = (output_of(*query, "--query-gpu=driver_version,power.limit") or "").partition(", ")
         machine |= {
             "gpu_name": gpu.name,
             "gpu_memory_gib": round(gpu.total_memory / GIB, 1),
@@ -112,29 +115,22 @@ def version_of(distribution: str) -> str | None:
 
 
 def _source_revision() -> tuple[str | None, bool | None]:
-    """Find the commit that this package was checked out from, and whether its sources have changed since.
+    """Find the commit that this package comes from, and whether its sources have changed since.
 
-    If you copy the tree without .git, set FASTTRAIN_COMMIT to the original's
-    `git describe --always --abbrev=40 --dirty`.
+    In a checkout, git knows it. A wheel was built with it (setup.py). If you copy the tree without .git, set
+    FASTTRAIN_COMMIT to the original's `git describe --always --abbrev=40 --exclude='*' --dirty`.
     """
-    checkout = Path(__file__).resolve().parents[2]
+    package = Path(__file__).resolve().parents[1]
+    checkout = package.parent
     if not (checkout / ".git").exists():  # a copy; or installed, perhaps inside someone else's repository
-        named = os.environ.get("FASTTRAIN_COMMIT")
+        built = package / "commit.txt"
+        named = built.read_text().strip() if built.exists() else os.environ.get("FASTTRAIN_COMMIT")
         return (named.removesuffix("-dirty"), named.endswith("-dirty")) if named else (None, None)
     git = ("git", "-C", str(checkout))
-    commit = _output(*git, "rev-parse", "HEAD")
+    commit = output_of(*git, "rev-parse", "HEAD")
     if commit is None:
         return None, None
     # Benchmark results are not sources: the first benchmark's would make the tree look changed to the next.
     paths = ("--", ".", ":!benchmarks/results")
-    changes = _output(*git, "status", "--porcelain", "--untracked-files=no", *paths)
+    changes = output_of(*git, "status", "--porcelain", "--untracked-files=no", *paths)
     return commit, None if changes is None else bool(changes)
-
-
-def _output(*command: str) -> str | None:
-    """Return what the command prints, or None if it is missing, fails or hangs."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

@@ -158,7 +158,7 @@ def require_tensorboard() -> None:
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
-        raise UserError(f"--tensorboard: {error}; pip install 'fasttrain[tensorboard]'") from error
+        raise UserError(f"--tensorboard: {error}; pip install 'fasttrain-dali[tensorboard]'") from error
 
 
 def _line(metrics: dict[str, float]) -> str:

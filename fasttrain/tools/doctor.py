@@ -1,7 +1,6 @@
 """`fasttrain doctor`: what works on this machine, and the remedy for everything that is missing."""
 
 import importlib
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -10,9 +9,11 @@ from pathlib import Path
 
 import torch
 
+from fasttrain import __version__
 from fasttrain.data.build_loader import dali_unusable
 from fasttrain.errors import UserError
 from fasttrain.system.compiler import compiler_available
+from fasttrain.system.gpu import other_gpu, why_no_gpu
 from fasttrain.system.machine import GIB, describe, pick_device, version_of
 from fasttrain.system.precision import DTYPES, pick_precision
 from fasttrain.system.rates import measure_copy_gbps, measure_matmul_tflops
@@ -57,6 +58,7 @@ def doctor(device: str = "auto") -> int:
 def examine(requested_device: str = "auto") -> list[Finding]:
     """Return the doctor's findings, in reading order. Takes about 2 s, most of it to measure peak rates."""
     findings = [
+        _examine_package(),
         Finding("Python", platform.python_version()),
         Finding("torch", torch.__version__),
     ]
@@ -86,14 +88,19 @@ def _examine_device(device: torch.device) -> Finding:
     machine = describe(device)
     if device.type == "cuda":
         return Finding("device", f"{device}: {machine['gpu_name']}, driver {machine['gpu_driver']}")
-    state = f"{device}: {machine['cpu_model']}, {machine['cpu_cores']} cores"
-    if torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
-        return Finding("device", state)
-    if torch.version.cuda is None:
-        fix = f"there is a GPU, but torch {torch.__version__} is a CPU build: install torch's CUDA build"
-    else:
-        fix = f"there is a GPU, but torch cannot use it: update the driver for CUDA {torch.version.cuda}"
-    return Finding("device", state, fix)
+    other = f"; the {vendor} GPU is not used" if device.type == "cpu" and (vendor := other_gpu()) else ""
+    state = f"{device}: {machine['cpu_model']}, {machine['cpu_cores']} cores{other}"
+    return Finding("device", state, why_no_gpu() or "")
+
+
+def _examine_package() -> Finding:
+    """Examine whether another package, `fasttrain` on PyPI, has put its files into this one's folder."""
+    other = version_of("fasttrain")
+    if other is None:
+        return Finding("fasttrain-dali", __version__)
+    state = f"{__version__}, mixed with {other} of `fasttrain`, another package with the same folder"
+    fix = "pip uninstall fasttrain fasttrain-dali, then install fasttrain-dali again"
+    return Finding("fasttrain-dali", state, fix)
 
 
 def _examine_memory(device: torch.device) -> Finding:
@@ -114,16 +121,9 @@ def _examine_disk() -> Finding:
 def _examine_dali(device: torch.device) -> Finding:
     """Compare a few of DALI's pixels with the pure-torch loader's, which takes over where they differ."""
     reason = dali_unusable(device)
-    if reason is None:
-        return Finding("DALI", f"{version_of('nvidia-dali-cuda120')}, makes the expected pixels on {device}")
-    fix = ""
-    if "not installed" in reason:
-        fix = "pip install nvidia-dali-cuda120"
-    elif "fails" in reason:
-        fix = (
-            "update the driver to 525 or newer" if device.type == "cuda" else "reinstall nvidia-dali-cuda120"
-        )
-    return Finding("DALI", f"{reason}: the pure-torch loader is used instead", fix)
+    if reason is not None:
+        return Finding("DALI", "the pure-torch loader is used instead", reason)
+    return Finding("DALI", f"{version_of('nvidia-dali-cuda120')}, makes the expected pixels on {device}")
 
 
 def _examine_import(distribution: str, module: str) -> Finding:

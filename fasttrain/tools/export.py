@@ -142,7 +142,7 @@ def _encode_onnx(model: Exported) -> bytes:
         import onnxruntime  # noqa: F401  # for the verification: fail before a minute of work
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError(f"--format onnx: {error}; pip install 'fasttrain[onnx]'") from error
+        raise UserError(f"--format onnx: {error}; pip install 'fasttrain-dali[onnx]'") from error
     program = torch.onnx.export(
         _trace(model), dynamo=True, input_names=["images"], output_names=["logits"], verbose=False
     )
