@@ -16,7 +16,7 @@ import fasttrain
 
 ROOT = Path(__file__).resolve().parents[1]
 
-pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a checkout")
+pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="needs git")
 
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 """What pip and build call, without an environment of its own that would have to be downloaded."""

@@ -78,7 +78,7 @@ def test_every_variable_becomes_its_flag() -> None:
 def test_an_unknown_variable_is_refused_before_anything_is_installed(
     arguments: str, answer: str, tmp_path: Path
 ) -> None:
-    done = run_make(*arguments.split(), f"VENV={tmp_path / 'venv'}")
+    done = run_make("-n", *arguments.split(), f"VENV={tmp_path / 'venv'}")
     assert done.returncode == 2 and done.stdout == "" and not any(tmp_path.iterdir())
     assert answer in done.stderr and done.stderr.count("\n") == 1
 
