@@ -82,8 +82,8 @@ setup: $(installed)  ## install what training needs into .venv, pinned by constr
 
 define announcement
 fasttrain: installing what training needs into $(VENV), in the versions that constraints.txt pins.
-  On Linux, pip takes torch's CUDA build: 3.1 GiB to download, 5.8 GiB on disk.
-  Without an NVIDIA GPU, its CPU build is enough: 0.7 GiB to download, 2.0 GiB on disk. To take that, stop this and type
+  On Linux, pip takes torch's CUDA build: 3.1 GiB to download, 5.9 GiB on disk.
+  Without an NVIDIA GPU, its CPU build is enough: 0.8 GiB to download, 2.2 GiB on disk. To take that, stop this and type
     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make $(goals)
 endef
 define usage

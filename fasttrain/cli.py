@@ -36,6 +36,7 @@ from fasttrain.options import (  # noqa: E402
 from fasttrain.recipe import Recipe, load_recipe  # noqa: E402
 from fasttrain.system.console import silence_stdout  # noqa: E402
 from fasttrain.system.files import nearest_existing, require_writable  # noqa: E402
+from fasttrain.system.revision import source_revision  # noqa: E402
 from fasttrain.system.signals import leave_on_signals  # noqa: E402
 
 if TYPE_CHECKING:
@@ -274,6 +275,16 @@ def main(args: Sequence[str] | None = None) -> int:
     return status
 
 
+class _ShowVersion(argparse.Action):
+    """Prints the version, and the commit if it is known, which git is only asked for here."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        commit, is_dirty = source_revision()
+        changed = ", changed since" if is_dirty else ""
+        print(f"fasttrain {__version__}" + (f" ({commit:.12}{changed})" if commit else ""))
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fasttrain",
@@ -284,6 +295,6 @@ def _parser() -> argparse.ArgumentParser:
         + "\n\n`fasttrain COMMAND --help` lists a command's flags, and their values on this machine.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"fasttrain {__version__}")
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and its commit")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     return parser

@@ -1,8 +1,12 @@
 """What the short recipe for a machine without a GPU says about the full one."""
 
+import shlex
+
 import torch
 
+from fasttrain.distributed import command
 from fasttrain.model import training_flop_per_image
+from fasttrain.options import TrainOptions, typed_flags
 from fasttrain.recipe import PRESETS, Recipe
 from fasttrain.step import TrainStep
 from fasttrain.system.gpu import other_gpu
@@ -16,8 +20,8 @@ def is_laptop(recipe: Recipe, device: torch.device) -> bool:
     return device.type == "cpu" and recipe.name == "laptop" and recipe.width == PRESETS["default"].width
 
 
-def estimate_full_recipe(step: TrainStep, seconds: float, images: int) -> str:
-    """Return a line that says how long the full recipe would take here.
+def estimate_full_recipe(step: TrainStep, seconds: float, images: int, options: TrainOptions) -> str:
+    """Return a line that says how long the full recipe would take here, and how to train it.
 
     seconds: those of one of the first steps. images: how many there are to train on.
     """
@@ -26,7 +30,9 @@ def estimate_full_recipe(step: TrainStep, seconds: float, images: int) -> str:
     minutes = full.epochs * images * seconds / step.recipe.batch_size / 60
     other = other_gpu()
     gpu = f"The {other} GPU is not used" if other else "No GPU is used"
+    kept = typed_flags(options, "data", "data_dir", "skip_bad", "device", "out", "save_every", "tensorboard")
+    typed = shlex.join(command(["train", "--recipe", full.name, *kept]))
     return (
         f"{gpu}: this is the short laptop recipe. The full one, {full.epochs} epochs, would take about "
-        f"{minutes:.0f} minutes here: fasttrain train --recipe {full.name}"
+        f"{minutes:.0f} minutes here: {typed}"
     )

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fasttrain.errors import UserError
-from fasttrain.recipe import Recipe
+from fasttrain.recipe import Recipe, flag
 
 DataName = Annotated[
     str, tyro.conf.arg(metavar="auto|cifar10|cifar100|synthetic|folder:PATH|webdataset:PATTERN")
@@ -81,6 +81,21 @@ class TrainOptions(RunOptions):
     """Write report.html too; wall_seconds does not include the time for it."""
     started: tyro.conf.Suppress[float | None] = None
     """time.perf_counter() at the start of the process, for wall_seconds; by default at train()'s call."""
+
+
+def typed_flags(options: TrainOptions, *names: str) -> list[str]:
+    """Return the flags that give these options their values, without those that have their default.
+
+    A value that cannot be typed, such as a data set from Python, is left out.
+    """
+    words = []
+    for name in names:
+        value, default = getattr(options, name), getattr(TrainOptions, name)
+        if value != default and isinstance(value, bool):
+            words.append(flag(name) if value else flag(f"no_{name}"))
+        elif value != default and isinstance(value, str | Path):
+            words += [flag(name), str(value)]
+    return words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,10 +226,10 @@ class ProfileOptions(RunOptions, RecipeOptions):
     """How many operators to list."""
 
     def __post_init__(self) -> None:
-        for flag, value, least in (
+        for name, value, least in (
             ("wait", self.wait, 0),
             ("warmup", self.warmup, 1),
             ("active", self.active, 1),
         ):
             if value is not None and value < least:
-                raise UserError(f"--{flag} {value}: expected at least {least}")
+                raise UserError(f"{flag(name)} {value}: expected at least {least}")

@@ -75,7 +75,7 @@ def train(recipe: Recipe, **options: Any) -> Run:
     if opts.tensorboard:
         require_tensorboard()
     world = World.join(pick_device(opts.device))
-    origin = world.broadcast(lambda: _resume_point(unfinished, opts))
+    origin = world.broadcast(lambda: ResumePoint.find(unfinished, opts.resume))
     recipe, opts = origin.recipe(recipe), origin.options(opts)
     world.share(recipe.batch_size)  # refuse a batch that cannot be divided
     fallbacks = Fallbacks(world.print, allowed=opts.fallback)
@@ -244,7 +244,7 @@ class Trainer:
                 step(images_NCHW, labels_N)
                 if step.step == min(FIRST_STEPS, step.total_steps) and is_laptop(self.recipe, step.device):
                     seconds = (time.perf_counter() - start) / step.step
-                    self.log.print(estimate_full_recipe(step, seconds, loader.sampler.count))
+                    self.log.print(estimate_full_recipe(step, seconds, loader.sampler.count, self.options))
                 if checkpoints.due():
                     state.require_finite()  # waits for the device, so that the clock below includes its work
                     progress.seconds = time.perf_counter() - start
@@ -386,12 +386,6 @@ class Trainer:
             f"no batch from {self.train_loader.name} for {seconds:.0f} s, after step {self.state.step.step}; "
             f"still waiting{stacks}"
         )
-
-
-def _resume_point(unfinished: Path | None, opts: TrainOptions) -> ResumePoint:
-    if unfinished is None or opts.resume is None:
-        return ResumePoint()
-    return ResumePoint.find(unfinished, opts.resume)
 
 
 def _write_report(run: Run, log: RunLog, dataset: Dataset, test: Evaluation, device: torch.device) -> None:

@@ -7,7 +7,10 @@ import functools
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -16,7 +19,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from fasttrain.data import dataset
-from fasttrain.data.sources import cifar, synthetic
+from fasttrain.data.sources import cifar, synthetic, transfer
 
 GPU_SECONDS, ALL_GPU_SECONDS = 1.0, 120.0
 """How long a test marked `gpu` takes unless its mark says otherwise, and how long all of them may take."""
@@ -45,6 +48,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def compile_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what is compiled out of the user's own folder."""
     monkeypatch.setenv("FASTTRAIN_CACHE", str(tmp_path_factory.getbasetemp() / "compiled"))
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let downloads reach servers on this machine only."""
+    open_url = transfer._open
+
+    def open_here(url: str, offset: int) -> Any:
+        with suppress(ValueError):  # a malformed URL
+            if urlsplit(url).hostname not in (None, "127.0.0.1"):
+                raise transfer.SourceError("the tests use no network")
+        return open_url(url, offset)
+
+    monkeypatch.setattr(transfer, "_open", open_here)
 
 
 @pytest.fixture(scope="session", autouse=True)

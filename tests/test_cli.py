@@ -59,7 +59,9 @@ def test_help_of_a_command_and_the_version(capsys) -> None:
     assert stop.value.code == 0 and "--top-k" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["--version"])
-    assert capsys.readouterr().out.split()[:2] == ["fasttrain", fasttrain.__version__]
+    assert re.fullmatch(
+        rf"fasttrain {fasttrain.__version__} \([0-9a-f]{{12}}(, changed since)?\)\n", capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(("on_gpu", "epochs"), [(False, 3), (True, 24)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fasttrain.errors import UserError
-from fasttrain.system import machine
+from fasttrain.system import machine, revision
 
 CPU = torch.device("cpu")
 
@@ -63,7 +63,7 @@ def test_a_copy_without_git_is_told_its_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, commit: str, dirty: bool
 ) -> None:
     (tmp_path / "fasttrain").mkdir()
-    monkeypatch.setattr(machine, "__file__", str(tmp_path / "fasttrain" / "system" / "machine.py"))
+    monkeypatch.setattr(revision, "__file__", str(tmp_path / "fasttrain" / "system" / "revision.py"))
     monkeypatch.delenv("FASTTRAIN_COMMIT", raising=False)
     assert machine.describe(CPU)["git_commit"] is None
     monkeypatch.setenv("FASTTRAIN_COMMIT", told)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from fasttrain.cli import main
 from fasttrain.data.dataset import Dataset
+from fasttrain.data.load_dataset import absolute
 from fasttrain.data.run_images import RunImages, find_dataset
 from fasttrain.data.sources import cifar, synthetic
 from fasttrain.errors import UserError
@@ -171,3 +172,12 @@ def test_latest_is_the_newest_finished_run(home: Path, run: Path, tmp_path, monk
     (only / "report.html").unlink()
     assert main(["report", "latest", "--device", "cpu"]) == 0
     assert (only / "report.html").exists()
+
+
+def test_patterns_of_shards_are_kept_for_any_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute("webdataset:a/{0,1}.tar,b-*.tar") == (
+        f"webdataset:{tmp_path}/a/{{0,1}}.tar,{tmp_path}/b-*.tar"
+    )
+    assert absolute("folder:a,b") == f"folder:{tmp_path}/a,b"
+    assert absolute("folder:~/pets") == f"folder:{Path.home()}/pets"

@@ -20,7 +20,7 @@ from fasttrain.data.dataset import Dataset
 from fasttrain.data.run_images import RunImages
 from fasttrain.distributed import World, command
 from fasttrain.errors import Interrupted, TrainingInterrupted, UserError, one_line
-from fasttrain.options import TrainOptions
+from fasttrain.options import TrainOptions, typed_flags
 from fasttrain.recipe import Recipe, flag, load_recipe
 from fasttrain.system.fallbacks import Fallbacks
 from fasttrain.system.files import quarantine, write_atomically
@@ -47,8 +47,13 @@ class ResumePoint:
     compile_mode: str | None = None
 
     @classmethod
-    def find(cls, folder: Path, resume: str | Path) -> "ResumePoint":
-        """Find the checkpoints of an unfinished run, and take the settings from the first readable one."""
+    def find(cls, folder: Path | None, resume: str | Path | None) -> "ResumePoint":
+        """Find the checkpoints of an unfinished run, and take the settings from the first readable one.
+
+        folder: None for a new run.
+        """
+        if folder is None or resume is None:
+            return cls()
         checkpoints, images = find_checkpoints(folder, resume), RunImages.of_run(folder)
         for path in checkpoints:
             with contextlib.suppress(UserError):
@@ -198,11 +203,5 @@ def resume_command(folder: Path, options: TrainOptions) -> str:
 
     The run remembers its images, so their options are left out too.
     """
-    words = ["train", "--resume", str(folder)]
-    for name in ("device", "save_every", "on_nan", "fallback", "tensorboard"):
-        value, default = getattr(options, name), getattr(TrainOptions, name)
-        if value != default and isinstance(value, bool):
-            words.append(flag(name) if value else flag(f"no_{name}"))
-        elif value != default:
-            words += [flag(name), str(value)]
-    return shlex.join(command(words))
+    kept = typed_flags(options, "device", "save_every", "on_nan", "fallback", "tensorboard")
+    return shlex.join(command(["train", "--resume", str(folder), *kept]))

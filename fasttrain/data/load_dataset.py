@@ -1,5 +1,6 @@
 """The choice of the data set: `--data` in, a Dataset out."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,6 +18,13 @@ OWN_IMAGES = {"folder": folder.read, "webdataset": webdataset.read}
 def names_own_images(data: str) -> bool:
     """Return whether `data` names a user's own images: folder:PATH or webdataset:PATTERN."""
     return data.partition(":")[0] in OWN_IMAGES
+
+
+def absolute(data: str) -> str:
+    """Return the `--data` of a user's own images with absolute paths, for any working directory."""
+    source, _, place = data.partition(":")
+    places = webdataset.split_patterns(place) if source == "webdataset" else [os.path.expanduser(place)]
+    return f"{source}:{','.join(map(os.path.abspath, places))}"
 
 
 def load_dataset(

@@ -1,13 +1,12 @@
 """Which images a run was trained on: written to its folder, and found again from there."""
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fasttrain.data.dataset import Dataset
-from fasttrain.data.load_dataset import load_dataset, names_own_images
+from fasttrain.data.load_dataset import absolute, load_dataset, names_own_images
 from fasttrain.data.sources import cifar, synthetic
 from fasttrain.errors import UserError
 from fasttrain.options import DataOptions
@@ -38,8 +37,7 @@ class RunImages:
         if isinstance(options.data, Dataset):
             data, root = ("auto", dataset.root) if dataset.release else (None, root)
         elif names_own_images(options.data):
-            source, _, place = options.data.partition(":")
-            data = f"{source}:{os.path.abspath(Path(place).expanduser())}"
+            data = absolute(options.data)
         elif dataset.root == root / synthetic.NAME:
             data = "synthetic"  # auto, or the name itself
         if data == "auto" and dataset.name != synthetic.NAME:  # a resumed run must not fall back

@@ -16,6 +16,7 @@ from fasttrain import __version__
 from fasttrain.errors import UserError
 from fasttrain.system.command import output_of
 from fasttrain.system.gpu import why_no_gpu, why_unsupported
+from fasttrain.system.revision import source_revision
 
 GIB = 2**30
 
@@ -51,7 +52,7 @@ def describe(device: torch.device) -> dict[str, object]:
 
     Values that cannot be found out are None. The gpu_ keys exist only on an NVIDIA GPU.
     """
-    commit, is_dirty = _source_revision()
+    commit, is_dirty = source_revision()
     machine: dict[str, object] = {
         "fasttrain": __version__,
         "git_commit": commit,
@@ -112,25 +113,3 @@ def version_of(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _source_revision() -> tuple[str | None, bool | None]:
-    """Find the commit that this package comes from, and whether its sources have changed since.
-
-    In a checkout, git knows it. A wheel was built with it (setup.py). If you copy the tree without .git, set
-    FASTTRAIN_COMMIT to the original's `git describe --always --abbrev=40 --exclude='*' --dirty`.
-    """
-    package = Path(__file__).resolve().parents[1]
-    checkout = package.parent
-    if not (checkout / ".git").exists():  # a copy; or installed, perhaps inside someone else's repository
-        built = package / "commit.txt"
-        named = built.read_text().strip() if built.exists() else os.environ.get("FASTTRAIN_COMMIT")
-        return (named.removesuffix("-dirty"), named.endswith("-dirty")) if named else (None, None)
-    git = ("git", "-C", str(checkout))
-    commit = output_of(*git, "rev-parse", "HEAD")
-    if commit is None:
-        return None, None
-    # Benchmark results are not sources: the first benchmark's would make the tree look changed to the next.
-    paths = ("--", ".", ":!benchmarks/results")
-    changes = output_of(*git, "status", "--porcelain", "--untracked-files=no", *paths)
-    return commit, None if changes is None else bool(changes)

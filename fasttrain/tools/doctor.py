@@ -13,6 +13,7 @@ from fasttrain import __version__
 from fasttrain.data.build_loader import dali_unusable
 from fasttrain.errors import UserError
 from fasttrain.system.compiler import compiler_available
+from fasttrain.system.files import nearest_existing
 from fasttrain.system.gpu import other_gpu, why_no_gpu
 from fasttrain.system.machine import GIB, describe, pick_device, version_of
 from fasttrain.system.precision import DTYPES, pick_precision
@@ -112,8 +113,7 @@ def _examine_memory(device: torch.device) -> Finding:
 def _examine_disk() -> Finding:
     """Examine the space for the images, in FASTTRAIN_DATA or data/, or the nearest parent that exists."""
     folder = Path(os.environ.get("FASTTRAIN_DATA") or "data")
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free_gib = shutil.disk_usage(existing).free / GIB
+    free_gib = shutil.disk_usage(nearest_existing(folder)).free / GIB
     fix = f"set FASTTRAIN_DATA to a folder with {DATA_GIB} GiB free" if free_gib < DATA_GIB else ""
     return Finding("disk", f"{free_gib:.1f} GiB free at {folder}", fix)
 

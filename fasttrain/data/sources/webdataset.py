@@ -53,7 +53,7 @@ def read(
     shards = [Path(os.path.abspath(name)) for name in find_shards(str(pattern), place)]
     root = Path(os.path.commonpath([shard.parent for shard in shards]))
     source = _list(shards, root, place, classes)
-    identity = ",".join(map(os.path.abspath, _patterns(str(pattern))))
+    identity = ",".join(map(os.path.abspath, split_patterns(str(pattern))))
     cache = cache_dir / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]}-{resolution}.pixels"
     return read_decoded(source, cache, resolution=resolution, skip_bad=skip_bad, log=log)
 
@@ -67,7 +67,7 @@ def find_shards(pattern: str, place: str) -> list[str]:
     that is named twice.
     """
     shards: list[str] = []
-    for one in _patterns(pattern):
+    for one in split_patterns(pattern):
         if os.path.isdir(one):
             names = [str(path) for path in Path(one).rglob("*.tar") if not path.name.startswith(".")]
             shards += sorted(names) or _none(place, f"the folder {one} holds no .tar")
@@ -82,7 +82,7 @@ def find_shards(pattern: str, place: str) -> list[str]:
     return shards
 
 
-def _patterns(pattern: str) -> list[str]:
+def split_patterns(pattern: str) -> list[str]:
     """Split at commas outside braces, unless there is a file or folder of the whole name."""
     parts = [pattern] if os.path.exists(pattern) else re.split(r",(?![^{}]*\})", pattern)
     return [os.path.expanduser(part.strip()) for part in parts]
