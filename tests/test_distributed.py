@@ -179,7 +179,7 @@ def test_a_job_leaves_one_folder_and_speaks_with_one_voice(job) -> None:
     out, printed = job
     folder = only(out / "whole")
     assert {path.name for path in folder.iterdir()} == {
-        *("recipe.json", "machine.json", "metrics.jsonl", "result.json"),
+        *("recipe.json", "machine.json", "data.json", "metrics.jsonl", "result.json"),
         *("last.pt", "previous.pt", "best.pt"),
     }
     result = json.loads((folder / "result.json").read_text())

@@ -45,8 +45,12 @@ def require_writable(folder: Path, place: str) -> None:
     """
     if not folder.is_dir():
         raise UserError(f"{place}: {folder} is not a folder; create it, or choose another")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{place}: {folder} cannot be written to; choose another folder")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = f"{folder} cannot be written to ({error.strerror})"
+        raise UserError(f"{place}: {reason}; choose another folder") from error
 
 
 def link_atomically(source: Path, target: Path) -> None:

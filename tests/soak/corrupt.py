@@ -19,6 +19,7 @@ from fasttrain.checkpoint.fingerprint import fingerprint
 from fasttrain.checkpoint.state import RunState
 from fasttrain.data.build_loader import build_loader
 from fasttrain.data.dataset import Dataset
+from fasttrain.data.run_images import RunImages
 from fasttrain.data.sources import cifar, synthetic
 from fasttrain.errors import UserError
 from fasttrain.model import build_model
@@ -153,14 +154,18 @@ class BadInputs:
         return Recipe(**read.to_dict()) == read
 
     def run_files(self) -> bool:
-        names = ("recipe.json", "machine.json", "metrics.jsonl", "result.json")
+        names = ("recipe.json", "machine.json", "data.json", "metrics.jsonl", "result.json")
         damaged = self.work / "damaged"
         shutil.rmtree(damaged, ignore_errors=True)
         shutil.copytree(self.folder, damaged)
         path = damaged / self.rng.choice(names)
         path.write_bytes(damage_bytes(path.read_bytes(), self.rng))
+        images = RunImages.of_run(
+            damaged
+        )  # damaged, it says nothing, or of other images, which nothing matches
         read = load_run(damaged)
-        return read.steps_per_epoch >= 0 and bool(read.hardware)
+        known = images is None or images.are(self.dataset) == (images.sha256 == self.dataset.content_hash)
+        return known and read.steps_per_epoch >= 0 and bool(read.hardware)
 
     def records(self) -> bool:
         damaged = self.work / "records"
@@ -169,9 +174,9 @@ class BadInputs:
         path = self.rng.choice([path for path in sorted(damaged.rglob("*")) if path.is_file()])
         path.write_bytes(damage_bytes(path.read_bytes(), self.rng))
         read = cifar.read(damaged)  # a set that names itself has no checksums to be held against ...
-        identity = ("dataset", "the images' SHA-256")
+        identity = "the images' SHA-256"
         now = fingerprint(self.recipe, read, RUNTIME, world_size=1)
-        unchanged = all(now[key] == self.run.fingerprint[key] for key in identity)
+        unchanged = now[identity] == self.run.fingerprint[identity]
         same_statistics = (read.mean, read.std) == (self.dataset.mean, self.dataset.std)
         return same_statistics or not unchanged  # ... but no run is resumed on other images
 
