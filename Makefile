@@ -25,8 +25,8 @@ summary_takes = DEVICE ARGS
 data_takes = DATA DATA_DIR ARGS
 evaluate_takes = DATA DATA_DIR DEVICE ARGS
 predict_takes = DEVICE ARGS
-export_takes = DATA_DIR ARGS
-report_takes = DATA_DIR DEVICE ARGS
+export_takes = DATA DATA_DIR ARGS
+report_takes = DATA DATA_DIR DEVICE ARGS
 compare_takes = ARGS
 doctor_takes = DEVICE ARGS
 test_takes = ARGS
@@ -103,7 +103,7 @@ $(installed): pyproject.toml setup.py constraints.txt
 train: $(installed)  ## train: RECIPE= EPOCHS= SEED= MAX_LR= DATA= DATA_DIR= DEVICE= ARGS=
 	$(fasttrain)
 
-find-lr: $(installed)  ## suggest a learning rate and draw lr_find.png; the same variables
+find-lr: $(installed)  ## suggest a learning rate and draw lr_find.png: the variables of train
 	$(fasttrain)
 
 summary: $(installed)  ## print the network, layer by layer, and what it costs: DEVICE= ARGS=
@@ -112,16 +112,16 @@ summary: $(installed)  ## print the network, layer by layer, and what it costs: 
 data: $(installed)  ## fetch and verify the images: DATA= DATA_DIR= ARGS=
 	$(fasttrain)
 
-evaluate: $(installed)  ## measure a checkpoint on the test images: DATA= DATA_DIR= DEVICE= ARGS=its path
+evaluate: $(installed)  ## measure a network on its test images: DATA= DATA_DIR= DEVICE= ARGS=latest
 	$(fasttrain)
 
-predict: $(installed)  ## classify images: DEVICE= ARGS="a checkpoint's path, then images or folders"
+predict: $(installed)  ## classify images: DEVICE= ARGS="latest cat.jpg"
 	$(fasttrain)
 
-export: $(installed)  ## write a network for use elsewhere: DATA_DIR= ARGS="PATH --out model.safetensors"
+export: $(installed)  ## write a network for use elsewhere: DATA= DATA_DIR= ARGS="latest --out model.safetensors"
 	$(fasttrain)
 
-report: $(installed)  ## write a run's report.html: DATA_DIR= DEVICE= ARGS=the run's folder
+report: $(installed)  ## write a run's report.html: DATA= DATA_DIR= DEVICE= ARGS=latest
 	$(fasttrain)
 
 compare: $(installed)  ## set runs side by side in compare.html: ARGS=their folders
@@ -167,5 +167,6 @@ tables: $(installed)  ## print the documentation's tables from benchmarks/result
 	$(python) -m benchmarks.tables
 
 clean:  ## remove what was installed, built and cached; runs/ and data/ stay
-	rm -rf $(call quoted,VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	test ! -e $(installed) || rm -rf $(call quoted,VENV)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find fasttrain benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

@@ -6,6 +6,7 @@ STARTED = time.perf_counter()  # before the slow imports: the user waits for the
 
 import argparse  # noqa: E402
 import dataclasses  # noqa: E402
+import difflib  # noqa: E402
 import io  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
@@ -218,7 +219,9 @@ def _parse(options: type[T], command: str, args: Sequence[str], default: Any = t
 
 def _parse_recipe(options: type[R], command: str, args: Sequence[str]) -> R:
     """Like _parse, but the chosen recipe provides the defaults of all recipe flags."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(
+        f"fasttrain {command}", f"fasttrain {command} [flags]", add_help=False, allow_abbrev=False
+    )
     first.add_argument("--recipe", default="auto")
     first.add_argument("--device", default="auto")
     first.add_argument("--resume")
@@ -254,7 +257,7 @@ def main(args: Sequence[str] | None = None) -> int:
     first, *rest = [*(sys.argv[1:] if args is None else args)] or ["help"]
     if first == "help":
         first, *rest = [*rest, "--help"]
-    command = _parser().parse_args([first]).command
+    command = _command(first)
     rank = os.environ.get("RANK", "0")  # set by torchrun
     try:
         status = COMMANDS[command][0](rest)
@@ -285,7 +288,8 @@ class _ShowVersion(argparse.Action):
         parser.exit()
 
 
-def _parser() -> argparse.ArgumentParser:
+def _command(typed: str) -> str:
+    """Return the command that was typed; print help or an error and exit where that applies."""
     parser = argparse.ArgumentParser(
         prog="fasttrain",
         usage="fasttrain COMMAND [flags]",
@@ -296,5 +300,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and its commit")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
-    return parser
+    parser.add_argument("command", nargs="?", metavar="COMMAND", help="one of the commands below")
+    command = parser.parse_args([typed]).command
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(typed, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
+        parser.error(f"no command {typed!r}; {hint}")
+    return str(command)

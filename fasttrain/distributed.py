@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fasttrain.data.sampler import Shard
-from fasttrain.errors import DivergedError, Interrupted, UserError
+from fasttrain.errors import DivergedError, TrainingInterrupted, UserError
 from fasttrain.system.console import silence_stdout
 from fasttrain.system.program import program
 from fasttrain.system.signals import ignore_sigterm
@@ -257,7 +257,7 @@ class World:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, DivergedError | Interrupted):  # every rank raises these
+        if isinstance(error, DivergedError | TrainingInterrupted):  # every rank raises these
             self.close()
         elif error is not None:
             self._raise_if_lost(error)

@@ -25,7 +25,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class TrainingInterrupted(Interrupted):
-    """A signal ended a training; the message says how to resume it."""
+    """A signal ended a training on every rank, after its state was saved; the message says how to resume."""
 
 
 def one_line(error: BaseException) -> str:

@@ -31,6 +31,8 @@ def estimate_full_recipe(step: TrainStep, seconds: float, images: int, options: 
     other = other_gpu()
     gpu = f"The {other} GPU is not used" if other else "No GPU is used"
     kept = typed_flags(options, "data", "data_dir", "skip_bad", "device", "out", "save_every", "tensorboard")
+    if step.recipe.resolution != full.resolution:
+        kept += ["--resolution", str(step.recipe.resolution)]
     typed = shlex.join(command(["train", "--recipe", full.name, *kept]))
     return (
         f"{gpu}: this is the short laptop recipe. The full one, {full.epochs} epochs, would take about "

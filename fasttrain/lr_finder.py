@@ -100,6 +100,10 @@ class LrSearch:
             )
         return statistics.median(self.suggestions)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return curves, suggestions and the choice, which is None if there is a problem, for JSON."""
+        return {"max_lr": None if self.problem else self.suggestion, **dataclasses.asdict(self)}
+
     def __str__(self) -> str:
         """Format the suggestion with its spread, and how many tries diverged or suggest nothing."""
         found = self.suggestions

@@ -57,7 +57,7 @@ class RecipeOptions:
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(DataOptions):
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    """auto, cpu, cuda, cuda:1, ..., or mps, which auto does not take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ class EvaluateOptions(DataOptions):
     split: Literal["test", "train", "all"] = "test"
     """Which images to measure on; all: a folder of new images as a whole, for instance."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    """auto, cpu, cuda, cuda:1, ..., or mps, which auto does not take."""
     mistakes: int = 5
     """How many of the most confident mistakes to list."""
     flip: bool = False
@@ -150,7 +150,7 @@ class PredictOptions:
     skip_bad: bool = False
     """Skip files that cannot be decoded, and name them on stderr."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    """auto, cpu, cuda, cuda:1, ..., or mps, which auto does not take."""
     batch_size: int = 256
     """Images at a time."""
 
@@ -164,10 +164,11 @@ class ExportOptions(RunDataOptions):
 
     checkpoint: tyro.conf.Positional[Path]
     """A run's folder, or a checkpoint such as its best.pt; latest: the newest finished run in runs/."""
-    format: Literal["safetensors", "torch-export", "onnx"]
-    """safetensors: the weights. torch-export, onnx: the graph too, for any number of images."""
     out: Path
     """The file to write: .safetensors, .pt2 or .onnx. A .json next to it describes input and output."""
+    format: Literal["safetensors", "torch-export", "onnx"] | None = None
+    """safetensors: the weights. torch-export, onnx: the graph too, for any number of images. By default, what
+    --out ends with."""
     input: Literal["pixels", "normalized"] = "pixels"
     """pixels: uint8, normalised by the network. normalized: float32, normalised by the caller."""
 
@@ -179,7 +180,7 @@ class ReportOptions(RunDataOptions):
     run: tyro.conf.Positional[Path]
     """The run's folder; latest: the newest finished one in runs/."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    """auto, cpu, cuda, cuda:1, ..., or mps, which auto does not take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +208,7 @@ class DoctorOptions:
     """Say what is installed, what will be used, what is missing and how to fix it."""
 
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    """auto, cpu, cuda, cuda:1, ..., or mps, which auto does not take."""
 
 
 @dataclass(frozen=True, kw_only=True)

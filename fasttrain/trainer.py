@@ -40,7 +40,7 @@ from fasttrain.system.files import hold_folder, nearest_existing, remove_tempora
 from fasttrain.system.gpu import why_no_gpu
 from fasttrain.system.machine import describe, hardware_name, pick_device
 from fasttrain.system.memory import peak_memory_gib, report_full_memory
-from fasttrain.system.program import program
+from fasttrain.system.program import typed
 from fasttrain.system.rates import glance_at_matmul_tflops, measure_matmul_tflops
 from fasttrain.system.run_folder import (
     DATA_FILE,
@@ -70,8 +70,9 @@ def train(recipe: Recipe, **options: Any) -> Run:
     """
     opts = TrainOptions(**{"started": time.perf_counter(), **options})
     SaveInterval.parse(opts.save_every)  # refuse a mistake before doing anything
-    require_writable(nearest_existing(Path(opts.out)), f"--out {opts.out}")
     unfinished = None if opts.resume is None else find_unfinished(opts.resume, Path(opts.out))
+    if unfinished is None:
+        require_writable(nearest_existing(Path(opts.out)), f"--out {opts.out}")
     if opts.tensorboard:
         require_tensorboard()
     world = World.join(pick_device(opts.device))
@@ -141,8 +142,9 @@ class Trainer:
     def prepare(self, origin: ResumePoint) -> None:
         """Build the step, restore the checkpoint if there is one, and compile and capture if that pays."""
         recipe, runtime, log = self.recipe, self.runtime, self.log
-        log.write(DATA_FILE, RunImages.of(self.dataset, self.options).to_dict())
+        images = RunImages.of(self.dataset, self.options).to_dict()
         if origin.folder is None:
+            log.write(DATA_FILE, images)
             log.write(MACHINE_FILE, self.machine)
             log.write(RECIPE_FILE, recipe.to_dict())
         if self.options.tensorboard and self.world.is_main:
@@ -168,6 +170,7 @@ class Trainer:
             restore_latest(origin.checkpoints, self.state, log.print)
             if note := origin.precision_note(recipe.compute_dtype, runtime.device):
                 log.print(note)
+        log.write(DATA_FILE, images)  # a resumed run's may have moved
         log.rewind(self.state.progress.epochs)
         found_mode, compile_seconds = compile_step(step, compile_mode, cache, *example)
         if found_mode != compile_mode:
@@ -365,7 +368,7 @@ class Trainer:
         log = self.log
         log.print("max_lr auto: searching for the peak rate first, on separate networks")
         search = find_max_lr(self.dataset, self.recipe, self.runtime, log=log.print)
-        log.write("lr_find.json", {"max_lr": search.suggestion, **dataclasses.asdict(search)})
+        log.write("lr_find.json", search.to_dict())
         log.print(f"max_lr {search}")
         return search.suggestion
 
@@ -393,4 +396,4 @@ def _write_report(run: Run, log: RunLog, dataset: Dataset, test: Evaluation, dev
     try:
         log.print(f"report -> {write_report(run, dataset, test, device=device)}")
     except Exception as error:
-        log.print(f"no report.html ({one_line(error)}); try again: {program()} report {log.folder}")
+        log.print(f"no report.html ({one_line(error)}); try again: {typed('report', str(log.folder))}")

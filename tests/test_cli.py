@@ -15,10 +15,12 @@ from fasttrain import cli
 from fasttrain.__main__ import main as run_process
 from fasttrain.cli import main
 from fasttrain.data.dataset import Dataset
-from fasttrain.errors import UserError
+from fasttrain.distributed import World
+from fasttrain.errors import Interrupted, TrainingInterrupted, UserError
 from fasttrain.recipe import Recipe
 from fasttrain.system import program
 from fasttrain.system.run_log import RunLog
+from fasttrain.system.signals import raise_on_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = {
@@ -62,6 +64,16 @@ def test_help_of_a_command_and_the_version(capsys) -> None:
     assert re.fullmatch(
         rf"fasttrain {fasttrain.__version__} \([0-9a-f]{{12}}(, changed since)?\)\n", capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [("tran", "did you mean train?"), ("fly", "expected one of train, find-lr"), ("--verson", "--verson")],
+)
+def test_a_typo_in_the_command_is_named(typed: str, said: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([typed])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("on_gpu", "epochs"), [(False, 3), (True, 24)])
@@ -125,6 +137,20 @@ def test_a_signal_in_any_command_is_one_line(signum: int, monkeypatch, capsys) -
     assert run_process() == 128 + signum
     assert capsys.readouterr().err == f"fasttrain data: {signal.Signals(signum).name}: stopped\n"
     assert signal.getsignal(signum) is before
+
+
+def test_ranks_of_a_job_leave_sigterm_to_torchrun(monkeypatch) -> None:
+    """One that waits for another inside gloo would never run a handler of Python's."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = signal.getsignal(signal.SIGTERM)
+    with raise_on_signals():
+        assert signal.getsignal(signal.SIGTERM) is before
+    left = []
+    monkeypatch.setattr(World, "close", lambda world: left.append(world))
+    for error in (Interrupted("SIGINT", signal.SIGINT), TrainingInterrupted("saved", signal.SIGINT)):
+        with pytest.raises(Interrupted), World():
+            raise error
+    assert len(left) == 1  # only where all ranks stop together may one wait for the others
 
 
 def test_a_reader_who_leaves_is_no_error(dataset_dir: Path, tmp_path) -> None:

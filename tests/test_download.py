@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import io
 import re
 import tarfile
@@ -264,6 +265,19 @@ def test_an_endless_answer_cannot_fill_the_disk(
     file = cifar.CIFAR10.binary.files[0]
     transfer._complete(serve(answer=endless).url, file, part_of(tmp_path), transfer.Pace(0), "CIFAR-10")
     assert len(archive) < part_of(tmp_path).stat().st_size <= len(archive) + 1000
+
+
+def test_without_pyarrow_the_parquet_source_is_left(
+    tmp_path: Path, archive: bytes, serve: Serve, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "pyarrow" else find_spec(name)
+    )
+    parquet, binary = serve(b""), serve(archive)
+    download.download(tmp_path, [f"{parquet.url}.parquet", binary.url])
+    assert_complete(tmp_path)
+    assert parquet.asked == [] and "need pyarrow" in capsys.readouterr().err
 
 
 def test_every_mirrors_reason_is_told(tmp_path: Path, archive: bytes, serve: Serve) -> None:

@@ -144,6 +144,15 @@ def test_an_accuracy_of_other_weights_is_not_told(checkpoint: Path, tmp_path: Pa
     assert json.loads(card.read_text())["training_test_accuracy"] is None
 
 
+def test_the_format_is_what_the_name_ends_with(checkpoint: Path, tmp_path: Path) -> None:
+    card = export(checkpoint, None, tmp_path / "m.safetensors", data_dir=tmp_path)
+    assert json.loads(card.read_text())["format"] == "safetensors"
+    with pytest.raises(
+        UserError, match=r"expected a name that ends with one of \.safetensors, \.pt2, \.onnx"
+    ):
+        export(checkpoint, None, tmp_path / "m.pth", data_dir=tmp_path)
+
+
 def test_what_cannot_be_exported_is_one_line(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match=r"expected a name that ends with \.pt2"):
         export(checkpoint, "torch-export", tmp_path / "model.onnx")

@@ -387,6 +387,20 @@ def test_compare_writes_mean_range_and_n(runs: list[Path], tmp_path) -> None:
     assert len(page.loaded) == 2 * 2 and all(uri.startswith("data:image/png;base64,") for uri in page.loaded)
 
 
+def test_compare_leaves_out_what_has_not_finished(runs: list[Path], tmp_path, capsys) -> None:
+    (runs[0] / "result.json").unlink()
+    (tmp_path / "profile").mkdir()
+    out = tmp_path / "page.html"
+    assert main(["compare", *map(str, [*runs, tmp_path / "profile"]), "--out", str(out)]) == 0
+    assert (
+        f"left out, as no run has finished there: {runs[0]}, {tmp_path / 'profile'}"
+        in capsys.readouterr().out
+    )
+    assert len(Page(out).links) == len(runs) - 1
+    assert main(["compare", str(runs[0]), "--out", str(out)]) == 2
+    assert "has not finished" in capsys.readouterr().err
+
+
 def test_compare_without_runs_is_one_line_and_status_2(capsys) -> None:
     assert main(["compare"]) == 2
     assert "no run named" in capsys.readouterr().err

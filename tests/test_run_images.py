@@ -12,7 +12,7 @@ from fasttrain.cli import main
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.load_dataset import absolute
 from fasttrain.data.run_images import RunImages, find_dataset
-from fasttrain.data.sources import cifar, synthetic
+from fasttrain.data.sources import cifar, synthetic, webdataset
 from fasttrain.errors import UserError
 from fasttrain.options import DataOptions, EvaluateOptions
 from fasttrain.recipe import Recipe
@@ -117,6 +117,25 @@ def test_the_splits_add_up(run: Path, capsys) -> None:
     assert right["all"] == right["train"] + right["test"]
 
 
+def test_a_refused_resume_leaves_the_record_alone(run: Path, home: Path, dataset_dir: Path, capsys) -> None:
+    (run / "result.json").unlink()
+    (run / "data.json").unlink()  # a run of an earlier version: its checkpoint says which images they are
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    resume_it = ["train", "--resume", str(run), "--device", "cpu"]
+    assert main([*resume_it, "--data-dir", str(dataset_dir)]) == 2
+    assert "say where they are with --data folder:" in capsys.readouterr().err
+    assert main([*resume_it, "--data", "synthetic", "--data-dir", str(dataset_dir)]) == 2
+    assert "trained on folder:pets, and this is synthetic" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert main([*resume_it, "--data", f"folder:{home / 'pets'}", "--skip-bad"]) == 0
+
+
+def test_a_resumed_run_needs_no_writable_folder_to_start_in(run: Path, monkeypatch) -> None:
+    (run / "result.json").unlink()
+    monkeypatch.chdir("/proc")
+    assert main(["train", "--resume", str(run), "--device", "cpu"]) == 0
+
+
 def test_a_damaged_or_missing_record_is_as_none(run: Path, home: Path, tmp_path, capsys) -> None:
     for content in ("{", "[]", '{"name": "x"}', '{"name": "x", "data": 3, "data_dir": "", "skip_bad": 1}'):
         (run / "data.json").write_text(content)
@@ -144,6 +163,37 @@ def test_a_release_is_known_by_its_images_wherever_it_lies(tmp_path: Path) -> No
         find_dataset(images, data_dir=tmp_path / "b")
 
 
+def test_a_data_folder_that_is_gone_gives_way_to_the_usual_one(tmp_path: Path, monkeypatch) -> None:
+    synthetic.generate(tmp_path / "old", train_count=64, test_count=40)
+    images = RunImages.of(cifar.read(tmp_path / "old"), DataOptions(data_dir=tmp_path / "old"))
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    monkeypatch.setenv("FASTTRAIN_DATA", str(tmp_path / "new"))
+    assert find_dataset(images).root == tmp_path / "new"
+    assert images.options("auto", None, False)["data_dir"] is None
+    (tmp_path / "old").mkdir()
+    assert find_dataset(images).root == tmp_path / "new"
+
+
+def test_a_typed_data_folder_does_not_change_the_release(tmp_path: Path) -> None:
+    images = RunImages(name="CIFAR-100", sha256="0", data="cifar100", data_dir=str(tmp_path))
+    assert images.options("auto", tmp_path / "x", False) == {
+        "data": "cifar100",
+        "data_dir": tmp_path / "x",
+        "skip_bad": False,
+    }
+    assert images.options("folder:y", None, False)["data"] == "folder:y"
+    with pytest.raises(UserError, match="--data cifar10x: expected auto"):
+        find_dataset(images, "cifar10x")
+
+
+def test_damage_to_another_release_is_not_in_the_way(tmp_path: Path) -> None:
+    synthetic.generate(tmp_path / synthetic.NAME, train_count=64, test_count=40)
+    images = RunImages.of(cifar.read(tmp_path / synthetic.NAME), DataOptions(data_dir=tmp_path))
+    shutil.copytree(tmp_path / synthetic.NAME / "cifar-10-batches-bin", tmp_path / "cifar-10-batches-bin")
+    (tmp_path / "cifar-10-batches-bin" / "test_batch.bin").write_bytes(b"torn")
+    assert find_dataset(images).name == "synthetic"
+
+
 def test_what_auto_fell_back_on_is_what_a_resumed_run_gets(tmp_path: Path, dataset: Dataset) -> None:
     """CIFAR-10 may be there by then."""
     synthetic.generate(tmp_path / synthetic.NAME, train_count=64, test_count=40)
@@ -156,6 +206,7 @@ def test_what_auto_fell_back_on_is_what_a_resumed_run_gets(tmp_path: Path, datas
 
 def test_a_data_set_from_python_is_found_if_it_is_a_release(dataset: Dataset, tmp_path: Path) -> None:
     recipe = Recipe(epochs=1, batch_size=32, width=8, loader="tensor")
+    train(recipe, data_dir=str(dataset.root), out=tmp_path / "text", device="cpu", report=False)
     run = train(recipe, data=dataset, out=tmp_path, device="cpu", report=False)
     images = RunImages.of_run(run.folder)
     assert images is not None and images.data == "auto"
@@ -179,5 +230,11 @@ def test_patterns_of_shards_are_kept_for_any_folder(tmp_path: Path, monkeypatch)
     assert absolute("webdataset:a/{0,1}.tar,b-*.tar") == (
         f"webdataset:{tmp_path}/a/{{0,1}}.tar,{tmp_path}/b-*.tar"
     )
+    (tmp_path / "x,y").mkdir()
+    monkeypatch.chdir(tmp_path / "x,y")
+    named = absolute("webdataset:p-{0,1}.tar,q.tar").partition(":")[2]
+    assert webdataset.split_patterns(named) == [f"{tmp_path}/x,y/p-{{0,1}}.tar", f"{tmp_path}/x,y/q.tar"]
+    assert webdataset.split_patterns("a.tar,") == ["a.tar"]
+    monkeypatch.chdir(tmp_path)
     assert absolute("folder:a,b") == f"folder:{tmp_path}/a,b"
     assert absolute("folder:~/pets") == f"folder:{Path.home()}/pets"

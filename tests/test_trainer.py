@@ -14,6 +14,7 @@ from fasttrain.checkpoint.state import mean_flop_per_image
 from fasttrain.cli import main
 from fasttrain.compile import CompileEstimate
 from fasttrain.data.sources import cifar
+from fasttrain.errors import UserError
 from fasttrain.laptop import is_laptop
 from fasttrain.model import CustomResNet, training_flop_per_image
 from fasttrain.recipe import PRESETS, Recipe
@@ -247,6 +248,11 @@ def test_max_lr_auto_asks_the_finder_first(dataset_dir: Path, tmp_path, monkeypa
     recipe = Recipe(epochs=1, batch_size=32, width=8, max_lr="auto")
     run = train(recipe, data_dir=dataset_dir, out=tmp_path, device="cpu", report=False)
     assert run.result["max_lr"] == 0.002
+    monkeypatch.setattr(train_module, "find_max_lr", lambda *_, **__: LrSearch([], [0.5, 0.002]))
+    with pytest.raises(UserError, match=r"--max-lr auto: the tries suggest 0\.002 to 0\.5"):
+        train(recipe, data_dir=dataset_dir, out=tmp_path / "none", device="cpu", report=False)
+    [folder] = (tmp_path / "none").iterdir()
+    assert json.loads((folder / "lr_find.json").read_text())["max_lr"] is None
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def load_model(
             model=restore_model(state, recipe, len(classes), device),
             recipe=recipe,
             classes=classes,
-            images=_images(path, state),
+            images=images_of(path, state),
             epoch=int(state["epoch"]),
             precision=saved_precision(state),
             metrics=_metrics_of_these_weights(state),
@@ -101,7 +101,7 @@ def saved_precision(state: dict[str, Any]) -> str | None:
     return precision if isinstance(precision, str) and precision in DTYPES else None
 
 
-def _images(path: Path, state: dict[str, Any]) -> RunImages:
+def images_of(path: Path, state: dict[str, Any]) -> RunImages:
     """Return the images that a network was trained on; the folder of its run may say where they are."""
     fingerprint = state.get("fingerprint")
     sha256 = fingerprint.get("the images' SHA-256") if isinstance(fingerprint, dict) else None

@@ -14,7 +14,7 @@ import torch
 
 from fasttrain.checkpoint.file import LAST, PREVIOUS, load_checkpoint
 from fasttrain.checkpoint.fingerprint import differences, recipe_flags
-from fasttrain.checkpoint.network import saved_precision, unproven
+from fasttrain.checkpoint.network import images_of, saved_precision, unproven
 from fasttrain.checkpoint.state import RunState
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.run_images import RunImages
@@ -58,6 +58,7 @@ class ResumePoint:
         for path in checkpoints:
             with contextlib.suppress(UserError):
                 state, recipe = load_checkpoint(path), load_recipe(str(path.parent / RECIPE_FILE))
+                images = images or images_of(path, state)
                 fingerprint = state.get("fingerprint")
                 if isinstance(fingerprint, dict) and not differences(recipe_flags(recipe), fingerprint):
                     compile_mode = fingerprint.get("compile")
@@ -137,7 +138,7 @@ def say_how_to_resume(folder: Path, opts: TrainOptions) -> Iterator[None]:
     """Within the block, an error of torch, DALI or the GPU becomes a UserError that says how to resume.
 
     The traceback goes into the run's folder. Out-of-memory errors pass. A signal that did not wait for the
-    state to be saved becomes a TrainingInterrupted, which says so too.
+    state to be saved becomes an Interrupted that says so too.
     """
     advice = f"continue from the last checkpoint: {resume_command(folder, opts)}"
     try:
@@ -146,7 +147,7 @@ def say_how_to_resume(folder: Path, opts: TrainOptions) -> Iterator[None]:
         raise
     except KeyboardInterrupt as stop:
         signum = stop.signum if isinstance(stop, Interrupted) else signal.SIGINT
-        raise TrainingInterrupted(f"{signal.Signals(signum).name}; {advice}", signum) from stop
+        raise Interrupted(f"{signal.Signals(signum).name}; {advice}", signum) from stop
     except RuntimeError as error:
         if is_full_memory(error):
             raise

@@ -23,8 +23,11 @@ def names_own_images(data: str) -> bool:
 def absolute(data: str) -> str:
     """Return the `--data` of a user's own images with absolute paths, for any working directory."""
     source, _, place = data.partition(":")
-    places = webdataset.split_patterns(place) if source == "webdataset" else [os.path.expanduser(place)]
-    return f"{source}:{','.join(map(os.path.abspath, places))}"
+    if source == "webdataset":
+        place = webdataset.join_patterns(map(os.path.abspath, webdataset.split_patterns(place)))
+    else:
+        place = os.path.abspath(os.path.expanduser(place))
+    return f"{source}:{place}"
 
 
 def load_dataset(
@@ -47,7 +50,7 @@ def load_dataset(
     may be missing, and test images are enough.
     Raises UserError if there is no such data set, or if its files are missing, corrupt or unreadable.
     """
-    root = cifar.locate(Path(data_dir) if data_dir else None)
+    root = cifar.locate(data_dir)
     source, _, place = data.partition(":")
     if source in OWN_IMAGES and place:
         path, cache = Path(place).expanduser(), root / "decoded"
@@ -56,7 +59,8 @@ def load_dataset(
         )
     if data not in ("auto", *cifar.RELEASES, "synthetic"):
         expected = ", ".join(("auto", *cifar.RELEASES, "synthetic"))
-        raise UserError(f"--data {data}: expected {expected}, folder:PATH, or webdataset:PATTERN")
+        hint = f"; did you mean --data folder:{data}?" if Path(data).is_dir() else ""
+        raise UserError(f"--data {data}: expected {expected}, folder:PATH, or webdataset:PATTERN{hint}")
     if skip_bad:
         raise UserError("--skip-bad: only for folder:PATH and webdataset:PATTERN; leave it out")
     if resolution != cifar.IMAGE_SHAPE[0]:

@@ -33,15 +33,15 @@ class RunImages:
     def of(cls, dataset: Dataset, options: DataOptions) -> "RunImages":
         """Describe a data set that was loaded with these options; `options.data` may be the set itself."""
         data: str | None = options.data
-        root = cifar.locate(options.data_dir)
+        root = cifar.locate(options.data_dir).absolute()
         if isinstance(options.data, Dataset):
             data, root = ("auto", dataset.root) if dataset.release else (None, root)
         elif names_own_images(options.data):
             data = absolute(options.data)
-        elif dataset.root == root / synthetic.NAME:
+        elif dataset.root.absolute() == root / synthetic.NAME:
             data = "synthetic"  # auto, or the name itself
         if data == "auto" and dataset.name != synthetic.NAME:  # a resumed run must not fall back
-            data = next(key for key, one in cifar.RELEASES.items() if one == dataset.release)
+            data = next((key for key, one in cifar.RELEASES.items() if one == dataset.release), data)
         return cls(
             name=dataset.name,
             sha256=dataset.content_hash,
@@ -72,12 +72,19 @@ class RunImages:
         return dataclasses.asdict(self)
 
     def options(self, data: str, data_dir: Path | None, skip_bad: bool) -> dict[str, Any]:
-        """Return what to load the images with: these options, or the run's own if these name no place."""
-        is_elsewhere = data_dir is not None and not names_own_images(self.data or "")
-        if self.data is not None and data == "auto" and not is_elsewhere:
-            data, skip_bad = self.data, skip_bad or self.skip_bad
-            data_dir = data_dir or (Path(self.data_dir) if self.data_dir else None)
-        return {"data": data, "data_dir": data_dir, "skip_bad": skip_bad}
+        """Return what to load the images with: these options or, where they say nothing, what the run says.
+
+        A data folder that is not there any more is not taken. Raises UserError if nobody says where a user's
+        own images are.
+        """
+        if data != "auto":
+            return {"data": data, "data_dir": data_dir, "skip_bad": skip_bad}
+        if self.data is None and names_own_images(self.name):
+            kind = self.name.partition(":")[0]
+            raise UserError(f"the run's images are {self.name}: say where they are with --data {kind}:...")
+        if data_dir is None and self.data_dir is not None and Path(self.data_dir).is_dir():
+            data_dir = Path(self.data_dir)
+        return {"data": self.data or data, "data_dir": data_dir, "skip_bad": skip_bad or self.skip_bad}
 
     def are(self, dataset: Dataset) -> bool:
         """Return whether a data set holds these images, whatever it is called now."""
@@ -106,26 +113,37 @@ def find_dataset(
     data: auto, folder:PATH or webdataset:PATTERN. Nothing is downloaded or generated.
     Raises UserError if the images are not there.
     """
+    if data != "auto" and not names_own_images(data):
+        raise UserError(f"--data {data}: expected auto, folder:PATH or webdataset:PATTERN")
     options = images.options(data, data_dir, skip_bad)
-    place, kind = options["data"], options["data"].partition(":")[0]
-    if names_own_images(place):
-        try:
-            dataset = load_dataset(resolution=resolution, **options)
-        except UserError as error:
-            if place == data:
-                raise
-            moved = f"if the run's images have moved, say where they are with --data {kind}:..."
-            raise UserError(f"{error}; {moved}") from error
-        images.require(dataset, f"--data {place}")
-        return dataset
-    if names_own_images(images.name):
-        kind = images.name.partition(":")[0]
-        raise UserError(f"the run's images are {images.name}: say where they are with --data {kind}:...")
-    root = cifar.locate(options["data_dir"])
-    places = [(root, release) for release in cifar.RELEASES.values()]
-    for folder, release in (*places, (root / synthetic.NAME, cifar.CIFAR10)):
-        if cifar.exists(folder, release) and images.are(dataset := cifar.read(folder, release)):
-            return dataset
-    raise UserError(
+    place = options["data"]
+    if not names_own_images(place):
+        return _find_release(images, cifar.locate(options["data_dir"]), typed=data_dir is not None)
+    try:
+        dataset = load_dataset(resolution=resolution, **options)
+    except UserError as error:
+        if place == data:
+            raise
+        moved = (
+            f"if the run's images have moved, say where they are with --data {place.partition(':')[0]}:..."
+        )
+        raise UserError(f"{error}; {moved}") from error
+    images.require(dataset, f"--data {place}")
+    return dataset
+
+
+def _find_release(images: RunImages, root: Path, *, typed: bool) -> Dataset:
+    """Return the run's release from a data folder or, if the user did not name that, from the usual one."""
+    usual = cifar.locate(None)
+    damaged: UserError | None = None
+    for folder in [root] if typed else dict.fromkeys((root, usual)):
+        places = [(folder, release) for release in cifar.RELEASES.values()]
+        for place, release in (*places, (folder / synthetic.NAME, cifar.CIFAR10)):
+            try:
+                if cifar.exists(place, release) and images.are(dataset := cifar.read(place, release)):
+                    return dataset
+            except UserError as error:  # perhaps of another release than the run's
+                damaged = damaged or error
+    raise damaged or UserError(
         f"{root} does not hold the run's images, {images.name}: name their folder with --data-dir"
     )

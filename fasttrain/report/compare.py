@@ -12,19 +12,24 @@ from fasttrain.report import plots
 from fasttrain.report.pages import write_page
 from fasttrain.report.plots import Curve, Picture
 from fasttrain.report.run import Run, load_run
+from fasttrain.system.run_folder import RESULT_FILE, run_folder
 
 
 def compare(folders: Sequence[Path], out: Path) -> None:
     """Write the page `out` about the runs in these folders.
 
     Runs that agree in settings, images, precision and machine, and differ only in their seed, form a group,
-    shown as its mean and range. Raises UserError if there are no runs, if one is unfinished, or if `out`
-    cannot be written.
+    shown as its mean and range. Folders without a finished run are left out, with a line that names them.
+    Raises UserError if none is finished, if one is damaged, or if `out` cannot be written.
     """
     if not folders:
-        raise UserError("no run named; expected the folders of finished runs, such as runs/...")
-    # A folder given twice is still one run.
-    groups = group_runs([load_run(folder) for folder in {path.resolve(): path for path in folders}.values()])
+        raise UserError("no run named; expected the folders of finished runs, such as runs/*")
+    once = {path.resolve(): path for path in folders}.values()  # a folder given twice is still one run
+    finished = [folder for folder in once if (run_folder(folder) / RESULT_FILE).is_file()]
+    others = ", ".join(str(folder) for folder in once if folder not in finished)
+    if others and finished:
+        print(f"left out, as no run has finished there: {others}")
+    groups = group_runs([load_run(folder) for folder in finished or once])
     write_page(
         out,
         "compare.html.j2",

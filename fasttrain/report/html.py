@@ -41,6 +41,7 @@ FILES = {
     "metrics.jsonl": "a line per epoch",
     "recipe.json": "every setting",
     "machine.json": "hardware, versions and commit",
+    "data.json": "the images, and where they were",
     "lr_find.json": "the LR finder's curves",
     "trace.json": "the profiler's trace, for ui.perfetto.dev",
 }

@@ -12,7 +12,7 @@ from fasttrain.report import plots
 from fasttrain.report.pages import render
 from fasttrain.report.plots import Curve, Draw, Picture
 from fasttrain.system.machine import hardware_name
-from fasttrain.system.program import program
+from fasttrain.system.program import typed
 from fasttrain.system.run_folder import parse_object, read_object, read_text, run_folder
 
 EPOCH_FIGURES = ("epoch", "train_accuracy", "test_accuracy", "seconds", "images_per_sec", "data_wait_share")
@@ -101,7 +101,7 @@ def load_run(folder: Path | str) -> Run:
     if not (folder / "result.json").is_file():
         raise UserError(
             f"{folder}: has no result.json: the run has not finished; "
-            f"to resume it: {program()} train --resume {folder}"
+            f"to resume it: {typed('train', '--resume', str(folder))}"
         )
     result = read_object(folder / "result.json")
     figures = [*RESULT_FIGURES, *(key for key in RESULT_OPTIONS if key in result)]

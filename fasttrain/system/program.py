@@ -17,3 +17,8 @@ def program() -> str:
     if python.is_relative_to(Path.cwd()):
         python = python.relative_to(Path.cwd())
     return f"{shlex.quote(str(python))} -m fasttrain"
+
+
+def typed(*words: str) -> str:
+    """Return the command that calls this program with these arguments, to be pasted into the user's shell."""
+    return f"{program()} {shlex.join(words)}"

@@ -9,7 +9,7 @@ from typing import Any
 from fasttrain.errors import UserError
 
 RECIPE_FILE, RESULT_FILE = "recipe.json", "result.json"
-"""The first and the last file that a run writes: a run with only the first is unfinished."""
+"""A run without the first has not begun; one without the second, which is written last, is unfinished."""
 
 MACHINE_FILE = "machine.json"
 """The machine that the run was started on, and its compile mode."""

@@ -44,9 +44,9 @@ REFRESH_SECONDS = 0.5
 class RunLog:
     """The folder of one run, and its console.
 
-    recipe.json and machine.json are written first, metrics.jsonl grows by one line per epoch, and result.json
-    is written last: a folder without it is an unfinished run. lr_find.json exists if the LR finder chose the
-    peak rate, TensorBoard's event files if they were asked for.
+    data.json, machine.json and recipe.json are written first, metrics.jsonl grows by one line per epoch, and
+    result.json is written last: a folder without it is an unfinished run. lr_find.json exists if the LR
+    finder was to choose the peak rate, TensorBoard's event files if they were asked for.
     """
 
     def __init__(self, folder: Path) -> None:

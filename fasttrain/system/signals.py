@@ -32,12 +32,16 @@ def leave_on_signals() -> Iterator[None]:
 
 @contextmanager
 def raise_on_signals() -> Iterator[None]:
-    """Within the block, SIGTERM and SIGHUP raise Interrupted, as Ctrl-C raises KeyboardInterrupt."""
+    """Within the block, SIGTERM and SIGHUP raise Interrupted, as Ctrl-C raises KeyboardInterrupt.
+
+    Under torchrun they do what they do without the block: a rank that waits for another runs no handler.
+    """
 
     def stop(signum: int, _: object) -> None:
         raise Interrupted(f"{signal.Signals(signum).name}: stopped", signum)
 
-    with _handlers(stop, [signum for signum in STOPPING if signum != signal.SIGINT]):
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    with _handlers(stop, [] if several else [signum for signum in STOPPING if signum != signal.SIGINT]):
         yield
 
 

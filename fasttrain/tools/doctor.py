@@ -81,6 +81,7 @@ def examine(requested_device: str = "auto") -> list[Finding]:
         _examine_dali(device),
         _examine_import("torch-lr-finder", "torch_lr_finder"),
         _examine_import("torchinfo", "torchinfo"),
+        _examine_import("pyarrow", "pyarrow"),
     ]
     return findings
 

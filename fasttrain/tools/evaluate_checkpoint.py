@@ -9,7 +9,7 @@ import torch
 from fasttrain.checkpoint.network import TrainedModel, load_model
 from fasttrain.data.build_loader import build_loader
 from fasttrain.data.dataset import Dataset, Split
-from fasttrain.data.load_dataset import load_from_options, names_own_images
+from fasttrain.data.load_dataset import load_dataset, load_from_options, names_own_images
 from fasttrain.data.run_images import find_dataset
 from fasttrain.errors import UserError
 from fasttrain.evaluate import Evaluation, evaluate
@@ -107,13 +107,15 @@ def evaluate_checkpoint(options: EvaluateOptions) -> Evaluation:
 def _load(trained: TrainedModel, options: DataOptions) -> Dataset:
     """Return the images that the options name, else the run's own; a release is downloaded if necessary."""
     resolution = trained.recipe.resolution
-    if options.data == "auto" and options.data_dir is None:
-        try:
-            return find_dataset(trained.images, skip_bad=options.skip_bad, resolution=resolution)
-        except UserError:
-            if names_own_images(trained.images.name):
-                raise
-    return load_from_options(options, resolution, classes=trained.classes)
+    if options.data != "auto":
+        return load_from_options(options, resolution, classes=trained.classes)
+    data_dir, skip_bad = options.data_dir, options.skip_bad
+    try:
+        return find_dataset(trained.images, data_dir=data_dir, skip_bad=skip_bad, resolution=resolution)
+    except UserError:
+        if names_own_images(trained.images.name):
+            raise
+        return load_dataset(resolution=resolution, **trained.images.options("auto", data_dir, skip_bad))
 
 
 def _images_of(dataset: Dataset, split: SplitName) -> Split:

@@ -38,7 +38,7 @@ Forward = Callable[[Tensor], Tensor]
 
 def export(
     checkpoint: Path,
-    format: Format,
+    format: Format | None,
     out: Path,
     *,
     input: Input = "pixels",
@@ -48,6 +48,7 @@ def export(
 ) -> Path:
     """Write a checkpoint's network to `out`, and its description to `out` + .json; returns the latter's path.
 
+    format: by default, what `out` ends with.
     input: pixels (uint8 NCHW, 0 to 255), which the network normalises itself, or normalized (float32).
     The bytes to write are loaded and compared with the checkpoint first: on the run's test images if they are
     on the disk, else on random pixels. Prints the largest difference and, on test images, the accuracy of the
@@ -56,6 +57,11 @@ def export(
     Raises UserError, and writes nothing, if a logit differs by more than TOLERANCE, if the checkpoint cannot
     be read, if the suffix of `out` is not the format's, or if a package is missing.
     """
+    if format is None:
+        format = next((name for name, one in FORMATS.items() if one[0] == out.suffix), None)
+        if format is None:
+            suffixes = ", ".join(one[0] for one in FORMATS.values())
+            raise UserError(f"--out {out}: expected a name that ends with one of {suffixes}")
     suffix, encode, load = FORMATS[format]
     if out.suffix != suffix:
         raise UserError(f"--out {out}: expected a name that ends with {suffix} for --format {format}")

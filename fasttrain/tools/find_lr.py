@@ -8,7 +8,7 @@ from fasttrain.options import FindLrOptions
 from fasttrain.recipe import Recipe
 from fasttrain.report import plots
 from fasttrain.runtime import Runtime
-from fasttrain.system.files import write_atomically
+from fasttrain.system.files import require_writable, write_atomically
 from fasttrain.system.machine import pick_device
 
 
@@ -19,8 +19,9 @@ def find_lr(recipe: Recipe, options: FindLrOptions) -> None:
     the curves are drawn, if the tries together suggest no rate.
     """
     plot = options.plot
-    if plot.suffix != ".png" or not plot.parent.is_dir():
-        raise UserError(f"--plot {plot}: expected the name of a .png file in an existing folder")
+    if plot.suffix != ".png":
+        raise UserError(f"--plot {plot}: expected the name of a .png file")
+    require_writable(plot.parent, f"--plot {plot}")
     check_search(recipe, options.start_lr, options.end_lr, options.num_iter, options.repeats)
     device = pick_device(options.device)
     dataset = load_from_options(options, recipe.resolution)

@@ -3,9 +3,7 @@
 from pathlib import Path
 
 from fasttrain.checkpoint.network import load_model
-from fasttrain.data.load_dataset import names_own_images
 from fasttrain.data.run_images import RunImages, find_dataset
-from fasttrain.errors import UserError
 from fasttrain.report.html import given, write_report
 from fasttrain.report.run import load_run
 from fasttrain.system.machine import pick_device
@@ -28,8 +26,6 @@ def report(
     Raises UserError if there is no finished run, if there is a page that would lose a section, or if the page
     cannot be written.
     """
-    if data != "auto" and not names_own_images(data):
-        raise UserError(f"--data {data}: expected auto, folder:PATH or webdataset:PATTERN")
     run = load_run(folder)
     folder = run.folder
     run_device = pick_device(device)

@@ -44,9 +44,9 @@ class FileState:
     verified: bool
 
 
-def locate(data_dir: Path | None) -> Path:
+def locate(data_dir: Path | str | None) -> Path:
     """Return the data folder: the argument, else the environment's FASTTRAIN_DATA, else `data`."""
-    return data_dir or Path(os.environ.get("FASTTRAIN_DATA") or "data")
+    return Path(data_dir) if data_dir else Path(os.environ.get("FASTTRAIN_DATA") or "data")
 
 
 def exists(root: Path, release: Release | None = None) -> bool:

@@ -4,6 +4,7 @@ The sources are tried in order. One that is dead, wrong or slow is left for the 
 slow, the fastest of them is asked again and may take its time.
 """
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,6 +122,8 @@ def _try_sources(sources: Sequence[Source], root: Path, target: Path, release: R
 def _obtain(source: Source, pace: Pace, root: Path, target: Path, release: Release) -> None:
     """Download all files of a source and unpack them. Raises SourceError."""
     archive = source.archive
+    if archive.form == "parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise SourceError("its Parquet files need pyarrow, which is not installed")
     parts = [_part(root, file.name) for file in archive.files]
     for url, file, part in zip(source.urls, archive.files, parts, strict=True):
         transfer(url, file, part, pace, f"{file.name} from {source.name}")

@@ -83,9 +83,16 @@ def find_shards(pattern: str, place: str) -> list[str]:
 
 
 def split_patterns(pattern: str) -> list[str]:
-    """Split at commas outside braces, unless there is a file or folder of the whole name."""
-    parts = [pattern] if os.path.exists(pattern) else re.split(r",(?![^{}]*\})", pattern)
-    return [os.path.expanduser(part.strip()) for part in parts]
+    r"""Split at commas outside braces, except at `\,`, unless there is a file or folder of the whole name."""
+    if os.path.exists(pattern):
+        return [pattern]
+    parts = (part.strip().replace("\\,", ",") for part in re.split(r"(?<!\\),(?![^{}]*\})", pattern))
+    return [os.path.expanduser(part) for part in parts if part]
+
+
+def join_patterns(patterns: Iterable[str]) -> str:
+    """Return one pattern that split_patterns splits into these."""
+    return ",".join(re.sub(r",(?![^{}]*\})", r"\\,", pattern) for pattern in patterns)
 
 
 def _none(place: str, found: str) -> NoReturn:
@@ -184,7 +191,7 @@ def _classes(
         by_number = {str(number): by_name[name] for number, name in enumerate(names) if name in by_name}
         return classes, by_number | by_name
     if texts and numbers:
-        classes = tuple(str(label) for label in range(max(map(int, texts)) + 1))
+        classes = tuple(str(label) for label in range(min(max(map(int, texts)), CLASSES_MAX) + 1))
     else:
         classes = tuple(sorted(texts))
     return classes, {name: label for label, name in enumerate(classes)}
