@@ -361,7 +361,8 @@ def parents_id(image_HWC: np.ndarray) -> torch.Tensor:
 def test_a_process_that_uses_a_gpu_is_never_forked() -> None:
     images = ImageDataset(np.full((8, 1, 1, 3), 7, np.uint8), np.zeros(8, np.uint8), parents_id)
     loader = data_loader(images, batch_size=8, workers=1, device=torch.device("cuda"))
-    with warnings.catch_warnings(action="ignore"):  # there may be no GPU to pin memory for
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there may be no GPU to pin memory for
         [(values, _)] = loader._loader  # type: ignore[attr-defined]
     assert values[:, 0].tolist() == 8 * [7] and os.getpid() not in values[:, 1]
 
