@@ -320,7 +320,7 @@ def test_a_training_ends_before_its_first_step_if_the_tries_disagree(
         (["--end-lr", "inf"], "--end-lr inf: expected"),
         (["--num-iter", "19"], "--num-iter 19: expected at least 20"),
         (["--repeats", "0"], "--repeats 0: expected at least 1"),
-        (["--plot", "{tmp}/none/curves.png"], "curves.png: expected"),
+        (["--plot", "{tmp}/none/curves.png"], "none is not a folder"),
         (["--plot", "{tmp}/curves.jpg"], "curves.jpg: expected"),
     ],
 )
