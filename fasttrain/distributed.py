@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from fasttrain.data.sampler import Shard
 from fasttrain.errors import DivergedError, TrainingInterrupted, UserError
-from fasttrain.system.console import silence_stdout
-from fasttrain.system.program import program
+from fasttrain.system.console import reader_may_leave
+from fasttrain.system.program import typed
 from fasttrain.system.signals import ignore_sigterm
 
 T = TypeVar("T")
@@ -101,10 +101,8 @@ class World:
     def print(self, line: str) -> None:
         """Print a line, only on the first rank."""
         if self.is_main:
-            try:
+            with reader_may_leave():
                 print(line, flush=True)
-            except BrokenPipeError:
-                silence_stdout()
 
     def share(self, batch_size: int) -> int:
         """Return this rank's number of images per batch. Raises UserError if the batch cannot be divided."""
@@ -294,16 +292,16 @@ def _environment(name: str, default: int | None = None) -> int:
     return int(text)
 
 
-def command(local: list[str]) -> list[str]:
-    """Return the command that runs fasttrain with the arguments `local` on as many ranks as now.
+def command(*words: str) -> str:
+    """Return the command that runs fasttrain with these arguments on as many ranks as now, to be pasted.
 
     On several machines the user has to add where they meet.
     """
     size, local_size = _environment("WORLD_SIZE", 1), os.environ.get("LOCAL_WORLD_SIZE", "1")
     if size == 1:
-        return [*shlex.split(program()), *local]
+        return typed(*words)
     nodes = ["--nnodes", str(size // int(local_size))] if size > int(local_size) else []
-    return ["torchrun", *nodes, "--nproc-per-node", local_size, "-m", "fasttrain", *local]
+    return shlex.join(["torchrun", *nodes, "--nproc-per-node", local_size, "-m", "fasttrain", *words])
 
 
 class _MeanOverRanks(torch.autograd.Function):

@@ -1,7 +1,5 @@
 """What the short recipe for a machine without a GPU says about the full one."""
 
-import shlex
-
 import torch
 
 from fasttrain.distributed import command
@@ -33,8 +31,7 @@ def estimate_full_recipe(step: TrainStep, seconds: float, images: int, options: 
     kept = typed_flags(options, "data", "data_dir", "skip_bad", "device", "out", "save_every", "tensorboard")
     if step.recipe.resolution != full.resolution:
         kept += ["--resolution", str(step.recipe.resolution)]
-    typed = shlex.join(command(["train", "--recipe", full.name, *kept]))
     return (
         f"{gpu}: this is the short laptop recipe. The full one, {full.epochs} epochs, would take about "
-        f"{minutes:.0f} minutes here: {typed}"
+        f"{minutes:.0f} minutes here: {command('train', '--recipe', full.name, *kept)}"
     )

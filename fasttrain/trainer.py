@@ -89,8 +89,8 @@ def train(recipe: Recipe, **options: Any) -> Run:
     origin.require_images(dataset)
     recipe = fit_batch_size(recipe, dataset, log=world.print)
     world.share(recipe.batch_size)
-    # The fingerprint will need the hash: compute it while the images are padded.
-    threading.Thread(target=lambda: dataset.content_hash, name="hash").start()
+    hashing = threading.Thread(target=lambda: dataset.content_hash, name="hash")
+    hashing.start()  # the run's record needs the hash: compute it while the images are padded
     runtime = Runtime.resolve(
         recipe, world.device, precision=precision, num_ranks=world.size, fallbacks=fallbacks
     )
@@ -98,6 +98,7 @@ def train(recipe: Recipe, **options: Any) -> Run:
     train_loader = build_loader(dataset, recipe, train=True, **where)
     test_loader = build_loader(dataset, recipe, train=False, **where)
 
+    hashing.join()
     folder = world.broadcast(lambda: unfinished or new_run_folder(Path(opts.out), recipe.name))
     log = RunLog(folder) if world.is_main else SilentLog(folder)
     held = hold_folder(folder) if world.is_main else contextlib.nullcontext()
@@ -143,15 +144,15 @@ class Trainer:
         """Build the step, restore the checkpoint if there is one, and compile and capture if that pays."""
         recipe, runtime, log = self.recipe, self.runtime, self.log
         images = RunImages.of(self.dataset, self.options).to_dict()
-        if origin.folder is None:
+        if not origin.checkpoints:
             log.write(DATA_FILE, images)
+        if origin.folder is None:
             log.write(MACHINE_FILE, self.machine)
             log.write(RECIPE_FILE, recipe.to_dict())
         if self.options.tensorboard and self.world.is_main:
             log.open_tensorboard(first_images(self.dataset, recipe, runtime.device)[0])
         log.print(self._headline())
-        # Only a glance, since the user is waiting: `finish` measures for longer.
-        matmul_tflops = glance_at_matmul_tflops(runtime.device, runtime.dtype)
+        matmul_tflops = glance_at_matmul_tflops(runtime.device, runtime.dtype)  # `finish` takes longer
         step = self._build_step(is_resumed=bool(origin.checkpoints))
         share = self.world.share(recipe.batch_size)
         example = example_batch(share, recipe.resolution, runtime.device)
@@ -168,9 +169,9 @@ class Trainer:
         )
         if origin.checkpoints:
             restore_latest(origin.checkpoints, self.state, log.print)
+            log.write(DATA_FILE, images)  # they may have moved
             if note := origin.precision_note(recipe.compute_dtype, runtime.device):
                 log.print(note)
-        log.write(DATA_FILE, images)  # a resumed run's may have moved
         log.rewind(self.state.progress.epochs)
         found_mode, compile_seconds = compile_step(step, compile_mode, cache, *example)
         if found_mode != compile_mode:

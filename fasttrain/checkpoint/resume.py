@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import shlex
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -205,4 +204,4 @@ def resume_command(folder: Path, options: TrainOptions) -> str:
     The run remembers its images, so their options are left out too.
     """
     kept = typed_flags(options, "device", "save_every", "on_nan", "fallback", "tensorboard")
-    return shlex.join(command(["train", "--resume", str(folder), *kept]))
+    return command("train", "--resume", str(folder), *kept)

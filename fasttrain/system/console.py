@@ -2,7 +2,8 @@
 
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import rich.console
@@ -20,6 +21,15 @@ class Console(rich.console.Console):
     def on_broken_pipe(self) -> None:
         del self._buffer[:]
         raise BrokenPipeError
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Within the block, a closed pipe only silences what is printed from then on."""
+    try:
+        yield
+    except BrokenPipeError:
+        silence_stdout()
 
 
 def silence_stdout() -> None:

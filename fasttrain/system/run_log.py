@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from fasttrain.errors import UserError
-from fasttrain.system.console import Console, silence_stdout
+from fasttrain.system.console import Console, reader_may_leave
 from fasttrain.system.files import write_atomically, write_json
 
 T = TypeVar("T")
@@ -57,10 +57,8 @@ class RunLog:
 
     def print(self, line: str) -> None:
         """Print a line as it is, without rich's markup. Where nobody reads any more, the training goes on."""
-        try:
+        with reader_may_leave():
             self.console.print(line, markup=False)
-        except BrokenPipeError:
-            silence_stdout()
 
     def open_tensorboard(self, images_NCHW: Tensor) -> None:
         """From now on, also write every epoch's metrics for TensorBoard into the run's folder.
