@@ -12,7 +12,7 @@ chosen by them. They also say how long a training takes.
 
 Run it again to continue where it stopped: finished runs are read, an unfinished one is resumed. Each is a
 run's folder in OUT/<mode>/<variant>/seed-<n>/, without its checkpoints once it has finished. A finished run
-that is put there counts as if it had been trained here, if its recipe (but for its name and test_flip) and
+that is put there counts as if it had been trained here, if its recipe (but for its name and test_views) and
 its images are the right ones.
 """
 
@@ -106,7 +106,7 @@ def variants(options: Options) -> dict[str, Recipe]:
             changed = Recipe.from_dict(base.to_dict() | {field: value})
             if changed != base:
                 recipes[f"{base.name}-{field}={value}"] = changed
-    settings: dict[str, Any] = {"test_flip": True}
+    settings: dict[str, Any] = {"test_views": "mirror"}
     for field in ("epochs", "width", "compile", "loader"):
         if getattr(options, field) is not None:
             settings[field] = getattr(options, field)
@@ -160,7 +160,7 @@ def trained(recipe: Recipe, dataset: Dataset, folder: Path, device: str) -> Run:
     if finished:
         found = load_run(finished[-1])
     else:
-        if begun:  # a resumed run keeps its own test_flip
+        if begun:  # a resumed run keeps its own test_views
             recipe = load_recipe(str(begun[-1] / RECIPE_FILE))
         resume = begun[-1] if begun else None
         try:
@@ -186,7 +186,7 @@ def require_same(found: Recipe, wanted: Recipe, folder: Path) -> None:
     differing = [
         f"{flag(key)} {theirs[key]} instead of {value}"
         for key, value in wanted.to_dict().items()
-        if key not in ("name", "test_flip") and theirs[key] != value
+        if key not in ("name", "test_views") and theirs[key] != value
     ]
     if differing:
         raise UserError(f"{folder}: a run with {', '.join(differing)}; move it away")
@@ -203,10 +203,10 @@ def ablation_rows(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
         for name, by_seed in runs.items()
     }
     # The same runs with predictions averaged over mirror images: the two figures of a run are a pair.
-    accuracy["test_flip"] = {
-        seed: one.result["test_accuracy_flip"]
+    accuracy["test_views=mirror"] = {
+        seed: one.result["test_accuracy_views"]
         for seed, one in runs[base].items()
-        if "test_accuracy_flip" in one.result
+        if "test_accuracy_views" in one.result
     }
     return compare(accuracy)
 
@@ -226,13 +226,13 @@ def final_rows(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
     rows = []
     for name, by_seed in runs.items():
         results = [one.result for one in by_seed.values()]
-        flips = [result["test_accuracy_flip"] for result in results if "test_accuracy_flip" in result]
+        averaged = [result["test_accuracy_views"] for result in results if "test_accuracy_views" in result]
         rows.append(
             {
                 "recipe": name,
                 "epochs": results[0]["epochs"],
                 "accuracy": mean_interval([result["test_accuracy"] for result in results]),
-                "accuracy_flip": mean_interval(flips) if flips else None,
+                "accuracy_views": mean_interval(averaged) if averaged else None,
                 "train_seconds": statistics.median(result["train_seconds"] for result in results),
                 "times": times(list(by_seed.values())),
                 "hardware": hardware({name: by_seed}),
@@ -277,7 +277,7 @@ def collect(options: Options, dataset: Dataset, recipes: dict[str, Recipe], runs
     """What the JSON file holds: the rows, and every run's figures with where they come from."""
     rows = ablation_rows(runs) if options.mode == "ablations" else final_rows(runs)
     everything = [(name, seed, one) for name, by_seed in runs.items() for seed, one in by_seed.items()]
-    keys = ("test_accuracy", "test_accuracy_flip", "max_lr", "train_seconds", "wall_seconds")
+    keys = ("test_accuracy", "test_accuracy_views", "max_lr", "train_seconds", "wall_seconds")
     return {
         "mode": options.mode,
         "dataset": dataset.name,
@@ -335,14 +335,22 @@ def table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             row["recipe"],
             str(row["epochs"]),
             points(row["accuracy"]),
-            points(row["accuracy_flip"]),
+            points(row["accuracy_views"]),
             f"{row['train_seconds']:,.1f}",
             "; ".join(row["hardware"]),
             str(row["accuracy"]["n"]),
         ]
         for row in values["rows"]
     ]
-    return ["recipe", "epochs", "test accuracy, %", "with test_flip, %", "training s", "machine", "n"], rows
+    return [
+        "recipe",
+        "epochs",
+        "test accuracy, %",
+        "with averaged predictions, %",
+        "training s",
+        "machine",
+        "n",
+    ], rows
 
 
 def times_table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

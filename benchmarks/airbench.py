@@ -1,12 +1,15 @@
-"""The fastest public CIFAR-10 trainer beside ours: seconds and accuracy on one GPU, on the same images.
+"""The fastest public CIFAR-10 trainer beside ours: seconds and accuracy on one machine, on the same images.
 
     python -m benchmarks.airbench --script airbench94_muon.py --data-dir data [--seeds 10] [--recipe fast]
 
 They take turns. The script is cifar10-airbench's (github.com/KellerJordan/cifar10-airbench; its package lacks
 it) and runs as published, with a network and an optimizer of its own, in a process of its own, on files that
-hold the very images that ours trains on. Each trains once before the clock counts. There are two clocks:
-training alone, and training with the evaluation of the trained network, predictions averaged, which is the
-time that airbench names. Neither counts the tests between epochs.
+hold the very images that ours trains on. There are two clocks: training alone, and training with the
+evaluation of the trained network, predictions averaged, which is the time that airbench names. Neither counts
+the tests between epochs.
+
+On a GPU each trains once before the clock counts. On a CPU, for which the script was not made, both train
+eagerly, in the precision that fasttrain picks there (see `on_cpu`), and nothing needs a warm-up.
 """
 
 import contextlib
@@ -26,7 +29,9 @@ from typing import Any, Literal
 from unittest import mock
 
 import torch
+from torch import nn
 
+from benchmarks import peers
 from benchmarks.accuracy import GOALS, seconds_to
 from benchmarks.harness import OwnProcess, require_counts, run, save, show
 from benchmarks.stats import describe
@@ -34,8 +39,10 @@ from fasttrain import trainer
 from fasttrain.data.dataset import Dataset, Split
 from fasttrain.data.load_dataset import load_dataset
 from fasttrain.errors import UserError
+from fasttrain.model import build_model, mean_flop_per_image, training_flop_per_image
 from fasttrain.recipe import Recipe, load_recipe
 from fasttrain.system.machine import pick_device
+from fasttrain.system.precision import DTYPES, autocast, pick_precision, prepare
 
 Sample = dict[str, Any]
 """One training: epochs, its seconds and accuracies, and what `seconds_to` asks for."""
@@ -43,11 +50,11 @@ Sample = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Train our recipe and cifar10-airbench's script in turn, on one GPU."""
+    """Train our recipe and cifar10-airbench's script in turn, on one machine."""
 
     script: Path
     """airbench94_muon.py, as published."""
-    recipe: str = "fast"
+    recipe: str = "speedrun"
     """A preset or a recipe's JSON file."""
     seeds: int = 10
     """Trainings of each that count."""
@@ -59,6 +66,8 @@ class Options:
     """Instead of the recipe's."""
     loader: Literal["auto", "dali", "tensor"] | None = None
     """Instead of the recipe's."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
 
     def __post_init__(self) -> None:
         require_counts(seeds=self.seeds)
@@ -88,6 +97,39 @@ def working_in(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
+class _Clock:
+    """In the place of torch.cuda.Event where there is no GPU."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self._seconds = 0.0
+
+    def record(self) -> None:
+        self._seconds = time.perf_counter()
+
+    def elapsed_time(self, end: "_Clock") -> float:
+        return 1000 * (end._seconds - self._seconds)
+
+
+@contextlib.contextmanager
+def without_gpu() -> Iterator[None]:
+    """Let a script that was made for a GPU and float16 keep everything on the CPU, in float32."""
+    load = torch.load
+    replacements: list[tuple[Any, str, Any]] = [
+        (torch.cuda, "Event", _Clock),
+        (torch.cuda, "synchronize", lambda: None),
+        (torch, "load", lambda path, **_: load(path)),
+        (torch.Tensor, "half", torch.Tensor.float),
+        (nn.Module, "half", lambda module: module),
+        (nn.Module, "cuda", lambda module: module),
+        (nn.Module, "compile", lambda module, **_: None),
+        (torch, "compile", lambda function: function),
+    ]
+    with contextlib.ExitStack() as patches:
+        for owner, name, value in replacements:
+            patches.enter_context(mock.patch.object(owner, name, value))
+        yield
+
+
 def load_script(path: Path) -> ModuleType:
     """The script as a module: its main program does not run. Raises UserError if it is not airbench's."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -95,6 +137,7 @@ def load_script(path: Path) -> ModuleType:
         raise UserError(f"--script {path}: expected airbench94_muon.py")
     module = importlib.util.module_from_spec(spec)
     try:
+        peers.load("torchvision")  # there is a remedy for a wheel that does not fit torch
         with mock.patch.object(sys, "argv", [str(path)]):  # it reads its own text
             spec.loader.exec_module(module)
     except Exception as error:
@@ -105,20 +148,43 @@ def load_script(path: Path) -> ModuleType:
     return module
 
 
-def theirs(script: Path, folder: Path) -> Callable[[], Sample]:
-    """The script's trainer, set up as its main program does it; each call trains once, the first warms up.
+def in_precision(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let the network compute its matrix products in this precision, its parameters staying float32."""
+    forward = model.forward
 
-    folder: cifar10/ in it holds the images.
+    def autocast_forward(*args: Any, **settings: Any) -> torch.Tensor:
+        with autocast(torch.device("cpu"), dtype):
+            return forward(*args, **settings)
+
+    model.forward = autocast_forward
+
+
+def theirs(script: Path, folder: Path, device: torch.device) -> Callable[[], Sample]:
+    """The script's trainer, set up as its main program does it; each call trains once.
+
+    folder: cifar10/ in it holds the images. On a GPU the first training warms up, with random labels.
     """
-    module = load_script(script)
-    model = module.CifarNet().cuda().to(memory_format=torch.channels_last)
-    model.compile(mode="max-autotune")
-    runs = chain(["warmup"], count())
+    on_cpu = device.type == "cpu"
+
+    def place() -> contextlib.AbstractContextManager[None]:
+        return without_gpu() if on_cpu else contextlib.nullcontext()
+
+    with place():
+        module = load_script(script)
+        model = module.CifarNet().cuda().to(memory_format=torch.channels_last)
+        model.compile(mode="max-autotune")
+    images = len(torch.load(folder / "cifar10" / "train.pt")["labels"])
+    flop_per_epoch = images * training_flop_per_image(model, 32)
+    if on_cpu:
+        prepare(device, "auto")
+        in_precision(model, DTYPES[pick_precision("auto", device)])
+    runs = count() if on_cpu else chain(["warmup"], count())
 
     def training() -> Sample:
-        with working_in(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
+        with place(), working_in(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
             module.main(next(runs), model)
-        return read_table(module.logging_columns_list, printed.getvalue())
+        sample = read_table(module.logging_columns_list, printed.getvalue())
+        return sample | {"flop": sample["epochs"] * flop_per_epoch}
 
     return training
 
@@ -147,34 +213,38 @@ def ours(recipe: Recipe, dataset: Dataset, device: torch.device) -> Sample:
     with tempfile.TemporaryDirectory() as out:
         finished = trainer.train(recipe, data=dataset, out=Path(out), device=str(device), report=False)
     result = finished.result
+    steps = recipe.epochs * finished.steps_per_epoch
+    network = build_model(recipe, len(dataset.classes))
     return {
         "epochs": result["epochs"],
+        "flop": mean_flop_per_image(network, recipe, steps) * steps * recipe.batch_size,
         "seconds": result["train_seconds"],
         "seconds_with_test": result["train_seconds"] + finished.column("test_seconds")[-1],
         "accuracy": result["test_accuracy"],
-        "accuracy_tta": result["test_accuracy_flip"],
+        "accuracy_tta": result["test_accuracy_views"],
         "epoch_seconds": result["epoch_seconds"],
         "epoch_accuracy": finished.column("test_accuracy"),
     }
 
 
-def in_turn(trainings: dict[str, Callable[[int], Sample]], seeds: int) -> Iterator[dict[str, list[Sample]]]:
-    """Train everything once to warm up and then `seeds` times; yields all samples so far after each turn.
+def in_turn(
+    trainings: dict[str, Callable[[int], Sample]], seeds: int, *, warm_up: bool
+) -> Iterator[dict[str, list[Sample]]]:
+    """Train everything `seeds` times, after once to warm up; yields all samples so far after each turn.
 
     Each sample has its `call_seconds`; the first call's, with all that it compiles, is `first_seconds`.
     """
     first: dict[str, float] = {}
     samples: dict[str, list[Sample]] = {name: [] for name in trainings}
-    for turn in range(seeds + 1):
+    for turn in range(-warm_up, seeds):
         for name, training in trainings.items():
             start = time.perf_counter()
-            sample = training(turn)
+            sample = training(max(turn, 0))
             sample["call_seconds"] = time.perf_counter() - start
-            if turn:
+            first.setdefault(name, sample["call_seconds"])
+            if turn >= 0:
                 samples[name].append(sample | {"first_seconds": first[name]})
-            else:
-                first[name] = sample["call_seconds"]
-        if turn:
+        if turn >= 0:
             yield samples
 
 
@@ -184,6 +254,7 @@ def summarize(samples: dict[str, list[Sample]]) -> list[dict[str, Any]]:
     for name, runs in samples.items():
         row: dict[str, Any] = {"trainer": name, "epochs": runs[0]["epochs"], "n": len(runs)}
         row["first_seconds"] = runs[0]["first_seconds"]
+        row["flop"] = runs[0]["flop"]
         for key in ("seconds", "seconds_with_test", "accuracy", "accuracy_tta"):
             row[key] = describe([sample[key] for sample in runs])
         for goal in GOALS:
@@ -206,6 +277,7 @@ def table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     columns = [
         "trainer",
         "epochs",
+        "PFLOP",
         "training s",
         "with its test, s",
         "accuracy, %",
@@ -216,6 +288,7 @@ def table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         [
             row["trainer"],
             str(row["epochs"]),
+            f"{row['flop'] / 1e15:.3f}",
             figure(row["seconds"], 1),
             figure(row["seconds_with_test"], 1),
             figure(row["accuracy"], 100),
@@ -233,26 +306,33 @@ def table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def main(options: Options) -> None:
-    device = pick_device()
-    if device.type != "cuda":
-        raise UserError("cifar10-airbench needs an NVIDIA GPU, and there is none here")
-    load_script(options.script)  # refuse a mistake before training anything
+    device = pick_device(options.device)
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: cifar10-airbench needs an NVIDIA GPU, or runs on a CPU")
+    with without_gpu():  # which imports it anywhere
+        load_script(options.script)  # refuse a mistake before training anything
     named = {"compile": options.compile, "loader": options.loader}
     changes: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
-    recipe = dataclasses.replace(load_recipe(options.recipe), test_flip=True, **changes)
+    recipe = dataclasses.replace(load_recipe(options.recipe), test_views="shifts", **changes)
     dataset = load_dataset(options.data, options.data_dir)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_images(dataset, folder / "cifar10")
-        rival = stack.enter_context(OwnProcess(theirs, options.script.resolve(), folder))
+        rival = stack.enter_context(OwnProcess(theirs, options.script.resolve(), folder, device))
         trainings: dict[str, Callable[[int], Sample]] = {
             f"fasttrain, {recipe.name}": lambda seed: ours(
                 dataclasses.replace(recipe, seed=seed), dataset, device
             ),
             options.script.stem: lambda _: rival(),
         }
-        for samples in in_turn(trainings, options.seeds):  # if this is stopped, the turns so far are saved
-            values = {"dataset": dataset.name, "rows": summarize(samples), "samples": samples}
+        turns = in_turn(trainings, options.seeds, warm_up=device.type == "cuda")
+        precision = pick_precision(recipe.compute_dtype, device)
+        for samples in turns:  # if this is stopped, the turns so far are saved
+            facts = {
+                "dataset": dataset.name,
+                "precision": precision if device.type == "cpu" else "as each has it",
+            }
+            values = facts | {"rows": summarize(samples), "samples": samples}
             path = save("airbench", device, values)
     show(f"{dataset.name}; mean ± standard deviation", *table(values))
     print(path)

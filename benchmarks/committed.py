@@ -59,7 +59,7 @@ class CommittedRun:
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """Fields that were added after the run have their defaults."""
-        return Recipe().to_dict() | json.loads((self.folder / "recipe.json").read_text())
+        return Recipe.from_dict(json.loads((self.folder / "recipe.json").read_text())).to_dict()
 
     @property
     def preset(self) -> str:
@@ -88,7 +88,7 @@ class CommittedRun:
         """Fields in which it trained otherwise than its preset does now, whatever the seed."""
         preset = {preset_name(recipe.name): recipe for recipe in PRESETS.values()}[self.preset]
         # A rate that was given satisfies a preset that leaves it to the LR finder.
-        ignored = {"name", "seed", "test_flip"} | ({"max_lr"} if preset.max_lr == "auto" else set())
+        ignored = {"name", "seed", "test_views"} | ({"max_lr"} if preset.max_lr == "auto" else set())
         now = preset.to_dict()
         return {
             field: value

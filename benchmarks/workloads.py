@@ -17,7 +17,7 @@ from fasttrain.data.build_loader import LoaderName, build_loader, pick_loader
 from fasttrain.data.dataset import Dataset, Split
 from fasttrain.data.loader import Loader
 from fasttrain.distributed import World
-from fasttrain.model import CustomResNet, build_model, training_flop_per_image
+from fasttrain.model import ImageClassifier, build_model, training_flop_per_image
 from fasttrain.recipe import Recipe
 from fasttrain.runtime import Runtime
 from fasttrain.step import TrainStep
@@ -27,7 +27,7 @@ from fasttrain.system.precision import DTYPES, pick_precision, prepare, set_fp32
 Batch = tuple[Tensor, Tensor]
 
 
-def unchanged(model: CustomResNet) -> None:
+def unchanged(model: ImageClassifier) -> None:
     """The network as it is."""
 
 
@@ -45,7 +45,7 @@ class Variant:
     """On a GPU, let float32 products round their inputs; it holds for the whole process."""
     cudnn_benchmark: bool = True
     """On a GPU, let cuDNN time its kernels and keep the fastest; it holds for the whole process."""
-    change: Callable[[CustomResNet], None] = unchanged
+    change: Callable[[ImageClassifier], None] = unchanged
     """Made to the network, in place, before it trains."""
     width: int = 64
     keep_memory: bool = True
@@ -68,7 +68,7 @@ def usual_variant(device: torch.device, **changes: Any) -> Variant:
     return Variant(**(settings | changes))
 
 
-def network(**fields: Any) -> CustomResNet:
+def network(**fields: Any) -> ImageClassifier:
     """The network of a recipe with these fields, for ten classes; `mean` and `std` are the images'."""
     statistics = {key: fields.pop(key) for key in ("mean", "std") if key in fields}
     return build_model(Recipe(**fields), num_classes=10, **statistics)
@@ -164,7 +164,7 @@ def train_loader(
     return build_loader(dataset, recipe, train=True, device=device, loader=loader or loader_names(device)[0])
 
 
-def endless(batches: Iterable[Batch], model: CustomResNet | None = None) -> Iterator[Batch]:
+def endless(batches: Iterable[Batch], model: ImageClassifier | None = None) -> Iterator[Batch]:
     """Epoch after epoch; with a model, each batch as its first convolution takes it."""
     while True:
         for images_NCHW, labels_N in batches:

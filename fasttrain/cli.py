@@ -74,7 +74,7 @@ def summary(args: Sequence[str]) -> int:
         from fasttrain.system.machine import pick_device
 
     device = pick_device(options.device)
-    model = build_model(Recipe(resolution=options.resolution), num_classes=10)
+    model = build_model(Recipe(network=options.network, resolution=options.resolution), num_classes=10)
     print(summary(model))
     print(epoch_floor(model, device))
     return 0

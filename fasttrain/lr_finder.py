@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fasttrain.data.build_loader import build_loader
 from fasttrain.data.dataset import Dataset
 from fasttrain.errors import UserError
-from fasttrain.model import build_model
+from fasttrain.model import build_model_for
 from fasttrain.optim import build_optimizer, set_schedule
 from fasttrain.recipe import Recipe
 from fasttrain.runtime import Runtime
@@ -227,7 +227,7 @@ def _range_test(
 
     device, dtype = runtime.device, runtime.dtype
     torch.manual_seed(recipe.seed)
-    model = build_model(recipe, len(dataset.classes), mean=dataset.mean, std=dataset.std).to(device)
+    model = build_model_for(dataset, recipe).to(device)
     loader = build_loader(dataset, recipe, train=True, device=device, loader=runtime.loader)
     optimizer = build_optimizer(model, recipe, lr=start_lr, fused=runtime.fused_optimizer)
     # The library gives all groups the same rate; some groups learn at a multiple of it.

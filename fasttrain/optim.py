@@ -29,10 +29,11 @@ def build_optimizer(
     fused: whether one kernel updates all parameters of a group; otherwise a few do.
     Source: arXiv:1711.05101; Goyal et al. 2017, arXiv:1706.02677, section 5.3.
     """
-    weights = [p for p in model.parameters() if p.dim() > 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = [p for p in trained if p.dim() > 1]
     scaled_biases = _batch_norm_biases(model) if recipe.bn_bias_lr_scale != 1 else []
     scaled_ids = {id(p) for p in scaled_biases}
-    others = [p for p in model.parameters() if p.dim() <= 1 and id(p) not in scaled_ids]
+    others = [p for p in trained if p.dim() <= 1 and id(p) not in scaled_ids]
     groups: list[dict[str, Any]] = [
         {"params": weights, "weight_decay": recipe.weight_decay, "lr_scale": 1.0},
         {"params": others, "weight_decay": 0.0, "lr_scale": 1.0},

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fasttrain.errors import UserError
-from fasttrain.recipe import Recipe, flag
+from fasttrain.recipe import NetworkName, Recipe, Views, flag
 
 DataName = Annotated[
     str, tyro.conf.arg(metavar="auto|cifar10|cifar100|synthetic|folder:PATH|webdataset:PATTERN")
@@ -131,8 +131,9 @@ class EvaluateOptions(DataOptions):
     """auto, cpu, cuda, cuda:1, ..., or mps, which auto does not take."""
     mistakes: int = 5
     """How many of the most confident mistakes to list."""
-    flip: bool = False
-    """Print a second accuracy, from the mean logits of each image and its mirror image."""
+    views: Views = "none"
+    """Print a second accuracy, from the mean logits of several views of each image: mirror or shifts, as a
+    recipe's --test-views."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +200,8 @@ class SummaryOptions:
 
     device: str = "auto"
     """Where to measure the matmul rate: auto, cpu, cuda, cuda:1, ..."""
+    network: NetworkName = "resnet"
+    """resnet or compact, as a recipe's."""
     resolution: int = Recipe.resolution
     """Width and height of the images in pixels."""
 

@@ -13,6 +13,11 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from fasttrain.errors import UserError
 
+NetworkName = Literal["resnet", "compact"]
+
+Views = Literal["none", "mirror", "shifts"]
+"""Views of a test image whose logits are averaged; see Recipe.test_views."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -39,8 +44,11 @@ class Recipe:
     dropout: float = 0.0
     """Dropout after every activation."""
 
+    network: NetworkName = "resnet"
+    """resnet: the assignment's, nine layers. compact: six convolutions behind a fixed first layer, a third of
+    its arithmetic."""
     width: int = 64
-    """Channels of the network's first convolution; the others have two, four and eight times as many."""
+    """Channels of the network's first convolution; the others have up to eight times as many."""
     activation: Literal["relu", "gelu"] = "relu"
     """Activation after every BatchNorm; gelu is smooth (arXiv:1606.08415)."""
     init: Literal["default", "dirac"] = "default"
@@ -79,8 +87,10 @@ class Recipe:
     """random: a coin toss per image and epoch. alternating: one toss, then in turn (arXiv:2404.00498)."""
     cutout: int = 8
     """Side in pixels of the square that is set to the mean at a random place; 0 turns it off."""
-    test_flip: bool = False
-    """Report a second test accuracy, from the mean logits of each image and its mirror image."""
+    test_views: Views = "none"
+    """After the last epoch, report a second test accuracy, from the mean logits of several views of an image.
+    mirror: the image and its mirror image. shifts: half of the weight for these two, half for both of them
+    moved by a pixel down and right, and up and left."""
 
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32", "tf32"] = "auto"
     """Precision of the matrix products; auto takes bf16 if the hardware is fast in it."""
@@ -124,8 +134,8 @@ class Recipe:
             ("resolution", self.resolution in range(16, 257, 8), "a multiple of 8 from 16 to 256 pixels"),
             (
                 "early_resolution",
-                self.early_resolution == 0 or self.early_resolution in range(16, self.resolution, 8),
-                f"0, or a multiple of 8 from 16 to below --resolution {self.resolution}",
+                self.early_resolution == 0 or self.early_resolution in range(16, self.resolution, 4),
+                f"0, or a multiple of 4 from 16 to below --resolution {self.resolution}",
             ),
             ("early_share", 0 < self.early_share < 1, "between 0 and 1"),
             (
@@ -159,6 +169,9 @@ class Recipe:
 
         Raises UserError for an unknown key or an impossible value.
         """
+        values = dict(values)
+        if isinstance(values.get("test_flip"), bool):  # what test_views was until there was more than one
+            values["test_views"] = "mirror" if values.pop("test_flip") else "none"
         fields = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in fields:
@@ -204,7 +217,7 @@ _FAST = Recipe(
     crop_padding=2,
     flip_order="alternating",
     cutout=0,
-    test_flip=True,
+    test_views="mirror",
 )
 
 PRESETS: dict[str, Recipe] = {

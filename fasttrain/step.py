@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fasttrain.cuda_graph import CaptureError, capture
 from fasttrain.distributed import World
 from fasttrain.ema import WeightAverage
-from fasttrain.model import CustomResNet
+from fasttrain.model import ImageClassifier
 from fasttrain.optim import ScheduleTable, build_optimizer, one_cycle, set_schedule
 from fasttrain.recipe import Recipe
 from fasttrain.runtime import Runtime
@@ -41,7 +41,7 @@ class TrainStep:
 
     def __init__(
         self,
-        model: CustomResNet,
+        model: ImageClassifier,
         recipe: Recipe,
         runtime: Runtime,
         *,
@@ -90,7 +90,7 @@ class TrainStep:
         return self.recipe.training_resolution(self.step, self.total_steps)
 
     @property
-    def eval_model(self) -> CustomResNet:
+    def eval_model(self) -> ImageClassifier:
         """The network to evaluate and save: the averaged one if there is one, else the trained one."""
         return self.average.model if self.average else self.model  # type: ignore[return-value]  # a copy
 
@@ -312,7 +312,7 @@ class _Objective(nn.Module):
 
     sums: Tensor
 
-    def __init__(self, model: CustomResNet, label_smoothing: float, device: torch.device) -> None:
+    def __init__(self, model: ImageClassifier, label_smoothing: float, device: torch.device) -> None:
         super().__init__()
         self.model, self.label_smoothing = model, label_smoothing
         self.register_buffer("sums", torch.zeros(3, device=device))

@@ -28,7 +28,7 @@ from fasttrain.errors import DivergedError, one_line
 from fasttrain.evaluate import Evaluation, concat, evaluate
 from fasttrain.laptop import FIRST_STEPS, estimate_full_recipe, is_laptop
 from fasttrain.lr_finder import find_max_lr
-from fasttrain.model import build_model
+from fasttrain.model import build_model_for
 from fasttrain.options import TrainOptions
 from fasttrain.recipe import Recipe
 from fasttrain.report.html import first_images, write_report
@@ -247,8 +247,7 @@ class Trainer:
             for images_NCHW, labels_N in self.log.steps(timer, left, title, live_metrics):
                 step(images_NCHW, labels_N)
                 if step.step == min(FIRST_STEPS, step.total_steps) and is_laptop(self.recipe, step.device):
-                    seconds = (time.perf_counter() - start) / step.step
-                    self.log.print(estimate_full_recipe(step, seconds, loader.sampler.count, self.options))
+                    self.log.print(estimate_full_recipe(step, loader.sampler.count, self.options))
                 if checkpoints.due():
                     state.require_finite()  # waits for the device, so that the clock below includes its work
                     progress.seconds = time.perf_counter() - start
@@ -272,16 +271,10 @@ class Trainer:
         start = time.perf_counter()
         model = self.state.step.eval_model
         self.world.broadcast_buffers(model)
-        part = evaluate(model, self.test_loader, self.runtime, flip=self.recipe.test_flip)
-        test = concat(self.world.gather(part))
-        flip = {} if test.accuracy_flip is None else {"test_accuracy_flip": test.accuracy_flip}
-        seconds = time.perf_counter() - start
-        return test, {
-            "test_loss": test.loss,
-            "test_accuracy": test.accuracy,
-            **flip,
-            "test_seconds": seconds,
-        }
+        is_last = self.state.epoch + 1 >= self.recipe.epochs
+        views = self.recipe.test_views if is_last else "none"
+        test = concat(self.world.gather(evaluate(model, self.test_loader, self.runtime, views=views)))
+        return test, {**test.metrics, "test_seconds": time.perf_counter() - start}
 
     def finish(self) -> Run:
         """Write result.json, print a summary, and return the run, read from its folder."""
@@ -308,13 +301,13 @@ class Trainer:
             "peak_resident_gib": peak_memory_gib(torch.device("cpu")),
         }
         log.write(RESULT_FILE, result)
-        flip = ""
-        if self.recipe.test_flip:
-            flip = f"; {result['test_accuracy_flip']:.2%} with each image's mirror image averaged in"
+        averaged = ""
+        if "test_accuracy_views" in result:
+            averaged = f"; {result['test_accuracy_views']:.2%} with averaged predictions"
         log.print(
             f"{self.dataset.name}: test accuracy {result['test_accuracy']:.2%} after {self.recipe.epochs} "
             f"epochs (best {result['best_test_accuracy']:.2%} at epoch {result['best_epoch']}, chosen on the "
-            f"test images){flip}; {result['train_seconds']:.1f} s of training, "
+            f"test images){averaged}; {result['train_seconds']:.1f} s of training, "
             f"{result['wall_seconds']:.1f} s in total -> {log.folder}"
         )
         return self.world.broadcast(lambda: load_run(log.folder))
@@ -335,7 +328,7 @@ class Trainer:
         if max_lr == "auto":
             max_lr = math.inf if is_resumed else world.broadcast(self._find_max_lr)
         torch.manual_seed(recipe.seed)
-        model = build_model(recipe, len(dataset.classes), mean=dataset.mean, std=dataset.std)
+        model = build_model_for(dataset, recipe)
         if recipe.sync_batchnorm:
             world.synchronize_batchnorm(model)
         if world.rank:

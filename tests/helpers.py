@@ -21,7 +21,7 @@ from fasttrain.data.dataset import Dataset
 from fasttrain.data.loader import Loader
 from fasttrain.data.sources import cifar, download
 from fasttrain.distributed import World
-from fasttrain.model import CustomResNet, build_model
+from fasttrain.model import ImageClassifier, build_model
 from fasttrain.recipe import Recipe
 from fasttrain.runtime import Runtime
 from fasttrain.step import TrainStep
@@ -38,6 +38,7 @@ OTHER_VALUES: dict[str, Any] = {
     "weight_decay": 0.01,
     "label_smoothing": 0.3,
     "dropout": 0.4,
+    "network": "compact",
     "width": 3,
     "activation": "gelu",
     "init": "dirac",
@@ -57,7 +58,7 @@ OTHER_VALUES: dict[str, Any] = {
     "flip": False,
     "flip_order": "alternating",
     "cutout": 4,
-    "test_flip": True,
+    "test_views": "shifts",
     "compute_dtype": "fp32",
     "compile": "off",
     "cuda_graph": False,
@@ -68,7 +69,7 @@ OTHER_VALUES: dict[str, Any] = {
 """One for every field of a recipe, away from its default; a new field needs one too."""
 
 
-def experienced_network(recipe: Recipe, num_classes: int = 10, **statistics: Any) -> CustomResNet:
+def experienced_network(recipe: Recipe, num_classes: int = 10, **statistics: Any) -> ImageClassifier:
     """A network whose BatchNorm has seen data, so that evaluation mode makes a difference; in that mode."""
     torch.manual_seed(1)
     model = build_model(recipe, num_classes, **statistics)
@@ -80,7 +81,7 @@ def experienced_network(recipe: Recipe, num_classes: int = 10, **statistics: Any
 
 
 def checkpoint_of(
-    model: CustomResNet, recipe: Recipe, classes: tuple[str, ...] | list[str], **more: Any
+    model: ImageClassifier, recipe: Recipe, classes: tuple[str, ...] | list[str], **more: Any
 ) -> dict[str, Any]:
     """What a checkpoint of this network holds, with nothing of a training but its shape."""
     return {
@@ -100,7 +101,7 @@ def checkpoint_of(
 def step_of(
     recipe: Recipe,
     *,
-    model: CustomResNet | None = None,
+    model: ImageClassifier | None = None,
     max_lr: float = 0.01,
     total_steps: int = 20,
     world: World | None = None,

@@ -76,7 +76,7 @@ def test_ablations_pair_the_seeds_and_change_one_field(base, dataset_dir, tmp_pa
     assert set(values["epochs"].values()) == {2}
     measured = {(run["variant"], run["seed"]): run["test_accuracy"] for run in values["runs"]}
     changed = {row["name"]: row for row in values["rows"]}
-    assert list(changed) == ["none, tiny", "flip_order=alternating", "ema_epochs=0.5", "test_flip"]
+    assert list(changed) == ["none, tiny", "flip_order=alternating", "ema_epochs=0.5", "test_views=mirror"]
     for change in ("flip_order=alternating", "ema_epochs=0.5"):
         pairs = [measured[f"tiny-{change}", seed] - measured["tiny", seed] for seed in (0, 1)]
         assert changed[change]["difference"] == mean_interval(pairs)
@@ -91,7 +91,7 @@ def test_ablations_pair_the_seeds_and_change_one_field(base, dataset_dir, tmp_pa
 def test_a_difference_is_that_of_the_pairs_that_both_have() -> None:
     def runs(**accuracies: float) -> dict[int, Any]:
         return {
-            int(seed[1:]): SimpleNamespace(result={"test_accuracy": accuracy, "test_accuracy_flip": 0.95})
+            int(seed[1:]): SimpleNamespace(result={"test_accuracy": accuracy, "test_accuracy_views": 0.95})
             for seed, accuracy in accuracies.items()
         }
 
@@ -100,7 +100,7 @@ def test_a_difference_is_that_of_the_pairs_that_both_have() -> None:
     assert first["name"] == "none, tiny" and first["accuracy"]["mean"] == pytest.approx(0.7)
     assert changed["name"] == "cutout=4" and changed["difference"]["n"] == 2
     assert changed["difference"]["mean"] == pytest.approx(0.15)  # of +0.1 and +0.2
-    assert flip["name"] == "test_flip" and flip["difference"]["mean"] == pytest.approx(0.25)
+    assert flip["name"] == "test_views=mirror" and flip["difference"]["mean"] == pytest.approx(0.25)
 
 
 def test_it_continues_where_it_stopped(base, dataset_dir, tmp_path, tiny, monkeypatch, capsys) -> None:
@@ -138,7 +138,7 @@ def test_the_test_images_are_not_among_those_of_an_ablation(dataset_dir) -> None
 
 
 def test_a_finished_run_put_there_is_read_and_not_trained(base, dataset_dir, tmp_path, tiny) -> None:
-    """As `fasttrain train --recipe tiny.json` left it: under its own name, without test_flip."""
+    """As `fasttrain train --recipe tiny.json` left it: under its own name, without test_views."""
     recipe = load_recipe(str(base))
     place = tmp_path / "runs" / "final" / "tiny" / "seed-1"
     seeded = dataclasses.replace(recipe, seed=1)
@@ -153,7 +153,7 @@ def test_a_finished_run_put_there_is_read_and_not_trained(base, dataset_dir, tmp
     values = result(tmp_path, "final-tiny")
     assert values["dataset"] == "synthetic" and values["test_images"] == 40
     [row] = values["rows"]
-    assert (row["accuracy"]["n"], row["accuracy_flip"]["n"]) == (2, 1)
+    assert (row["accuracy"]["n"], row["accuracy_views"]["n"]) == (2, 1)
     table = tables.final_table(tmp_path / "results")  # both machines, each with its commit
     precision = json.loads((folder / "result.json").read_text())["precision"]
     assert all(f"{hardware_name(where)}, {precision}" in table for where in (machine, elsewhere))
@@ -185,10 +185,10 @@ def test_every_preset_has_its_fields_ablated_and_no_value_is_tried_against_itsel
         assert next(iter(found)) == name and len(set(map(repr, found.values()))) == len(found)
         fields = {key.removeprefix(f"{name}-").split("=")[0] for key in list(found)[1:]}
         assert fields == set(accuracy.CHANGES)
-        assert all(recipe.test_flip for recipe in found.values())
+        assert all(recipe.test_views == "mirror" for recipe in found.values())
     final = accuracy.variants(Options(mode="final", epochs=3))
     assert list(final) == ["assignment", "default", "fast", "speedrun"]
-    assert final["assignment"] == dataclasses.replace(PRESETS["assignment"], test_flip=True, epochs=3)
+    assert final["assignment"] == dataclasses.replace(PRESETS["assignment"], test_views="mirror", epochs=3)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
     {"fasttrain", "fasttrain.errors"},
-    {"fasttrain.recipe", "fasttrain.system", "fasttrain.ema", "fasttrain.cuda_graph"},
+    {"fasttrain.recipe", "fasttrain.system", "fasttrain.conv", "fasttrain.ema", "fasttrain.cuda_graph"},
     {"fasttrain.options"},
-    {"fasttrain.model", "fasttrain.optim", "fasttrain.data"},
+    {"fasttrain.optim", "fasttrain.data"},
+    {"fasttrain.model"},
     {"fasttrain.distributed"},
     {"fasttrain.runtime"},
     {"fasttrain.evaluate", "fasttrain.step"},

@@ -29,7 +29,7 @@ METRICS = {
     "train_accuracy": 1.0,
     "test_loss": 10.1234,
     "test_accuracy": 1.0,
-    "test_accuracy_flip": 1.0,
+    "test_accuracy_views": 1.0,
     "lr": 1.23e-05,
     "seconds": 12345.678,
     "images_per_sec": 1234567.8,

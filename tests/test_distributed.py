@@ -196,10 +196,10 @@ def test_the_evaluation_is_that_of_one_process(job, data: Path) -> None:
     model = build_model(RUN_RECIPE, len(state["classes"]))
     model.load_state_dict(state["model"])
     loader = loader_of(cifar.read(data), STEP_RECIPE, train=False)
-    test = evaluate(model, loader, RUNTIME, flip=True)
+    test = evaluate(model, loader, RUNTIME, views="shifts")
     [*_, row] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(test.labels_N) == TEST_IMAGES
-    assert (row["test_accuracy"], row["test_accuracy_flip"]) == (test.accuracy, test.accuracy_flip)
+    assert (row["test_accuracy"], row["test_accuracy_views"]) == (test.accuracy, test.accuracy_views)
     assert row["test_loss"] == pytest.approx(test.loss, rel=1e-5)
 
 

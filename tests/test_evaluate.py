@@ -79,16 +79,41 @@ class Lopsided(nn.Module):
         return images[:, 0, 0, :2]
 
 
-def test_flip_is_a_second_figure_from_the_mean_logits_of_both_ways_round() -> None:
+def test_views_give_a_second_figure_from_their_mean_logits() -> None:
     rows = torch.tensor(
         [[3.0, 1, 0], [0, 1, 3], [4, 0, 9], [0, 0, 0.5]]
     )  # first two: as is; last two: mirrored
     images, labels = rows[:, None, None, :], torch.tensor([0, 1, 0, 0])
     loader = [(images[:3], labels[:3]), (images[3:], labels[3:])]
     plain = evaluate(Lopsided(), loader, RUNTIME)  # type: ignore[arg-type]
-    both = evaluate(Lopsided(), loader, RUNTIME, flip=True)  # type: ignore[arg-type]
-    assert plain.accuracy_flip is None and both.accuracy == plain.accuracy
+    both = evaluate(Lopsided(), loader, RUNTIME, views="mirror")  # type: ignore[arg-type]
+    assert plain.accuracy_views is None and both.accuracy == plain.accuracy
     sums = rows[:, :2] + rows[:, [2, 1]]
-    assert both.flip_predictions_N.tolist() == sums.argmax(1).tolist() == [0, 0, 0, 0]
-    assert (both.accuracy, both.accuracy_flip) == (1.0, 0.75)
+    assert both.views_predictions_N.tolist() == sums.argmax(1).tolist() == [0, 0, 0, 0]
+    assert (both.accuracy, both.accuracy_views) == (1.0, 0.75)
     assert torch.equal(both.confidences_N, plain.confidences_N) and both.loss == plain.loss
+
+
+class EveryPixel(nn.Module):
+    """Logits that depend on every pixel of an image, differently."""
+
+    def forward(self, images_NCHW):
+        weights_KX = torch.sin(torch.arange(5 * images_NCHW[0].numel()).float()).reshape(5, -1)
+        return images_NCHW.float().flatten(1) @ weights_KX.T
+
+
+def test_shifted_views_are_those_of_the_published_trainer() -> None:
+    """cifar10-airbench pads by one reflected pixel, crops at both corners, and weighs as here."""
+    images = torch.randint(256, (50, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    images = images.to(torch.uint8).to(memory_format=torch.channels_last)
+    model, labels = EveryPixel(), torch.zeros(50, dtype=torch.int64)
+
+    def mirrored(views):
+        return 0.5 * model(views) + 0.5 * model(views.flip(-1))
+
+    padded = torch.nn.functional.pad(images.float(), (1,) * 4, "reflect")
+    shifted = [mirrored(padded[:, :, :8, :8]), mirrored(padded[:, :, 2:, 2:])]
+    expected = (0.5 * mirrored(images) + 0.5 * torch.stack(shifted).mean(0)).argmax(1)
+    found = evaluate(model, [(images, labels)], RUNTIME, views="shifts")  # type: ignore[arg-type]
+    assert torch.equal(found.views_predictions_N, expected)
+    assert not torch.equal(expected, found.predictions_N)

@@ -1,8 +1,20 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fasttrain.model import BatchNorm2d, CustomResNet, multiply_adds, training_flop_per_image
+from fasttrain.data.dataset import Dataset
+from fasttrain.model import (
+    BatchNorm2d,
+    CompactNet,
+    CustomResNet,
+    build_model_for,
+    mean_flop_per_image,
+    multiply_adds,
+    training_flop_per_image,
+)
+from fasttrain.optim import build_optimizer
+from fasttrain.recipe import Recipe
 from fasttrain.report.network_table import block_shapes, summary
 
 
@@ -209,3 +221,88 @@ def test_batch_norm_is_torchs_but_keeps_a_counter_that_it_was_given() -> None:
     assert ours.num_batches_tracked == 2
     assert torch.equal(ours.eval()(images), ours(images))
     torchs.load_state_dict(ours.state_dict())
+
+
+def smooth_images(count: int, side: int) -> np.ndarray:
+    """Images whose neighbouring pixels and channels are alike, as in photographs: (N, H, W, 3) uint8."""
+    noise = np.random.default_rng(0).normal(size=(count, side, side, 3))
+    rows, everything = noise.cumsum(1), noise.cumsum(1).cumsum(2)
+    pixels = 128 + 4 * (everything + rows) + 12 * noise.sum(3, keepdims=True)
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+def test_a_compact_networks_first_layer_decorrelates_patches_and_is_not_trained() -> None:
+    images = smooth_images(64, 16)
+    model = CompactNet(width=8, resolution=16)
+    model.whiten(images)
+    normalized = model.normalize(torch.from_numpy(images).permute(0, 3, 1, 2))
+    with torch.no_grad():
+        outputs = model.whitening(normalized).permute(1, 0, 2, 3).flatten(1).double().numpy()
+    assert outputs.shape[0] == 24 and np.array_equal(outputs[12:], -outputs[:12])
+    moments = outputs[:12] @ outputs[:12].T / outputs.shape[1]
+    patches = np.lib.stride_tricks.sliding_window_view(normalized.numpy(), (2, 2), axis=(2, 3))
+    variances = np.linalg.eigvalsh(np.cov(patches.transpose(0, 2, 3, 1, 4, 5).reshape(-1, 12).T, bias=True))
+    assert variances.max() / variances.min() > 20  # there was something to decorrelate
+    assert np.abs(moments - np.diag(np.diag(moments))).max() < 1e-3
+    assert 0.9 < np.diag(moments).min() <= np.diag(moments).max() <= 1.0 + 1e-3
+    trained = {id(p) for group in build_optimizer(model, Recipe(), 0.1).param_groups for p in group["params"]}
+    assert {name for name, p in model.named_parameters() if id(p) not in trained} == {"whitening.weight"}
+
+
+def test_a_compact_networks_logits_are_those_of_its_layers_written_out() -> None:
+    model = CompactNet(num_classes=7, width=8, activation="gelu", logit_scale=0.5).eval()
+    state = model.state_dict()
+
+    def conv(x: torch.Tensor, name: str, padding: int) -> torch.Tensor:
+        return nn.functional.conv2d(x, state[f"{name}.weight"], state.get(f"{name}.bias"), padding=padding)
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        mean, var, scale, shift = (
+            state[f"{name}.{key}"][:, None, None] for key in ("running_mean", "running_var", "weight", "bias")
+        )
+        return nn.functional.gelu((x - mean) / (var + 1e-5).sqrt() * scale + shift)
+
+    images = pixels(3)
+    x = nn.functional.gelu(conv((images.float() / 255 - 0.5) / 0.25, "whitening", 0))
+    for group, side in (("group1", 15), ("group2", 7), ("group3", 3)):
+        x = norm(nn.functional.max_pool2d(conv(x, f"{group}.0", 1), 2), f"{group}.2")
+        x = norm(conv(x, f"{group}.5", 1), f"{group}.6")
+        assert x.shape[2:] == (side, side)
+    expected = 0.5 * nn.functional.linear(x.amax((2, 3)), state["fc.weight"], state["fc.bias"])
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compact_network_takes_a_third_of_the_operations_and_none_for_what_is_not_trained() -> None:
+    model = CompactNet()
+    assert sum(p.numel() for p in model.parameters()) == 1_972_802
+    sides = {"whitening": 31, "group1.0": 31, "group1.5": 15, "group2.0": 15, "group2.5": 7, "group3.0": 7}
+    sides |= {"group3.5": 3, "fc": 1}
+    counts = {name: model.get_submodule(name).weight.numel() * side**2 for name, side in sides.items()}
+    assert multiply_adds(model) == sum(counts.values())
+    assert training_flop_per_image(model) == 6 * sum(counts.values()) - 4 * counts["whitening"]
+    assert 0.3 < training_flop_per_image(model) / training_flop_per_image(CustomResNet()) < 0.32
+    recipe = Recipe(early_resolution=16, early_share=0.5)
+    halves = [training_flop_per_image(model, size) for size in (16, 32)]
+    assert mean_flop_per_image(model, recipe, 10) == sum(halves) / 2
+
+
+@pytest.mark.parametrize("resolution", [16, 20, 24, 32, 64, 128, 200])
+def test_a_compact_network_takes_every_resolution(resolution: int) -> None:
+    model = CompactNet(width=8, resolution=resolution).eval()
+    images = torch.randint(256, (2, 3, resolution, resolution), dtype=torch.uint8)
+    assert model(images).shape == (2, 10)
+    shapes = dict(block_shapes(model))
+    assert shapes["Whitening"][2] == (resolution - 1 if resolution < 128 else resolution // 2)
+    assert shapes["Max Pooling"] == (1, 32, 1, 1)
+
+
+def test_the_network_for_a_dataset_has_the_statistics_of_its_training_images(dataset: Dataset) -> None:
+    torch.manual_seed(0)
+    model = build_model_for(dataset, Recipe(network="compact", width=8))
+    assert isinstance(model, CompactNet) and model.mean.tolist() == pytest.approx(
+        [255 * mean for mean in dataset.mean]
+    )
+    expected = CompactNet(width=8, mean=dataset.mean, std=dataset.std)
+    expected.whiten(dataset.train.images[:2000])
+    assert torch.equal(model.whitening.weight, expected.whitening.weight)
+    assert not torch.equal(model.whitening.weight, CompactNet(width=8).whitening.weight)

@@ -18,7 +18,7 @@ from fasttrain.checkpoint.file import load_checkpoint, save_checkpoint
 from fasttrain.checkpoint.network import load_model, restore_model
 from fasttrain.checkpoint.proof import TOLERANCE, proof_images, proof_logits, require_proven
 from fasttrain.errors import UserError
-from fasttrain.model import CustomResNet, build_model
+from fasttrain.model import CompactNet, CustomResNet, ImageClassifier, build_model
 from fasttrain.recipe import Recipe
 from tests.helpers import OTHER_VALUES, checkpoint_of, experienced_network
 
@@ -37,22 +37,21 @@ def test_there_is_another_value_for_every_field() -> None:
     assert all(getattr(changed(field), field) != getattr(Recipe(), field) for field in FIELDS)
 
 
-SETTINGS = inspect.signature(CustomResNet).parameters.keys() - {"num_classes", "mean", "std"}
+@pytest.mark.parametrize(("name", "network"), [("resnet", CustomResNet), ("compact", CompactNet)])
+def test_the_network_is_told_every_setting_that_it_has_by_the_recipe(name, network, monkeypatch) -> None:
+    """So a setting that a network gains is a field of the recipe, with the same default, and passed on."""
+    signature, told = inspect.signature(network), {}
+    settings = signature.parameters.keys() - {"num_classes", "mean", "std"}
 
-
-def test_the_network_is_told_every_setting_that_it_has_by_the_recipe(monkeypatch) -> None:
-    """So a setting that CustomResNet gains is a field of the recipe, with the same default, and passed on."""
-    signature, told = inspect.signature(CustomResNet), {}
-
-    def spy(*args, **settings) -> CustomResNet:
+    def spy(*args, **settings) -> ImageClassifier:
         told.update(signature.bind(*args, **settings).arguments)
-        return CustomResNet(*args, **settings)
+        return network(*args, **settings)
 
-    monkeypatch.setattr(model_module, "CustomResNet", spy)
-    build_model(Recipe(**{name: OTHER_VALUES[name] for name in SETTINGS}), 7, mean=(0.1,) * 3, std=(0.2,) * 3)
-    expected = {name: OTHER_VALUES[name] for name in SETTINGS}
+    monkeypatch.setattr(model_module, network.__name__, spy)
+    expected = {setting: OTHER_VALUES[setting] for setting in settings}
+    build_model(Recipe(network=name, **expected), 7, mean=(0.1,) * 3, std=(0.2,) * 3)
     assert told == expected | {"num_classes": 7, "mean": (0.1,) * 3, "std": (0.2,) * 3}
-    assert all(signature.parameters[name].default == getattr(Recipe(), name) for name in SETTINGS)
+    assert all(signature.parameters[setting].default == getattr(Recipe(), setting) for setting in settings)
 
 
 @pytest.mark.parametrize("field", FIELDS)

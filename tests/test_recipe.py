@@ -14,7 +14,7 @@ def test_the_assignment_is_faithful() -> None:
     assert recipe.label_smoothing == 0 and recipe.weight_decay == 0 and recipe.cycle_momentum
     assert (recipe.init, recipe.flip_order, recipe.bn_momentum) == ("default", "random", 0.1)
     assert recipe.logit_scale == recipe.bn_bias_lr_scale == 1 and recipe.ema_epochs == 0
-    assert not recipe.test_flip and recipe.early_resolution == 0
+    assert recipe.test_views == "none" and recipe.early_resolution == 0
 
 
 def test_only_the_speedrun_has_another_optimizer_than_adams() -> None:

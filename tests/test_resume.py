@@ -189,7 +189,7 @@ def test_an_averaged_run_ends_with_the_same_bits_and_ships_the_average(
     dataset_dir, tmp_path, monkeypatch
 ) -> None:
     recipe = dataclasses.replace(
-        RECIPE, ema_epochs=0.5, bn_bias_lr_scale=4.0, flip_order="alternating", test_flip=True
+        RECIPE, ema_epochs=0.5, bn_bias_lr_scale=4.0, flip_order="alternating", test_views="shifts"
     )
     undisturbed = train(dataset_dir, tmp_path / "whole", recipe)
     folder = stop_at(dataset_dir, tmp_path / "stopped", 6, monkeypatch, recipe=recipe)
@@ -200,14 +200,14 @@ def test_an_averaged_run_ends_with_the_same_bits_and_ships_the_average(
     assert not same(states[0]["model"], states[0]["trained_model"])
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     result = json.loads((folder / "result.json").read_text())
-    assert 0 <= row["test_accuracy_flip"] == result["test_accuracy_flip"] <= 1
+    assert 0 <= row["test_accuracy_views"] == result["test_accuracy_views"] <= 1
     model = build_model(recipe, num_classes=10)
     model.load_state_dict(states[0]["model"])
     dataset = cifar.read(dataset_dir)
     loader = build_loader(dataset, recipe, train=False, loader="tensor", device=torch.device("cpu"))
-    measured = evaluate(model, loader, RUNTIME, flip=True)
+    measured = evaluate(model, loader, RUNTIME, views="shifts")
     assert measured.loss == pytest.approx(row["test_loss"], rel=1e-6)
-    assert (measured.accuracy, measured.accuracy_flip) == (row["test_accuracy"], row["test_accuracy_flip"])
+    assert (measured.accuracy, measured.accuracy_views) == (row["test_accuracy"], row["test_accuracy_views"])
 
 
 def test_a_run_begun_before_a_field_was_added_goes_on(whole, dataset_dir, tmp_path, monkeypatch) -> None:

@@ -26,7 +26,7 @@ from fasttrain.data.sources import cifar, synthetic
 from fasttrain.data.sources.image import decode
 from fasttrain.model import CustomResNet
 from fasttrain.options import EvaluateOptions
-from fasttrain.recipe import PRESETS, Recipe
+from fasttrain.recipe import PRESETS, Recipe, load_recipe
 from fasttrain.step import TrainStep
 from fasttrain.tools.evaluate_checkpoint import evaluate_checkpoint
 from fasttrain.tools.export import FORMATS, export
@@ -112,10 +112,11 @@ def trained(request, images: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_evaluate_gives_the_figures_that_the_training_wrote(trained: Trained, capsys) -> None:
-    result = evaluate_checkpoint(EvaluateOptions(checkpoint=trained.folder, device="cpu", flip=True))
+    views = load_recipe(str(trained.folder / "recipe.json")).test_views
+    result = evaluate_checkpoint(EvaluateOptions(checkpoint=trained.folder, device="cpu", views=views))
     row = trained.last_row
     assert (result.loss, result.accuracy) == (row["test_loss"], row["test_accuracy"])
-    assert result.accuracy_flip == row.get("test_accuracy_flip", result.accuracy_flip)
+    assert result.accuracy_views == row.get("test_accuracy_views")
     assert f"the training itself measured {row['test_accuracy']:.2%}" in capsys.readouterr().out
 
 

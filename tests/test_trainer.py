@@ -110,7 +110,7 @@ def test_evaluate_gives_the_accuracy_that_the_run_ended_with(run: Path, dataset_
     assert f"test accuracy {accuracy:.2%}" in capsys.readouterr().out
 
 
-def test_flip_at_test_time_is_a_second_figure_everywhere(dataset_dir: Path, tmp_path, capsys) -> None:
+def averaged_predictions_are_a_second_figure_everywhere(dataset_dir: Path, tmp_path, capsys) -> None:
     out = tmp_path / "runs"
     fast = ["--recipe", "fast", "--epochs", "1", "--batch-size", "16", "--width", "8", "--loader", "tensor"]
     data = ["--data-dir", str(dataset_dir), "--device", "cpu"]
@@ -118,18 +118,20 @@ def test_flip_at_test_time_is_a_second_figure_everywhere(dataset_dir: Path, tmp_
     [folder] = out.iterdir()
     said = capsys.readouterr().out
     result, [row] = json.loads((folder / "result.json").read_text()), rows(folder)
-    first, second = result["test_accuracy"], result["test_accuracy_flip"]
-    assert (row["test_accuracy"], row["test_accuracy_flip"]) == (first, second)
-    assert " flip " in said and f"; {second:.2%} with each image's mirror image" in said
+    first, second = result["test_accuracy"], result["test_accuracy_views"]
+    assert (row["test_accuracy"], row["test_accuracy_views"]) == (first, second)
+    assert f"; {second:.2%} with averaged predictions" in said
     assert f"mirror image gives {second:.2%}" in " ".join((folder / "report.html").read_text().split())
-    assert main(["evaluate", str(folder / "last.pt"), *data, "--flip"]) == 0
+    assert main(["evaluate", str(folder / "last.pt"), *data, "--views", "mirror"]) == 0
     said = capsys.readouterr().out
-    assert said.index(f"test accuracy {first:.2%}") < said.index(f"mirror image: {second:.2%}")
+    assert said.index(f"test accuracy {first:.2%}") < said.index(
+        f"averaged predictions (mirror): {second:.2%}"
+    )
     assert main(["evaluate", str(folder / "last.pt"), *data]) == 0
-    assert "mirror" not in capsys.readouterr().out
-    (folder / "result.json").write_text(json.dumps(result | {"test_accuracy_flip": "high"}))
+    assert "averaged" not in capsys.readouterr().out
+    (folder / "result.json").write_text(json.dumps(result | {"test_accuracy_views": "high"}))
     assert main(["report", str(folder)]) == 2
-    assert "test_accuracy_flip is 'high'" in capsys.readouterr().err
+    assert "test_accuracy_views is 'high'" in capsys.readouterr().err
 
 
 def test_the_share_of_the_matmul_rate_counts_shrunk_images_as_what_they_are() -> None:

@@ -11,10 +11,10 @@ Every training leaves a file in OUT; run it again to continue where it stopped.
 """
 
 import contextlib
+import functools
 import io
 import json
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +23,10 @@ from typing import Any, Literal
 from unittest import mock
 
 import torch
-from torch import nn
 
 from benchmarks import peers
 from benchmarks.accuracy import points
-from benchmarks.airbench import Sample, read_table, working_in, write_images
+from benchmarks.airbench import Sample, read_table, without_gpu, working_in, write_images
 from benchmarks.harness import require_counts, run, save, show
 from benchmarks.stats import mean_interval
 from fasttrain.data.dataset import Dataset
@@ -60,43 +59,16 @@ class Options:
         require_counts(seeds=self.seeds)
 
 
-class _Clock:
-    """In the place of torch.cuda.Event where there is no GPU."""
-
-    def __init__(self, enable_timing: bool) -> None:
-        self._seconds = 0.0
-
-    def record(self) -> None:
-        self._seconds = time.perf_counter()
-
-    def elapsed_time(self, end: "_Clock") -> float:
-        return 1000 * (end._seconds - self._seconds)
-
-
 @contextlib.contextmanager
 def on_cpu(package: Any) -> Iterator[None]:
     """Let airbench, made for GPUs and half precision, train in float32 on a CPU."""
 
-    def loader(*args: Any, **kwargs: Any) -> Any:
-        found = made(*args, **kwargs, gpu="cpu")
-        found.images = found.images.float()
-        return found
-
-    def unchanged(module: nn.Module) -> nn.Module:
-        return module
-
-    made = package.utils.CifarLoader
-    replacements: list[tuple[Any, str, Any]] = [
-        (package.utils, "CifarLoader", loader),
-        (package.lib_airbench94, "CifarLoader", loader),
-        (torch.cuda, "Event", _Clock),
-        (torch.cuda, "synchronize", lambda: None),
-        (nn.Module, "half", unchanged),
-        (nn.Module, "cuda", unchanged),
-    ]
-    with contextlib.ExitStack() as patches:
-        for owner, name, value in replacements:
-            patches.enter_context(mock.patch.object(owner, name, value))
+    loader = functools.partial(package.utils.CifarLoader, gpu="cpu")
+    with (
+        without_gpu(),
+        mock.patch.object(package.utils, "CifarLoader", loader),
+        mock.patch.object(package.lib_airbench94, "CifarLoader", loader),
+    ):
         yield
 
 

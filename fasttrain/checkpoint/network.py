@@ -14,7 +14,7 @@ from fasttrain.checkpoint.proof import require_proven
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.run_images import RunImages
 from fasttrain.errors import UserError
-from fasttrain.model import CustomResNet, build_model
+from fasttrain.model import ImageClassifier, build_model
 from fasttrain.recipe import Recipe
 from fasttrain.system.precision import DTYPES
 from fasttrain.system.rng import fork_rng
@@ -32,7 +32,7 @@ class TrainedModel:
     """
 
     path: Path
-    model: CustomResNet
+    model: ImageClassifier
     recipe: Recipe
     classes: list[str]
     images: RunImages
@@ -120,7 +120,7 @@ def _metrics_of_these_weights(state: dict[str, Any]) -> dict[str, float] | None:
 
 def restore_model(
     state: dict[str, Any], recipe: Recipe, num_classes: int, device: torch.device
-) -> CustomResNet:
+) -> ImageClassifier:
     """Rebuild the network in a loaded checkpoint, in evaluation mode; check its proof if there is one.
 
     Raises UserError if the weights do not fit, or if the network's logits differ from the saved ones.
@@ -131,7 +131,7 @@ def restore_model(
     return model
 
 
-def model_with_weights(recipe: Recipe, num_classes: int, weights: dict[str, Tensor]) -> CustomResNet:
+def model_with_weights(recipe: Recipe, num_classes: int, weights: dict[str, Tensor]) -> ImageClassifier:
     """Build the recipe's network with these weights, on the CPU and in evaluation mode.
 
     The weights include the mean and standard deviation of the training images. Raises UserError if they do

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.errors import UserError
-from fasttrain.model import CustomResNet
+from fasttrain.model import ImageClassifier
 from fasttrain.system.precision import exact_float32
 
 IMAGES = 4
@@ -42,7 +42,7 @@ def proof_images(resolution: int, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def proof_logits(model: CustomResNet) -> Tensor:
+def proof_logits(model: ImageClassifier) -> Tensor:
     """Return the network's logits of the proof images in evaluation mode: (IMAGES, K) float32, on its device.
 
     Does not wait for the device, uses no random numbers, and restores the model's mode.
@@ -55,7 +55,7 @@ def proof_logits(model: CustomResNet) -> Tensor:
     return logits_NK
 
 
-def require_proven(model: CustomResNet, expected_NK: Tensor) -> None:
+def require_proven(model: ImageClassifier, expected_NK: Tensor) -> None:
     """Raise UserError, with the difference, unless the network returns the saved logits up to rounding."""
     found_NK = proof_logits(model).cpu()
     fits = isinstance(expected_NK, Tensor) and expected_NK.layout == torch.strided

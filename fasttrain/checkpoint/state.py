@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from fasttrain.checkpoint.proof import proof_logits
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.loader import Loader
 from fasttrain.errors import DivergedError, UserError
-from fasttrain.model import training_flop_per_image
+from fasttrain.model import mean_flop_per_image
 from fasttrain.optim import state_example
 from fasttrain.recipe import Recipe
 from fasttrain.step import TrainStep
@@ -131,10 +130,10 @@ class RunState:
         rows, best = progress.epochs, progress.best_epoch
         train_seconds = sum(row["seconds"] for row in rows)
         images_per_sec = recipe.epochs * len(self.loader) * recipe.batch_size / train_seconds
-        flip = {"test_accuracy_flip": rows[-1]["test_accuracy_flip"]} if recipe.test_flip else {}
+        averaged = {key: value for key, value in rows[-1].items() if key == "test_accuracy_views"}
         return {
             "test_accuracy": rows[-1]["test_accuracy"],
-            **flip,
+            **averaged,
             "best_test_accuracy": best["test_accuracy"],
             "best_epoch": best["epoch"],
             "epoch_seconds": [row["seconds"] for row in rows],
@@ -150,7 +149,9 @@ class RunState:
             "images_per_sec": images_per_sec,
             "data_wait_share": sum(row["data_wait_share"] * row["seconds"] for row in rows) / train_seconds,
             "mfu": model_flops_utilization(
-                images_per_sec, mean_flop_per_image(self.step), matmul_tflops * self.world.size
+                images_per_sec,
+                mean_flop_per_image(self.step.model, recipe, self.step.total_steps),
+                matmul_tflops * self.world.size,
             ),
             "matmul_tflops_measured": matmul_tflops,
         }
@@ -293,12 +294,3 @@ def _max_lr(recipe: Recipe, rollbacks: int, found: float) -> float:
     if recipe.max_lr == "auto":
         return found if found > 0 else 1.0
     return recipe.max_lr / 2**rollbacks
-
-
-def mean_flop_per_image(step: TrainStep) -> float:
-    """Return the floating-point operations of training on one image, the mean over all steps of the run."""
-    total = step.total_steps
-    counts = Counter(step.recipe.training_resolution(number, total) for number in range(total))
-    return (
-        sum(n * training_flop_per_image(step.model, resolution) for resolution, n in counts.items()) / total
-    )

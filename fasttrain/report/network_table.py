@@ -5,13 +5,47 @@ import copy
 import torch
 from torch import nn
 
-from fasttrain.model import EPOCH_IMAGES, CustomResNet, image_shape, multiply_adds, training_flop_per_image
+from fasttrain.model import (
+    EPOCH_IMAGES,
+    CompactNet,
+    CustomResNet,
+    ImageClassifier,
+    image_shape,
+    multiply_adds,
+    training_flop_per_image,
+)
 from fasttrain.system.machine import describe, hardware_name
 from fasttrain.system.precision import DTYPES, pick_precision
 from fasttrain.system.rates import measure_matmul_tflops
 
+BLOCKS: dict[type, list[tuple[str, str, str]]] = {
+    CustomResNet: [
+        ("PrepLayer", "after", "prep"),
+        ("Layer 1, X", "after", "layer1"),
+        ("Layer 1, R1", "after", "res1"),
+        ("Layer 1, X + R1", "before", "layer2"),
+        ("Layer 2", "after", "layer2"),
+        ("Layer 3, X", "after", "layer3"),
+        ("Layer 3, R2", "after", "res2"),
+        ("Layer 3, X + R2", "before", "pool"),
+        ("Max Pooling", "after", "pool"),
+        ("Reshape before FC", "before", "fc"),
+        ("After FC", "after", "fc"),
+    ],
+    CompactNet: [
+        ("Whitening", "after", "whitening"),
+        ("Group 1", "after", "group1"),
+        ("Group 2", "after", "group2"),
+        ("Group 3", "after", "group3"),
+        ("Max Pooling", "after", "pool"),
+        ("After FC", "after", "fc"),
+    ],
+}
+"""Of each network: a block's name (the assignment's, for CustomResNet), and the module before or after which
+its shape is taken. A residual sum is not a module: its shape is that of the next module's input."""
 
-def epoch_floor(model: CustomResNet, device: torch.device) -> str:
+
+def epoch_floor(model: ImageClassifier, device: torch.device) -> str:
     """Return a sentence with the least time that an epoch can take, at this device's measured matmul rate."""
     precision = pick_precision("auto", device)
     tflops = measure_matmul_tflops(device, DTYPES[precision])
@@ -22,11 +56,8 @@ def epoch_floor(model: CustomResNet, device: torch.device) -> str:
     )
 
 
-def block_shapes(model: CustomResNet) -> list[tuple[str, tuple[int, ...]]]:
-    """Return the shape after every block for one image, with the names that the assignment prints.
-
-    A residual sum is not a module: its shape is that of the next module's input.
-    """
+def block_shapes(model: ImageClassifier) -> list[tuple[str, tuple[int, ...]]]:
+    """Return the shape after every block for one image, with the blocks' names."""
     shapes: list[tuple[str, tuple[int, ...]]] = []
     probe = copy.deepcopy(model).to("meta").eval()
 
@@ -36,22 +67,13 @@ def block_shapes(model: CustomResNet) -> list[tuple[str, tuple[int, ...]]]:
     def after(module: nn.Module, name: str) -> None:
         module.register_forward_hook(lambda _, __, output: shapes.append((name, tuple(output.shape))))
 
-    after(probe.prep, "PrepLayer")
-    after(probe.layer1, "Layer 1, X")
-    after(probe.res1, "Layer 1, R1")
-    before(probe.layer2, "Layer 1, X + R1")
-    after(probe.layer2, "Layer 2")
-    after(probe.layer3, "Layer 3, X")
-    after(probe.res2, "Layer 3, R2")
-    before(probe.pool, "Layer 3, X + R2")
-    after(probe.pool, "Max Pooling")
-    before(probe.fc, "Reshape before FC")
-    after(probe.fc, "After FC")
+    for name, place, module in BLOCKS[type(model)]:
+        {"before": before, "after": after}[place](probe.get_submodule(module), name)
     probe(torch.empty(image_shape(model.resolution), device="meta"))
     return shapes
 
 
-def summary(model: CustomResNet) -> str:
+def summary(model: ImageClassifier) -> str:
     """Return the assignment's summary (all layers, totals, the shape after every block) and the cost."""
     import torchinfo
 

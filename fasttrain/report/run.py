@@ -24,7 +24,7 @@ RESULT_FIGURES = (
 )
 
 RESULT_UNKNOWNS = ("mfu", "matmul_tflops_measured", "peak_memory_gib", "peak_resident_gib")
-RESULT_OPTIONS = ("test_accuracy_flip", "setup_seconds")  # if the recipe asked for it; in newer runs
+RESULT_OPTIONS = ("test_accuracy_views", "setup_seconds")  # if the recipe asked for it; in newer runs
 RESULT_NAMES = ("dataset", "device", "loader", "precision", "compile")
 
 
@@ -104,6 +104,8 @@ def load_run(folder: Path | str) -> Run:
             f"to resume it: {typed('train', '--resume', str(folder))}"
         )
     result = read_object(folder / "result.json")
+    if "test_accuracy_flip" in result:  # its name until there was more than one view
+        result["test_accuracy_views"] = result.pop("test_accuracy_flip")
     figures = [*RESULT_FIGURES, *(key for key in RESULT_OPTIONS if key in result)]
     _require(folder / "result.json", result, figures, nullable=RESULT_UNKNOWNS, names=RESULT_NAMES)
     fallbacks = result.get("fallbacks", [])  # older runs have none

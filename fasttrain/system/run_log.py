@@ -22,7 +22,6 @@ EPOCH_COLUMNS = (
     ("train_accuracy", "train", "acc", "{:>7.2%}"),
     ("test_loss", "test", "loss", "{:>7.4f}"),
     ("test_accuracy", "test", "acc", "{:>7.2%}"),
-    ("test_accuracy_flip", "with", "flip", "{:>7.2%}"),
     ("lr", "learning", "rate", "{:>8.2e}"),
     ("seconds", "", "seconds", "{:>8.2f}"),
     ("images_per_sec", "images", "per sec", "{:>8,.0f}"),

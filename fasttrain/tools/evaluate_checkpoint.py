@@ -14,6 +14,7 @@ from fasttrain.data.run_images import find_dataset
 from fasttrain.errors import UserError
 from fasttrain.evaluate import Evaluation, evaluate
 from fasttrain.options import DataOptions, EvaluateOptions
+from fasttrain.recipe import Views
 from fasttrain.runtime import Runtime
 from fasttrain.system.machine import pick_device
 from fasttrain.system.precision import evaluation_precision
@@ -27,13 +28,13 @@ def evaluate_model(
     device: torch.device,
     *,
     split: SplitName = "test",
-    flip: bool = False,
+    views: Views = "none",
 ) -> Evaluation:
     """Measure a checkpoint's network on every image of a split, as its training did on the test images.
 
     Uses the training's precision if the device has it (see precision.evaluation_precision), and the
     training's mean and standard deviation, which the model holds. split: all takes the training images first,
-    and then the test images. flip: also classify each image's mirror image.
+    and then the test images. views: as in evaluate.
     Raises UserError if the checkpoint's classes are not the data set's, or if the split is empty.
     """
     trained.require_classes_of(dataset)
@@ -49,7 +50,7 @@ def evaluate_model(
         device=device,
         loader=runtime.loader,
     )
-    return evaluate(trained.model, loader, runtime, flip=flip)
+    return evaluate(trained.model, loader, runtime, views=views)
 
 
 def evaluate_checkpoint(options: EvaluateOptions) -> Evaluation:
@@ -67,7 +68,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> Evaluation:
     device, split = pick_device(options.device), options.split
     trained = load_model(options.checkpoint, device)
     dataset = _load(trained, options)
-    result = evaluate_model(trained, dataset, device, split=split, flip=options.flip)
+    result = evaluate_model(trained, dataset, device, split=split, views=options.views)
 
     precision = evaluation_precision(trained.precision, device)
     console = Console(soft_wrap=True)
@@ -83,8 +84,10 @@ def evaluate_checkpoint(options: EvaluateOptions) -> Evaluation:
         if trained.precision not in (None, precision):
             note += f", in {trained.precision}, which does not work on {device}; rounding moves a few images"
         console.print(note, markup=False)
-    if result.accuracy_flip is not None:
-        console.print(f"with each image's mirror image: {result.accuracy_flip:.2%}", markup=False)
+    if result.accuracy_views is not None:
+        console.print(
+            f"with averaged predictions ({options.views}): {result.accuracy_views:.2%}", markup=False
+        )
     table = Table("class", "images", "recall", "precision", "most often mistaken for")
     for name, figures in zip(dataset.classes, result.per_class(len(dataset.classes)), strict=True):
         table.add_row(

@@ -19,7 +19,7 @@ from fasttrain import __version__
 from fasttrain.checkpoint.network import TrainedModel, load_model, model_with_weights
 from fasttrain.data.run_images import find_dataset
 from fasttrain.errors import UserError
-from fasttrain.model import CustomResNet
+from fasttrain.model import ImageClassifier
 from fasttrain.recipe import Recipe
 from fasttrain.system.files import require_writable, write_atomically, write_json
 
@@ -111,7 +111,7 @@ def _load_safetensors(content: bytes, recipe: Recipe) -> Forward:
 class _NormalizedInput(nn.Module):
     """The network for images that are normalised already."""
 
-    def __init__(self, network: CustomResNet) -> None:
+    def __init__(self, network: ImageClassifier) -> None:
         super().__init__()
         self.network, self.resolution = network, network.resolution
 
@@ -119,7 +119,7 @@ class _NormalizedInput(nn.Module):
         return self.network.forward_normalized(images_NCHW)
 
 
-Exported = CustomResNet | _NormalizedInput
+Exported = ImageClassifier | _NormalizedInput
 
 
 def _trace(model: Exported) -> Any:
@@ -219,7 +219,7 @@ def _images(trained: TrainedModel, data: str, data_dir: Path | None, skip_bad: b
     return _Images(f"test images of {dataset.name}", pixels_NCHW, labels_N)
 
 
-def _compare(model: CustomResNet, forward: Forward, images: _Images, input: Input) -> _Comparison:
+def _compare(model: ImageClassifier, forward: Forward, images: _Images, input: Input) -> _Comparison:
     """Compare an export with the network that it was made from.
 
     The first image is a batch by itself, so that an export for a single batch size does not pass.

@@ -20,7 +20,7 @@ from torch import Tensor
 from fasttrain.checkpoint.network import load_model
 from fasttrain.data.sources.image import FORMATS, SUFFIXES, decode
 from fasttrain.errors import UserError
-from fasttrain.model import CustomResNet
+from fasttrain.model import ImageClassifier
 from fasttrain.system.machine import pick_device
 from fasttrain.system.precision import prepare
 
@@ -117,7 +117,7 @@ def read_image(path: Path, resolution: int) -> np.ndarray:
 
 
 def _classify(
-    model: CustomResNet, images_NHWC: Tensor, classes: list[str], top_k: int
+    model: ImageClassifier, images_NHWC: Tensor, classes: list[str], top_k: int
 ) -> list[list[tuple[str, float]]]:
     with torch.inference_mode():
         probabilities_NK = model(images_NHWC.permute(0, 3, 1, 2)).softmax(1)

@@ -21,7 +21,7 @@ from fasttrain.compile import cache_of, compile_step
 from fasttrain.data.build_loader import build_loader, fit_batch_size
 from fasttrain.data.dataset import Dataset
 from fasttrain.errors import UserError
-from fasttrain.model import build_model, training_flop_per_image
+from fasttrain.model import build_model_for, training_flop_per_image
 from fasttrain.recipe import Recipe
 from fasttrain.runtime import Runtime
 from fasttrain.step import TrainStep
@@ -105,7 +105,7 @@ def profile_training(
     matmul_tflops = measure_matmul_tflops(device, runtime.dtype)
     torch.manual_seed(recipe.seed)
     step = TrainStep(
-        build_model(recipe, len(dataset.classes), mean=dataset.mean, std=dataset.std),
+        build_model_for(dataset, recipe),
         recipe,
         runtime,
         max_lr=0.01 if recipe.max_lr == "auto" else recipe.max_lr,
