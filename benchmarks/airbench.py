@@ -68,6 +68,8 @@ class Options:
     """Instead of the recipe's."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
+    out: Path = Path("runs/airbench")
+    """Where the folders of our trainings go, one for each seed."""
 
     def __post_init__(self) -> None:
         require_counts(seeds=self.seeds)
@@ -208,10 +210,11 @@ def read_table(columns: Sequence[str], printed: str) -> Sample:
     }
 
 
-def ours(recipe: Recipe, dataset: Dataset, device: torch.device) -> Sample:
-    """One training of the recipe."""
-    with tempfile.TemporaryDirectory() as out:
-        finished = trainer.train(recipe, data=dataset, out=Path(out), device=str(device), report=False)
+def ours(recipe: Recipe, dataset: Dataset, device: torch.device, out: Path) -> Sample:
+    """One training of the recipe; its folder stays in `out`, without its checkpoints."""
+    finished = trainer.train(recipe, data=dataset, out=out, device=str(device), report=False)
+    for checkpoint in finished.folder.glob("*.pt"):
+        checkpoint.unlink()
     result = finished.result
     steps = recipe.epochs * finished.steps_per_epoch
     network = build_model(recipe, len(dataset.classes))
@@ -321,7 +324,7 @@ def main(options: Options) -> None:
         rival = stack.enter_context(OwnProcess(theirs, options.script.resolve(), folder, device))
         trainings: dict[str, Callable[[int], Sample]] = {
             f"fasttrain, {recipe.name}": lambda seed: ours(
-                dataclasses.replace(recipe, seed=seed), dataset, device
+                dataclasses.replace(recipe, seed=seed), dataset, device, options.out / f"seed-{seed}"
             ),
             options.script.stem: lambda _: rival(),
         }
