@@ -2,18 +2,20 @@
 
     python -m benchmarks.airbench --script airbench94_muon.py --data-dir data [--seeds 10] [--recipe fast]
 
-They take turns. The script is cifar10-airbench's (github.com/KellerJordan/cifar10-airbench; its package lacks
+The script is cifar10-airbench's (github.com/KellerJordan/cifar10-airbench; its package lacks
 it) and runs as published, with a network and an optimizer of its own, in a process of its own, on files that
 hold the very images that ours trains on. There are two clocks: training alone, and training with the
 evaluation of the trained network, predictions averaged, which is the time that airbench names. Neither counts
 the tests between epochs.
 
-On a GPU each trains once before the clock counts. On a CPU, for which the script was not made, both train
-eagerly, in the precision that fasttrain picks there (see `on_cpu`), and nothing needs a warm-up.
+On a GPU they take turns, and each trains once before the clock counts. On a CPU, for which the script was not
+made, both train eagerly, in the precision that fasttrain picks there, at the same time, each on half of the
+cores; they swap these after every training.
 """
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import io
 import os
@@ -33,7 +35,7 @@ from torch import nn
 
 from benchmarks import peers
 from benchmarks.accuracy import GOALS, seconds_to
-from benchmarks.harness import OwnProcess, require_counts, run, save, show
+from benchmarks.harness import OwnProcess, require_counts, run, save, show, side_by_side
 from benchmarks.stats import describe
 from fasttrain import trainer
 from fasttrain.data.dataset import Dataset, Split
@@ -139,7 +141,8 @@ def load_script(path: Path) -> ModuleType:
         raise UserError(f"--script {path}: expected airbench94_muon.py")
     module = importlib.util.module_from_spec(spec)
     try:
-        peers.load("torchvision")  # there is a remedy for a wheel that does not fit torch
+        if importlib.util.find_spec("torchvision"):
+            peers.load("torchvision")  # with the remedy for a wheel that does not fit torch
         with mock.patch.object(sys, "argv", [str(path)]):  # it reads its own text
             spec.loader.exec_module(module)
     except Exception as error:
@@ -230,16 +233,37 @@ def ours(recipe: Recipe, dataset: Dataset, device: torch.device, out: Path) -> S
     }
 
 
-def in_turn(
-    trainings: dict[str, Callable[[int], Sample]], seeds: int, *, warm_up: bool
-) -> Iterator[dict[str, list[Sample]]]:
+def our_training(recipe: Recipe, options: Options, device: torch.device, seed: int) -> Sample:
+    """As `ours`, from what another process can be given."""
+    dataset = load_dataset(options.data, options.data_dir)
+    return ours(dataclasses.replace(recipe, seed=seed), dataset, device, options.out / f"seed-{seed}")
+
+
+def their_training(script: Path, folder: Path, device: torch.device, seed: int) -> Sample:
+    """As `theirs`, once and with a seed, which the script leaves to torch."""
+    training = theirs(script, folder, device)
+    torch.manual_seed(seed)
+    return training()
+
+
+def on_halves(trainings: dict[str, Callable[[int], Sample]], seeds: int) -> Iterator[dict[str, list[Sample]]]:
+    """Train side by side with seeds 0, 1, ...; yields all samples so far after each pair."""
+    samples: dict[str, list[Sample]] = {name: [] for name in trainings}
+    for seed in range(seeds):
+        questions = {name: functools.partial(training, seed) for name, training in trainings.items()}
+        for name, sample in side_by_side(questions, swap=bool(seed % 2)).items():
+            samples[name].append(sample)
+        yield samples
+
+
+def in_turn(trainings: dict[str, Callable[[int], Sample]], seeds: int) -> Iterator[dict[str, list[Sample]]]:
     """Train everything `seeds` times, after once to warm up; yields all samples so far after each turn.
 
     Each sample has its `call_seconds`; the first call's, with all that it compiles, is `first_seconds`.
     """
     first: dict[str, float] = {}
     samples: dict[str, list[Sample]] = {name: [] for name in trainings}
-    for turn in range(-warm_up, seeds):
+    for turn in range(-1, seeds):
         for name, training in trainings.items():
             start = time.perf_counter()
             sample = training(max(turn, 0))
@@ -256,7 +280,7 @@ def summarize(samples: dict[str, list[Sample]]) -> list[dict[str, Any]]:
     rows = []
     for name, runs in samples.items():
         row: dict[str, Any] = {"trainer": name, "epochs": runs[0]["epochs"], "n": len(runs)}
-        row["first_seconds"] = runs[0]["first_seconds"]
+        row["first_seconds"] = runs[0].get("first_seconds")
         row["flop"] = runs[0]["flop"]
         for key in ("seconds", "seconds_with_test", "accuracy", "accuracy_tta"):
             row[key] = describe([sample[key] for sample in runs])
@@ -300,7 +324,7 @@ def table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 f"{reached['seconds']:.2f} ({reached['n']} of {row['n']})" if reached["n"] else "-"
                 for reached in (row[f"to_{goal}"] for goal in goals)
             ),
-            f"{row['first_seconds']:.1f}",
+            "-" if row["first_seconds"] is None else f"{row['first_seconds']:.1f}",
             str(row["n"]),
         ]
         for row in values["rows"]
@@ -321,20 +345,19 @@ def main(options: Options) -> None:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_images(dataset, folder / "cifar10")
-        rival = stack.enter_context(OwnProcess(theirs, options.script.resolve(), folder, device))
+        script = options.script.resolve()
         trainings: dict[str, Callable[[int], Sample]] = {
-            f"fasttrain, {recipe.name}": lambda seed: ours(
-                dataclasses.replace(recipe, seed=seed), dataset, device, options.out / f"seed-{seed}"
-            ),
-            options.script.stem: lambda _: rival(),
+            f"fasttrain, {recipe.name}": functools.partial(our_training, recipe, options, device),
+            script.stem: functools.partial(their_training, script, folder, device),
         }
-        turns = in_turn(trainings, options.seeds, warm_up=device.type == "cuda")
-        precision = pick_precision(recipe.compute_dtype, device)
-        for samples in turns:  # if this is stopped, the turns so far are saved
-            facts = {
-                "dataset": dataset.name,
-                "precision": precision if device.type == "cpu" else "as each has it",
-            }
+        if device.type == "cpu":
+            turns, how = on_halves(trainings, options.seeds), "side by side, each on half of the cores"
+        else:
+            rival = stack.enter_context(OwnProcess(theirs, script, folder, device))
+            trainings[script.stem] = lambda _: rival()  # it stays compiled
+            turns, how = in_turn(trainings, options.seeds), "in turn, after one of each that warms up"
+        facts = {"dataset": dataset.name, "how": how, "precision": pick_precision("auto", device)}
+        for samples in turns:  # if this is stopped, the trainings so far are saved
             values = facts | {"rows": summarize(samples), "samples": samples}
             path = save("airbench", device, values)
     show(f"{dataset.name}; mean ± standard deviation", *table(values))

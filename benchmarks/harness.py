@@ -5,8 +5,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -115,6 +116,29 @@ def on_cores(cores: int, question: Callable[..., dict[str, Any]], *args: Any) ->
             return pool.submit(question, *args).result()
     finally:
         os.sched_setaffinity(0, available)
+
+
+def side_by_side(questions: Mapping[str, Callable[[], T]], *, swap: bool) -> dict[str, T]:
+    """Answer two questions at the same time, each in a new process with half of the cores.
+
+    Whatever else the machine does then slows both. swap: the first question gets the second half. Questions
+    have to be picklable. Raises UserError where there are no two cores, or no way to share them out.
+    """
+    if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
+        raise UserError("it takes Linux and two cores, to train two networks at the same time")
+    cores = sorted(os.sched_getaffinity(0))
+    middle = len(cores) // 2
+    halves = [cores[:middle], cores[middle : 2 * middle]]
+    with ExitStack() as pools:
+        futures = {}
+        try:
+            for half, (name, question) in zip(halves[:: -1 if swap else 1], questions.items(), strict=True):
+                os.sched_setaffinity(0, half)  # which the new process inherits
+                pool = pools.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+                futures[name] = pool.submit(question)
+        finally:
+            os.sched_setaffinity(0, cores)
+        return {name: future.result() for name, future in futures.items()}
 
 
 def extra_memory_gib(device: torch.device, work: Callable[[], object]) -> float | None:

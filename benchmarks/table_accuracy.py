@@ -144,9 +144,9 @@ def airbench_table(results: Path) -> str:
     """Our recipe and the fastest public trainer on one machine."""
     parts = [
         f"{markdown(*airbench.table(values))}\n\n{values['dataset']}. Mean ± standard deviation of n "
-        "trainings, in turn, after one of each that warms up (first call). Seconds to an accuracy: median, "
-        "by the plain predictions after whole epochs. "
-        f"Machine: {hardware_name(values['machine'])}; {software(values['machine'])}."
+        f"trainings, {values['how']}. Seconds to an accuracy: median, by the plain predictions after whole "
+        f"epochs. Machine: {hardware_name(values['machine'])}, {values['precision']}; "
+        f"{software(values['machine'])}."
         for values in results_of(results, "airbench")
     ]
     return "\n\n".join(parts) or NOT_MEASURED

@@ -220,8 +220,8 @@ _FAST = Recipe(
     test_views="mirror",
 )
 
-# `fast` with another optimizer and another network than the assignment's, and smaller images at first. The rates
-# were chosen by a few runs each on held-out training images (docs/lab-notebook.md, 2026-11-28).
+# `fast` with another optimizer and network than the assignment's, and with smaller images at first. The
+# rates were chosen by a few runs each on held-out training images (docs/lab-notebook.md, 2026-11-28).
 _SPEEDRUN = dataclasses.replace(
     _FAST,
     name="speedrun",

@@ -498,9 +498,9 @@ text = open(sys.argv[0]).read()
 logging_columns_list = ["run   ", "epoch", "train_acc", "val_acc", "tta_val_acc", "time_seconds"]
 
 
-class CifarNet(torch.nn.Linear):
+class CifarNet(torch.nn.Conv2d):
     def __init__(self):
-        super().__init__(1, 1)
+        super().__init__(3, 1, 1)
         self.settings = []
 
     def cuda(self):
@@ -534,7 +534,7 @@ def test_the_public_script_sees_the_same_images_and_is_read_as_it_prints(dataset
     assert images["labels"].tolist() == dataset.train.labels.tolist()
     assert len(test["labels"]) == len(dataset.test.labels)
     (tmp_path / "script.py").write_text(SCRIPT)
-    rival = airbench.theirs(tmp_path / "script.py", tmp_path)
+    rival = airbench.theirs(tmp_path / "script.py", tmp_path, torch.device("cuda"))
     trainings = {
         "ours": lambda seed: airbench.ours(
             Recipe(batch_size=32, epochs=1, seed=seed, test_views="mirror"), dataset, CPU, tmp_path
@@ -550,6 +550,60 @@ def test_the_public_script_sees_the_same_images_and_is_read_as_it_prints(dataset
     assert ours["n"] == 1 and 0 < ours["seconds"]["mean"] < ours["seconds_with_test"]["mean"]
     columns, rows = airbench.table({"rows": [ours, theirs]})
     assert len(columns) == len(rows[0]) and "91.00" in rows[1]
+
+
+GPU_SCRIPT = """
+import torch
+from torch import nn
+
+logging_columns_list = ["run   ", "epoch", "train_acc", "val_acc", "tta_val_acc", "time_seconds"]
+
+
+@torch.compile
+def twice(values):
+    return 2 * values
+
+
+class CifarNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fixed = nn.Conv2d(3, 4, 1, bias=False).half()
+        self.fixed.weight.requires_grad = False
+        self.head = nn.Conv2d(4, 1, 1, bias=False).half()
+
+    def forward(self, images):
+        return self.head(self.fixed(images))
+
+
+def main(run, model):
+    data = torch.load("cifar10/test.pt", map_location=torch.device("cuda"))
+    images = data["images"].half().permute(0, 3, 1, 2)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    outputs = twice(model(images))
+    end.record()
+    torch.cuda.synchronize()
+    dtypes = [outputs.dtype, images.dtype, model.head.weight.dtype]
+    print("|  %s  |  0  |  1.0  |  %s  |       |  %f  |" % (run, dtypes.count(torch.float32), 1.0))
+    print("|      | eval|  1.0  |  %s  |  0.9  |  %f  |" % (
+        int(outputs.dtype == torch.bfloat16), 1.0 + start.elapsed_time(end)))
+"""
+"""Asks for a GPU, float16 and a compiler in the places where airbench94_muon.py does."""
+
+
+@pytest.mark.parametrize(("precision", "bf16"), [("bf16", 1), ("fp32", 0)])
+def test_the_public_script_trains_on_a_cpu_in_our_precision(
+    precision: str, bf16: int, dataset: Dataset, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(airbench, "pick_precision", lambda *_: precision)
+    airbench.write_images(dataset, tmp_path / "cifar10")
+    (tmp_path / "script.py").write_text(GPU_SCRIPT)
+    sample = airbench.theirs(tmp_path / "script.py", tmp_path, CPU)()
+    assert sample["epoch_accuracy"] == [3 - bf16] and sample["accuracy"] == bf16
+    assert sample["seconds"] == 1.0 < sample["seconds_with_test"]
+    # A layer that is not trained needs only its forward pass: 2 x 12 + 6 x 4 operations for each pixel.
+    assert sample["flop"] == len(dataset.train.labels) * 32 * 32 * 48
+    assert torch.cuda.Event.__module__.startswith("torch")  # all is as it was before
 
 
 @pytest.mark.parametrize(

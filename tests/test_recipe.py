@@ -17,9 +17,19 @@ def test_the_assignment_is_faithful() -> None:
     assert recipe.test_views == "none" and recipe.early_resolution == 0
 
 
-def test_only_the_speedrun_has_another_optimizer_than_adams() -> None:
+def test_only_where_speed_counts_most_are_network_and_optimizer_others_than_the_assignments() -> None:
     others = {name for name, recipe in PRESETS.items() if recipe.optimizer not in ("adam", "adamw")}
-    assert others == {"speedrun"}
+    assert others == {"speedrun", "laptop"}
+    assert others == {name for name, recipe in PRESETS.items() if recipe.network != "resnet"}
+
+
+@pytest.mark.parametrize(("test_flip", "test_views"), [(True, "mirror"), (False, "none")])
+def test_a_file_from_before_there_were_views_keeps_its_meaning(test_flip: bool, test_views: str) -> None:
+    values = Recipe().to_dict()
+    del values["test_views"]
+    assert Recipe.from_dict(values | {"test_flip": test_flip}).test_views == test_views
+    with pytest.raises(UserError, match="unknown recipe key 'test_flip'"):
+        Recipe.from_dict(values | {"test_flip": "often"})
 
 
 def test_a_field_that_a_file_lacks_is_off() -> None:
@@ -34,6 +44,8 @@ def test_a_field_that_a_file_lacks_is_off() -> None:
         "bn_bias_lr_scale",
         "ema_epochs",
         "early_resolution",
+        "network",
+        "test_views",
     ):
         del values[name]
         assert getattr(Recipe.from_dict(values), name) == getattr(PRESETS["assignment"], name)
@@ -66,8 +78,8 @@ def test_a_field_that_a_file_lacks_is_off() -> None:
         ({"resolution": 8}, "--resolution 8"),
         ({"resolution": 36}, "--resolution 36: expected a multiple of 8 from 16 to 256"),
         ({"resolution": 264}, "--resolution 264"),
-        ({"early_resolution": 32}, "--early-resolution 32: expected 0, or a multiple of 8 from 16 to below"),
-        ({"early_resolution": 20}, "--early-resolution 20"),
+        ({"early_resolution": 32}, "--early-resolution 32: expected 0, or a multiple of 4 from 16 to below"),
+        ({"early_resolution": 22}, "--early-resolution 22"),
         ({"early_share": 1.0}, "--early-share 1.0"),
         ({"seed": -1}, "--seed -1"),
         ({"learning_rate": 0.1}, "unknown recipe key 'learning_rate'"),

@@ -298,7 +298,7 @@ def test_a_wrong_flag_exits_with_status_2(args, capsys) -> None:
 
 
 def test_help_of_train_shows_the_chosen_recipes_defaults(capsys) -> None:
-    for name, epochs in (("laptop", 3), ("assignment", 24)):
+    for name, epochs in (("laptop", 7), ("assignment", 24)):
         with pytest.raises(SystemExit):
             main(["train", "--recipe", name, "--help"])
         out = " ".join(capsys.readouterr().out.replace("│", " ").split())
