@@ -1,6 +1,7 @@
 """The benchmarks run."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -589,6 +590,19 @@ def main(run, model):
         int(outputs.dtype == torch.bfloat16), 1.0 + start.elapsed_time(end)))
 """
 """Asks for a GPU, float16 and a compiler in the places where airbench94_muon.py does."""
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores"
+)
+def test_two_questions_are_answered_at_once_on_the_halves_of_the_cores() -> None:
+    before = os.sched_getaffinity(0)
+    question = functools.partial(os.sched_getaffinity, 0)
+    first = harness.side_by_side({"a": question, "b": question}, swap=False)
+    second = harness.side_by_side({"a": question, "b": question}, swap=True)
+    assert len(first["a"]) == len(first["b"]) == len(before) // 2 and not first["a"] & first["b"]
+    assert (second["a"], second["b"]) == (first["b"], first["a"])
+    assert os.sched_getaffinity(0) == before
 
 
 @pytest.mark.parametrize(("precision", "bf16"), [("bf16", 1), ("fp32", 0)])

@@ -171,6 +171,17 @@ def test_report_again_measures_the_checkpoint_and_agrees(run: Path, dataset_dir:
     assert Page(run / "report.html").text == before.text
 
 
+def test_a_run_from_before_there_were_views_is_still_read(run: Path, tmp_path) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(run, folder)
+    recipe, result = (json.loads((folder / name).read_text()) for name in ("recipe.json", "result.json"))
+    del recipe["test_views"]
+    (folder / "recipe.json").write_text(json.dumps(recipe | {"test_flip": True}))
+    (folder / "result.json").write_text(json.dumps(result | {"test_accuracy_flip": 0.5}))
+    found = load_run(folder)
+    assert found.recipe.test_views == "mirror" and found.result["test_accuracy_views"] == 0.5
+
+
 def test_a_page_about_another_accuracy_than_the_runs_says_so(run: Path, dataset_dir: Path, tmp_path) -> None:
     folder = copied(run, tmp_path / "run", test_accuracy=0.9)
     shutil.copy(run / "last.pt", folder)
