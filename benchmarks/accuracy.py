@@ -32,6 +32,7 @@ from fasttrain import trainer
 from fasttrain.data.dataset import Dataset, Split, channel_statistics
 from fasttrain.data.load_dataset import load_dataset
 from fasttrain.errors import Interrupted, UserError
+from fasttrain.model import build_model, mean_flop_per_image
 from fasttrain.recipe import Recipe, flag, load_recipe
 from fasttrain.report.run import Run, load_run
 from fasttrain.system.machine import pick_device
@@ -67,7 +68,7 @@ class Options:
     """The recipe that ablations change: a preset or a recipe's JSON file."""
     changes: tuple[str, ...] = ()
     """What ablations try, as label_smoothing=0.2 init=dirac; by default a value or two of each field."""
-    presets: tuple[str, ...] = ("assignment", "default", "fast", "speedrun")
+    presets: tuple[str, ...] = ("assignment", "default", "fast", "speedrun", "laptop")
     """What the final mode trains."""
     seeds: int = 5
     """Seeds 0, 1, ... train every recipe once each."""
@@ -231,6 +232,7 @@ def final_rows(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
             {
                 "recipe": name,
                 "epochs": results[0]["epochs"],
+                "flop": training_flop(next(iter(by_seed.values()))),
                 "accuracy": mean_interval([result["test_accuracy"] for result in results]),
                 "accuracy_views": mean_interval(averaged) if averaged else None,
                 "train_seconds": statistics.median(result["train_seconds"] for result in results),
@@ -240,6 +242,13 @@ def final_rows(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def training_flop(run: Run) -> float:
+    """Floating-point operations of a whole training, by the convolutions and the linear layer."""
+    recipe, steps = run.recipe, run.recipe.epochs * run.steps_per_epoch
+    network = build_model(recipe, num_classes=10)  # the number of classes makes no difference that counts
+    return mean_flop_per_image(network, recipe, steps) * steps * recipe.batch_size
 
 
 def times(runs: list[Run]) -> dict[str, dict[str, Any]]:
@@ -334,6 +343,7 @@ def table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         [
             row["recipe"],
             str(row["epochs"]),
+            f"{row['flop'] / 1e15:.2f}",
             points(row["accuracy"]),
             points(row["accuracy_views"]),
             f"{row['train_seconds']:,.1f}",
@@ -342,15 +352,8 @@ def table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ]
         for row in values["rows"]
     ]
-    return [
-        "recipe",
-        "epochs",
-        "test accuracy, %",
-        "with averaged predictions, %",
-        "training s",
-        "machine",
-        "n",
-    ], rows
+    columns = ["recipe", "epochs", "PFLOP", "test accuracy, %", "with averaged predictions, %", "training s"]
+    return [*columns, "machine", "n"], rows
 
 
 def times_table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

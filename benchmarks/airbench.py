@@ -34,14 +34,14 @@ import torch
 from torch import nn
 
 from benchmarks import peers
-from benchmarks.accuracy import GOALS, seconds_to
+from benchmarks.accuracy import GOALS, seconds_to, training_flop
 from benchmarks.harness import OwnProcess, require_counts, run, save, show, side_by_side
 from benchmarks.stats import describe
 from fasttrain import trainer
 from fasttrain.data.dataset import Dataset, Split
 from fasttrain.data.load_dataset import load_dataset
 from fasttrain.errors import UserError
-from fasttrain.model import build_model, mean_flop_per_image, training_flop_per_image
+from fasttrain.model import training_flop_per_image
 from fasttrain.recipe import Recipe, load_recipe
 from fasttrain.system.machine import pick_device
 from fasttrain.system.precision import DTYPES, autocast, pick_precision, prepare
@@ -219,11 +219,9 @@ def ours(recipe: Recipe, dataset: Dataset, device: torch.device, out: Path) -> S
     for checkpoint in finished.folder.glob("*.pt"):
         checkpoint.unlink()
     result = finished.result
-    steps = recipe.epochs * finished.steps_per_epoch
-    network = build_model(recipe, len(dataset.classes))
     return {
         "epochs": result["epochs"],
-        "flop": mean_flop_per_image(network, recipe, steps) * steps * recipe.batch_size,
+        "flop": training_flop(finished),
         "seconds": result["train_seconds"],
         "seconds_with_test": result["train_seconds"] + finished.column("test_seconds")[-1],
         "accuracy": result["test_accuracy"],

@@ -40,12 +40,12 @@ class Conv3x3(nn.Conv2d):
 def joining_pays(x_NCHW: Tensor) -> bool:
     """Whether this input's images are small, and this is a CPU with AMX, which computes in bf16."""
     return (
-        x_NCHW.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x_NCHW.device.type == "cpu"
         and x_NCHW.shape[3] <= WIDEST
         and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
         and has_amx()
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -187,7 +187,7 @@ def test_every_preset_has_its_fields_ablated_and_no_value_is_tried_against_itsel
         assert fields == set(accuracy.CHANGES)
         assert all(recipe.test_views == "mirror" for recipe in found.values())
     final = accuracy.variants(Options(mode="final", epochs=3))
-    assert list(final) == ["assignment", "default", "fast", "speedrun"]
+    assert list(final) == ["assignment", "default", "fast", "speedrun", "laptop"]
     assert final["assignment"] == dataclasses.replace(PRESETS["assignment"], test_views="mirror", epochs=3)
 
 
