@@ -28,11 +28,11 @@ from typing import Any, Literal
 
 from benchmarks.harness import require_counts, run, save, show, software
 from benchmarks.stats import compare, describe, mean_interval
+from benchmarks.workloads import training_flop
 from fasttrain import trainer
 from fasttrain.data.dataset import Dataset, Split, channel_statistics
 from fasttrain.data.load_dataset import load_dataset
 from fasttrain.errors import Interrupted, UserError
-from fasttrain.model import build_model, mean_flop_per_image
 from fasttrain.recipe import Recipe, flag, load_recipe
 from fasttrain.report.run import Run, load_run
 from fasttrain.system.machine import pick_device
@@ -242,13 +242,6 @@ def final_rows(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def training_flop(run: Run) -> float:
-    """Floating-point operations of a whole training, by the convolutions and the linear layer."""
-    recipe, steps = run.recipe, run.recipe.epochs * run.steps_per_epoch
-    network = build_model(recipe, num_classes=10)  # the number of classes makes no difference that counts
-    return mean_flop_per_image(network, recipe, steps) * steps * recipe.batch_size
 
 
 def times(runs: list[Run]) -> dict[str, dict[str, Any]]:

@@ -34,9 +34,10 @@ import torch
 from torch import nn
 
 from benchmarks import peers
-from benchmarks.accuracy import GOALS, seconds_to, training_flop
+from benchmarks.accuracy import GOALS, seconds_to
 from benchmarks.harness import OwnProcess, require_counts, run, save, show, side_by_side
 from benchmarks.stats import describe
+from benchmarks.workloads import training_flop
 from fasttrain import trainer
 from fasttrain.data.dataset import Dataset, Split
 from fasttrain.data.load_dataset import load_dataset

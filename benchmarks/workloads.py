@@ -17,8 +17,9 @@ from fasttrain.data.build_loader import LoaderName, build_loader, pick_loader
 from fasttrain.data.dataset import Dataset, Split
 from fasttrain.data.loader import Loader
 from fasttrain.distributed import World
-from fasttrain.model import ImageClassifier, build_model, training_flop_per_image
+from fasttrain.model import ImageClassifier, build_model, mean_flop_per_image, training_flop_per_image
 from fasttrain.recipe import Recipe
+from fasttrain.report.run import Run
 from fasttrain.runtime import Runtime
 from fasttrain.step import TrainStep
 from fasttrain.system.fallbacks import Fallbacks
@@ -77,6 +78,13 @@ def network(**fields: Any) -> ImageClassifier:
 def flop_per_image(width: int) -> float:
     """Of a training step of the network with this many channels in its first convolution."""
     return training_flop_per_image(network(width=width))
+
+
+def training_flop(run: Run) -> float:
+    """Floating-point operations of a whole training, by the convolutions and the linear layer."""
+    recipe, steps = run.recipe, run.recipe.epochs * run.steps_per_epoch
+    network = build_model(recipe, num_classes=10)  # the number of classes makes no difference that counts
+    return mean_flop_per_image(network, recipe, steps) * steps * recipe.batch_size
 
 
 def build_step(variant: Variant, device: torch.device, world: World | None = None) -> TrainStep:

@@ -87,7 +87,7 @@ class ImageClassifier(nn.Module):
     normalisation.
     Takes images_NCHW (N, 3, resolution, resolution), pixels from 0 to 255 as uint8 or any floating point, and
     returns logits_NK (N, num_classes). The parameters do not depend on the resolution, so a network can train
-    on another one for a while (a recipe's early_resolution).
+    on another one for a while (a recipe's early_scale).
     resolution: pixels of an image's side, at least 16.
     mean, std: those of the training images per channel, for pixels from 0 to 1.
     logit_scale: factor for the last layer's outputs; a buffer like mean and std, so that the logits follow
@@ -243,7 +243,7 @@ class CompactNet(ImageClassifier):
     @torch.no_grad()
     def whiten(self, images_NHWC: np.ndarray) -> None:
         """Set the first layer's filters from training images, uint8."""
-        images_NCHW = self.normalize(torch.from_numpy(images_NHWC).permute(0, 3, 1, 2))
+        images_NCHW = self.normalize(torch.tensor(images_NHWC).permute(0, 3, 1, 2))
         patches_NPX = F.unfold(images_NCHW, self.PATCH)
         patches_PX = patches_NPX.transpose(0, 1).flatten(1)
         covariance_PP = (patches_PX @ patches_PX.T / patches_PX.shape[1]).double()

@@ -15,6 +15,9 @@ from fasttrain.errors import UserError
 
 NetworkName = Literal["resnet", "compact"]
 
+SMALLEST_RESOLUTION = 12
+"""Pixels of a side that every network can pool to one."""
+
 Views = Literal["none", "mirror", "shifts"]
 """Views of a test image whose logits are averaged; see Recipe.test_views."""
 
@@ -75,10 +78,10 @@ class Recipe:
 
     resolution: int = 32
     """Width and height of the images in pixels; your own are scaled to it, CIFAR's have 32."""
-    early_resolution: int = 0
-    """Width and height that the first steps' images are shrunk to, in pixels; 0 turns it off."""
+    early_scale: float = 1.0
+    """Scale of the images that the first steps train on: 0.75 shrinks 32 pixels to 24; 1 turns it off."""
     early_share: float = 0.6
-    """With early_resolution: share of all steps that train on shrunk images."""
+    """With early_scale below 1: share of all steps that train on shrunk images."""
     crop_padding: int = 4
     """Reflect-pad by this many pixels, then crop at a random offset; 0 turns it off."""
     flip: bool = True
@@ -132,11 +135,7 @@ class Recipe:
             ("div_factor", 1 <= self.div_factor < float("inf"), "1 or more"),
             ("final_div_factor", 1 <= self.final_div_factor < float("inf"), "1 or more"),
             ("resolution", self.resolution in range(16, 257, 8), "a multiple of 8 from 16 to 256 pixels"),
-            (
-                "early_resolution",
-                self.early_resolution == 0 or self.early_resolution in range(16, self.resolution, 4),
-                f"0, or a multiple of 4 from 16 to below --resolution {self.resolution}",
-            ),
+            ("early_scale", 0.25 <= self.early_scale <= 1, "from 0.25 to 1"),
             ("early_share", 0 < self.early_share < 1, "between 0 and 1"),
             (
                 "crop_padding",
@@ -159,9 +158,12 @@ class Recipe:
         return dataclasses.asdict(self)
 
     def training_resolution(self, step: int, total_steps: int) -> int:
-        """Return the resolution that a step, counted from 0, trains at."""
-        early = self.early_resolution and step < self.early_share * total_steps
-        return self.early_resolution if early else self.resolution
+        """Return the resolution that a step, counted from 0, trains at; an early one is a multiple of 4."""
+        if step >= self.early_share * total_steps:
+            return self.resolution
+        return min(
+            max(4 * round(self.early_scale * self.resolution / 4), SMALLEST_RESOLUTION), self.resolution
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
@@ -170,6 +172,9 @@ class Recipe:
         Raises UserError for an unknown key or an impossible value.
         """
         values = dict(values)
+        if isinstance(pixels := values.get("early_resolution"), int):  # early_scale, until 2026-11-28
+            del values["early_resolution"]
+            values["early_scale"] = pixels / values.get("resolution", cls.resolution) if pixels else 1.0
         if isinstance(values.get("test_flip"), bool):  # what test_views was until there was more than one
             values["test_views"] = "mirror" if values.pop("test_flip") else "none"
         fields = [field.name for field in dataclasses.fields(cls)]
@@ -235,7 +240,7 @@ _SPEEDRUN = dataclasses.replace(
     activation="gelu",
     ema_epochs=0.25,
     pct_start=0.05,
-    early_resolution=24,
+    early_scale=0.75,
     test_views="shifts",
 )
 

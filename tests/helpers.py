@@ -52,7 +52,7 @@ OTHER_VALUES: dict[str, Any] = {
     "final_div_factor": 2.0,
     "cycle_momentum": True,
     "resolution": 48,
-    "early_resolution": 16,
+    "early_scale": 0.5,
     "early_share": 0.5,
     "crop_padding": 2,
     "flip": False,

@@ -91,13 +91,13 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def constructs(node: ast.AST) -> bool:
-    """Whether code constructs a CustomResNet, by itself, through functools.partial or as another class."""
+    """Whether code constructs a network, by itself, through functools.partial or as another class."""
     named: list[ast.expr] = []
     if isinstance(node, ast.Call):
         named = [node.func, *node.args]
     elif isinstance(node, ast.ClassDef):
         named = node.bases
-    return any(ast.unparse(one).endswith("CustomResNet") for one in named)
+    return any(ast.unparse(one).endswith(("CustomResNet", "CompactNet")) for one in named)
 
 
 def test_every_network_comes_from_its_recipe() -> None:

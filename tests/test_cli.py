@@ -76,7 +76,7 @@ def test_a_typo_in_the_command_is_named(typed: str, said: str, capsys) -> None:
     assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("on_gpu", "epochs"), [(False, 3), (True, 24)])
+@pytest.mark.parametrize(("on_gpu", "epochs"), [(False, 7), (True, 24)])
 def test_help_shows_what_this_machine_would_use(on_gpu: bool, epochs: int, monkeypatch, capsys) -> None:
     monkeypatch.setattr(cli, "_on_gpu", lambda _: on_gpu)
     with pytest.raises(SystemExit):

@@ -180,7 +180,7 @@ def test_a_step_that_cannot_be_captured_trains_without(monkeypatch, fields: dict
 
     monkeypatch.setattr(step_module, "capture", capture)
     recipe, fallbacks = (
-        Recipe(width=4, early_resolution=16, early_share=0.1, **fields),
+        Recipe(width=4, early_scale=0.5, early_share=0.1, **fields),
         Fallbacks(lambda _: None),
     )
     torch.manual_seed(0)

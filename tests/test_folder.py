@@ -469,7 +469,7 @@ def test_the_commands_take_a_folder_from_data_to_report(root: Path, tmp_path: Pa
     assert main(["train", *images, *out, "--epochs", "1", "--batch-size", "17"]) == 2
     assert "folder:pets has 16 training images" in capsys.readouterr().err
     assert main(["train", *images, *out, "--epochs", "1"]) == 0
-    assert "--batch-size 8 instead of 256: folder:pets has 16 training images" in capsys.readouterr().out
+    assert "--batch-size 8 instead of 512: folder:pets has 16 training images" in capsys.readouterr().out
     [run] = (tmp_path / "runs").iterdir()
     assert json.loads((run / "result.json").read_text())["dataset"] == "folder:pets"
     assert load_recipe(str(run / "recipe.json")).batch_size == 8

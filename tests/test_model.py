@@ -281,7 +281,7 @@ def test_a_compact_network_takes_a_third_of_the_operations_and_none_for_what_is_
     assert multiply_adds(model) == sum(counts.values())
     assert training_flop_per_image(model) == 6 * sum(counts.values()) - 4 * counts["whitening"]
     assert 0.3 < training_flop_per_image(model) / training_flop_per_image(CustomResNet()) < 0.32
-    recipe = Recipe(early_resolution=16, early_share=0.5)
+    recipe = Recipe(early_scale=0.5, early_share=0.5)
     halves = [training_flop_per_image(model, size) for size in (16, 32)]
     assert mean_flop_per_image(model, recipe, 10) == sum(halves) / 2
 

@@ -14,13 +14,32 @@ def test_the_assignment_is_faithful() -> None:
     assert recipe.label_smoothing == 0 and recipe.weight_decay == 0 and recipe.cycle_momentum
     assert (recipe.init, recipe.flip_order, recipe.bn_momentum) == ("default", "random", 0.1)
     assert recipe.logit_scale == recipe.bn_bias_lr_scale == 1 and recipe.ema_epochs == 0
-    assert recipe.test_views == "none" and recipe.early_resolution == 0
+    assert recipe.test_views == "none" and recipe.early_scale == 1
 
 
 def test_only_where_speed_counts_most_are_network_and_optimizer_others_than_the_assignments() -> None:
     others = {name for name, recipe in PRESETS.items() if recipe.optimizer not in ("adam", "adamw")}
     assert others == {"speedrun", "laptop"}
     assert others == {name for name, recipe in PRESETS.items() if recipe.network != "resnet"}
+
+
+def test_early_images_are_smaller_at_any_resolution() -> None:
+    sizes = {}
+    for resolution in (16, 24, 32, 64, 224):
+        recipe = Recipe(resolution=resolution, early_scale=0.75, early_share=0.5)
+        sizes[resolution] = [recipe.training_resolution(step, 4) for step in range(4)]
+    assert sizes[32] == [24, 24, 32, 32] and sizes[224] == [168, 168, 224, 224]
+    assert [early[0] for early in sizes.values()] == [12, 16, 24, 48, 168]  # 18 rounds to 16
+    assert Recipe(resolution=16, early_scale=0.25).training_resolution(0, 4) == 12
+    assert {Recipe(resolution=24).training_resolution(step, 4) for step in range(4)} == {24}
+
+
+@pytest.mark.parametrize(("pixels", "scale"), [(0, 1.0), (24, 0.75), (16, 0.5)])
+def test_a_file_that_gives_early_images_in_pixels_keeps_its_meaning(pixels: int, scale: float) -> None:
+    values = Recipe().to_dict()
+    del values["early_scale"]
+    recipe = Recipe.from_dict(values | {"early_resolution": pixels})
+    assert recipe.early_scale == scale and recipe.training_resolution(0, 10) == (pixels or 32)
 
 
 @pytest.mark.parametrize(("test_flip", "test_views"), [(True, "mirror"), (False, "none")])
@@ -43,7 +62,7 @@ def test_a_field_that_a_file_lacks_is_off() -> None:
         "logit_scale",
         "bn_bias_lr_scale",
         "ema_epochs",
-        "early_resolution",
+        "early_scale",
         "network",
         "test_views",
     ):
@@ -78,8 +97,8 @@ def test_a_field_that_a_file_lacks_is_off() -> None:
         ({"resolution": 8}, "--resolution 8"),
         ({"resolution": 36}, "--resolution 36: expected a multiple of 8 from 16 to 256"),
         ({"resolution": 264}, "--resolution 264"),
-        ({"early_resolution": 32}, "--early-resolution 32: expected 0, or a multiple of 4 from 16 to below"),
-        ({"early_resolution": 22}, "--early-resolution 22"),
+        ({"early_scale": 0.0}, "--early-scale 0.0: expected from 0.25 to 1"),
+        ({"early_scale": 1.5}, "--early-scale 1.5"),
         ({"early_share": 1.0}, "--early-share 1.0"),
         ({"seed": -1}, "--seed -1"),
         ({"learning_rate": 0.1}, "unknown recipe key 'learning_rate'"),

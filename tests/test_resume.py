@@ -178,7 +178,7 @@ def test_an_error_in_the_middle_leaves_the_last_checkpoint_and_one_line_that_res
 def test_a_run_with_muon_and_shrunk_images_ends_with_the_same_bits(
     dataset_dir, tmp_path, monkeypatch
 ) -> None:
-    recipe = dataclasses.replace(RECIPE, optimizer="muon", early_resolution=16, early_share=0.6)
+    recipe = dataclasses.replace(RECIPE, optimizer="muon", early_scale=0.5, early_share=0.6)
     undisturbed = train(dataset_dir, tmp_path / "whole", recipe)
     folder = stop_at(dataset_dir, tmp_path / "stopped", 6, monkeypatch, recipe=recipe)
     train(dataset_dir, tmp_path / "stopped", recipe, resume=folder)

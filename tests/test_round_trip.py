@@ -24,7 +24,7 @@ from fasttrain.data.dataset import Dataset
 from fasttrain.data.load_dataset import load_dataset
 from fasttrain.data.sources import cifar, synthetic
 from fasttrain.data.sources.image import decode
-from fasttrain.model import CustomResNet
+from fasttrain.model import CompactNet, CustomResNet, ImageClassifier
 from fasttrain.options import EvaluateOptions
 from fasttrain.recipe import PRESETS, Recipe, load_recipe
 from fasttrain.step import TrainStep
@@ -44,7 +44,7 @@ AWAY = {
     "dropout": 0.3,
     "resolution": 48,
     "width": 12,
-    "early_resolution": 16,
+    "early_scale": 0.5,
 }
 """A value other than the default of every field that could be lost between a training and its checkpoint: one
 recipe has them all."""
@@ -58,7 +58,7 @@ class Trained:
     """A finished run, with the network that the process had in memory when it ended."""
 
     folder: Path
-    network: CustomResNet
+    network: ImageClassifier
     dataset: Dataset
     images: Path
 
@@ -165,7 +165,8 @@ def from_safetensors(path: Path, card: dict):
 
     recipe = card["recipe"]
     settings = ("width", "resolution", "activation", "init", "dropout")
-    network = CustomResNet(len(card["classes"]), **{name: recipe[name] for name in settings})
+    network_class = {"resnet": CustomResNet, "compact": CompactNet}[recipe["network"]]
+    network = network_class(len(card["classes"]), **{name: recipe[name] for name in settings})
     load_model(network, str(path))
     return network.eval()
 

@@ -335,7 +335,7 @@ def test_the_commands_take_shards_of_another_resolution_from_data_to_predict(
     [run] = (tmp_path / "runs").iterdir()
     result = json.loads((run / "result.json").read_text())
     assert result["dataset"] == "webdataset:pets" and result["recipe"]["resolution"] == 16
-    assert "[1, 8, 16, 16]" in (run / "report.html").read_text()
+    assert "[1, 8, 7, 7]" in (run / "report.html").read_text()
     capsys.readouterr()
     assert main(["evaluate", str(run / "last.pt"), *images, "--device", "cpu"]) == 0
     assert f"test accuracy {result['test_accuracy']:.2%}" in capsys.readouterr().out

@@ -98,7 +98,7 @@ def profile_training(
     Raises UserError if a batch is larger than the training set, or if `out` cannot be written.
     """
     on_gpu = device.type == "cuda"
-    recipe = fit_batch_size(dataclasses.replace(recipe, early_resolution=0), dataset, log=print)
+    recipe = fit_batch_size(dataclasses.replace(recipe, early_scale=1.0), dataset, log=print)
     active = active or (20 if on_gpu else 3)
     runtime = Runtime.resolve(recipe, device)
     loader = build_loader(dataset, recipe, train=True, device=device, loader=runtime.loader)
