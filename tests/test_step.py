@@ -435,9 +435,9 @@ class Operations(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("name, most", [("speedrun", 192), ("default", 125), ("fast", 128)])
+@pytest.mark.parametrize("name, most", [("speedrun", 166), ("default", 125), ("fast", 128)])
 def test_a_step_takes_few_operations(name: str, most: int, monkeypatch) -> None:
-    """With torch 2.13. On a GPU, every one of them costs a launch or more."""
+    """163, 122 and 125 with torch 2.13. On a GPU, every one of them costs a launch or more."""
     monkeypatch.setattr(conv, "has_amx", lambda: False)  # a GPU has none
     torch.manual_seed(0)
     step, (images, labels) = step_of(PRESETS[name], precision="bf16"), batch()
