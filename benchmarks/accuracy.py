@@ -107,11 +107,14 @@ def variants(options: Options) -> dict[str, Recipe]:
             changed = Recipe.from_dict(base.to_dict() | {field: value})
             if changed != base:
                 recipes[f"{base.name}-{field}={value}"] = changed
-    settings: dict[str, Any] = {"test_views": "mirror"}
-    for field in ("epochs", "width", "compile", "loader"):
-        if getattr(options, field) is not None:
-            settings[field] = getattr(options, field)
-    return {name: dataclasses.replace(recipe, **settings) for name, recipe in recipes.items()}
+    named = {field: getattr(options, field) for field in ("epochs", "width", "compile", "loader")}
+    settings = {field: value for field, value in named.items() if value is not None}
+    return {name: dataclasses.replace(with_views(recipe), **settings) for name, recipe in recipes.items()}
+
+
+def with_views(recipe: Recipe) -> Recipe:
+    """The recipe with averaged predictions: its own, or those over mirror images if it has none."""
+    return dataclasses.replace(recipe, test_views="mirror") if recipe.test_views == "none" else recipe
 
 
 def changes(options: Options) -> list[tuple[str, Any]]:
@@ -203,8 +206,8 @@ def ablation_rows(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
         f"none, {name}" if name == base else name.removeprefix(f"{base}-"): accuracies(by_seed)
         for name, by_seed in runs.items()
     }
-    # The same runs with predictions averaged over mirror images: the two figures of a run are a pair.
-    accuracy["test_views=mirror"] = {
+    views = next(iter(runs[base].values())).recipe.test_views
+    accuracy[f"test_views={views}"] = {  # of the same runs: the two figures of a run are a pair
         seed: one.result["test_accuracy_views"]
         for seed, one in runs[base].items()
         if "test_accuracy_views" in one.result

@@ -2,11 +2,10 @@
 
     python -m benchmarks.airbench --script airbench94_muon.py --data-dir data [--seeds 10] [--recipe fast]
 
-The script is cifar10-airbench's (github.com/KellerJordan/cifar10-airbench; its package lacks
-it) and runs as published, with a network and an optimizer of its own, in a process of its own, on files that
-hold the very images that ours trains on. There are two clocks: training alone, and training with the
-evaluation of the trained network, predictions averaged, which is the time that airbench names. Neither counts
-the tests between epochs.
+The script is cifar10-airbench's (github.com/KellerJordan/cifar10-airbench; its package lacks it) and runs as
+published, in a process of its own, on files that hold the very images that ours trains on. There are two
+clocks: training alone, and training with the evaluation of the trained network, predictions averaged, which
+is the time that airbench names. Neither counts the tests between epochs.
 
 On a GPU they take turns, and each trains once before the clock counts. On a CPU, for which the script was not
 made, both train eagerly, in the precision that fasttrain picks there, at the same time, each on half of the
@@ -53,7 +52,7 @@ Sample = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Train our recipe and cifar10-airbench's script in turn, on one machine."""
+    """Train our recipe and cifar10-airbench's script on one machine."""
 
     script: Path
     """airbench94_muon.py, as published."""
@@ -214,8 +213,9 @@ def read_table(columns: Sequence[str], printed: str) -> Sample:
     }
 
 
-def ours(recipe: Recipe, dataset: Dataset, device: torch.device, out: Path) -> Sample:
-    """One training of the recipe; its folder stays in `out`, without its checkpoints."""
+def ours(recipe: Recipe, dataset: Dataset, device: torch.device, out: Path, seed: int) -> Sample:
+    """One training of the recipe; its folder stays in `out`, in one for the seed, without its checkpoints."""
+    recipe, out = dataclasses.replace(recipe, seed=seed), out / f"seed-{seed}"
     finished = trainer.train(recipe, data=dataset, out=out, device=str(device), report=False)
     for checkpoint in finished.folder.glob("*.pt"):
         checkpoint.unlink()
@@ -234,8 +234,7 @@ def ours(recipe: Recipe, dataset: Dataset, device: torch.device, out: Path) -> S
 
 def our_training(recipe: Recipe, options: Options, device: torch.device, seed: int) -> Sample:
     """As `ours`, from what another process can be given."""
-    dataset = load_dataset(options.data, options.data_dir)
-    return ours(dataclasses.replace(recipe, seed=seed), dataset, device, options.out / f"seed-{seed}")
+    return ours(recipe, load_dataset(options.data, options.data_dir), device, options.out, seed)
 
 
 def their_training(script: Path, folder: Path, device: torch.device, seed: int) -> Sample:
@@ -345,16 +344,19 @@ def main(options: Options) -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_images(dataset, folder / "cifar10")
         script = options.script.resolve()
-        trainings: dict[str, Callable[[int], Sample]] = {
-            f"fasttrain, {recipe.name}": functools.partial(our_training, recipe, options, device),
-            script.stem: functools.partial(their_training, script, folder, device),
-        }
+        names = f"fasttrain, {recipe.name}", script.stem
+        pair: tuple[Callable[[int], Sample], Callable[[int], Sample]]
         if device.type == "cpu":
-            turns, how = on_halves(trainings, options.seeds), "side by side, each on half of the cores"
+            pair = (
+                functools.partial(our_training, recipe, options, device),
+                functools.partial(their_training, script, folder, device),
+            )
+            train_all, how = on_halves, "side by side, each on half of the cores"
         else:
-            rival = stack.enter_context(OwnProcess(theirs, script, folder, device))
-            trainings[script.stem] = lambda _: rival()  # it stays compiled
-            turns, how = in_turn(trainings, options.seeds), "in turn, after one of each that warms up"
+            rival = stack.enter_context(OwnProcess(theirs, script, folder, device))  # it stays compiled
+            pair = lambda seed: ours(recipe, dataset, device, options.out, seed), lambda _: rival()
+            train_all, how = in_turn, "in turn, after one of each that warms up"
+        turns = train_all(dict(zip(names, pair, strict=True)), options.seeds)
         facts = {"dataset": dataset.name, "how": how, "precision": pick_precision("auto", device)}
         for samples in turns:  # if this is stopped, the trainings so far are saved
             values = facts | {"rows": summarize(samples), "samples": samples}

@@ -5,9 +5,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -105,17 +105,26 @@ def _extra_memory_gib(device: torch.device) -> float | None:
     return extra_memory_gib(device, _workload)
 
 
-def on_cores(cores: int, question: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """Call `question` in a process that may use only this many cores, with all its threads and children."""
-    if not hasattr(os, "sched_setaffinity"):
-        return question(*args)
+@contextmanager
+def confined_to(cores: Iterable[int]) -> Iterator[None]:
+    """A process that is started within the block, and all that it starts, may use only these cores."""
     available = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(available)[:cores])
+    os.sched_setaffinity(0, cores)
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(question, *args).result()
+        yield
     finally:
         os.sched_setaffinity(0, available)
+
+
+def on_cores(cores: int, question: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """Call `question` in a process that may use only this many cores."""
+    if not hasattr(os, "sched_setaffinity"):
+        return question(*args)
+    with (
+        confined_to(sorted(os.sched_getaffinity(0))[:cores]),
+        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
+    ):
+        return pool.submit(question, *args).result()
 
 
 def side_by_side(questions: Mapping[str, Callable[[], T]], *, swap: bool) -> dict[str, T]:
@@ -131,13 +140,10 @@ def side_by_side(questions: Mapping[str, Callable[[], T]], *, swap: bool) -> dic
     halves = [cores[:middle], cores[middle : 2 * middle]]
     with ExitStack() as pools:
         futures = {}
-        try:
-            for half, (name, question) in zip(halves[:: -1 if swap else 1], questions.items(), strict=True):
-                os.sched_setaffinity(0, half)  # which the new process inherits
-                pool = pools.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
-                futures[name] = pool.submit(question)
-        finally:
-            os.sched_setaffinity(0, cores)
+        for half, (name, question) in zip(halves[:: -1 if swap else 1], questions.items(), strict=True):
+            pool = pools.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+            with confined_to(half):
+                futures[name] = pool.submit(question)  # which starts the process
         return {name: future.result() for name, future in futures.items()}
 
 

@@ -51,6 +51,7 @@ def joining_pays(x_NCHW: Tensor) -> bool:
 
 @functools.cache
 def has_amx() -> bool:
+    """Whether this CPU multiplies blocks of bf16 numbers."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 

@@ -14,9 +14,6 @@ from fasttrain.system.gpu import other_gpu
 from fasttrain.system.precision import autocast
 from fasttrain.system.rng import fork_rng
 
-FIRST_STEPS = 5
-"""Steps after which the laptop recipe estimates how long the full one would take."""
-
 PROBE_PIXELS = 64 * 32**2
 """Pixels that the full recipe's network is timed on: about a second on two cores without bf16."""
 

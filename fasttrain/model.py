@@ -23,8 +23,8 @@ EPOCH_IMAGES = 50_000
 POOLED_STEM_FROM = 128
 """Resolution from which the first block pools too; otherwise an image would cost four times as much."""
 
-WHITENING_IMAGES = 2_000
-"""Training images that a CompactNet's first layer is derived from: some two million patches."""
+WHITENING_PIXELS = 2_000 * 32**2
+"""Pixels of the training images that a CompactNet's first layer is derived from: 2,000 images of CIFAR-10."""
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 """Statistics of a network that has not been given those of its training images."""
@@ -49,7 +49,11 @@ def _block(
     if pool:
         layers.append(nn.MaxPool2d(2))
     norm = BatchNorm2d(out_channels, momentum=bn_momentum)
-    return [*layers, norm, nn.ReLU(inplace=True) if activation == "relu" else nn.GELU(), nn.Dropout(dropout)]
+    return [*layers, norm, _activation(activation), nn.Dropout(dropout)]
+
+
+def _activation(name: Activation) -> nn.Module:
+    return nn.ReLU(inplace=True) if name == "relu" else nn.GELU()
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -227,7 +231,7 @@ class CompactNet(ImageClassifier):
         components = 3 * self.PATCH**2
         stride = self.PATCH if resolution >= POOLED_STEM_FROM else 1
         self.whitening = nn.Conv2d(3, 2 * components, self.PATCH, stride=stride)
-        self.whitening_activation = nn.ReLU(inplace=True) if activation == "relu" else nn.GELU()
+        self.whitening_activation = _activation(activation)
         self.group1 = group(2 * components, width)
         self.group2 = group(width, 4 * width)
         self.group3 = group(4 * width, 4 * width)
@@ -294,7 +298,7 @@ def build_model(
         logit_scale=recipe.logit_scale,
     )
     if images_NHWC is not None and isinstance(model, CompactNet):
-        model.whiten(images_NHWC[:WHITENING_IMAGES])
+        model.whiten(images_NHWC[: max(WHITENING_PIXELS // recipe.resolution**2, 1)])
     return model
 
 

@@ -171,17 +171,27 @@ class Recipe:
 
         Raises UserError for an unknown key or an impossible value.
         """
-        values = dict(values)
-        if isinstance(pixels := values.get("early_resolution"), int):  # early_scale, until 2026-11-28
-            del values["early_resolution"]
-            values["early_scale"] = pixels / values.get("resolution", cls.resolution) if pixels else 1.0
-        if isinstance(values.get("test_flip"), bool):  # what test_views was until there was more than one
-            values["test_views"] = "mirror" if values.pop("test_flip") else "none"
+        values = with_names_of_today(values)
         fields = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in fields:
                 raise UserError(f"unknown recipe key {key!r}: expected one of {', '.join(fields)}")
         return cls(**values)
+
+
+def with_names_of_today(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe's fields under their present names; those with values of another type stay as they are.
+
+    Until 2026-11-28 the early images' size was given in pixels, and a mirror image was the only other view.
+    """
+    values = dict(values)
+    resolution, pixels = values.get("resolution", Recipe.resolution), values.get("early_resolution")
+    if type(pixels) is int and type(resolution) is int and resolution:
+        del values["early_resolution"]
+        values["early_scale"] = pixels / resolution if pixels else 1.0
+    if isinstance(values.get("test_flip"), bool):
+        values["test_views"] = "mirror" if values.pop("test_flip") else "none"
+    return values
 
 
 def flag(field: str) -> str:

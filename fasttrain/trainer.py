@@ -26,7 +26,7 @@ from fasttrain.data.run_images import RunImages
 from fasttrain.distributed import World
 from fasttrain.errors import DivergedError, one_line
 from fasttrain.evaluate import Evaluation, concat, evaluate
-from fasttrain.laptop import FIRST_STEPS, estimate_full_recipe, is_laptop
+from fasttrain.laptop import estimate_full_recipe, is_laptop
 from fasttrain.lr_finder import find_max_lr
 from fasttrain.model import build_model_for
 from fasttrain.options import TrainOptions
@@ -209,6 +209,9 @@ class Trainer:
                 resume_command=resume_command(self.log.folder, opts),
             )
             checkpoints.save()
+            if state.step.step == 0 and is_laptop(self.recipe, state.step.device):
+                images = self.train_loader.sampler.count
+                self.log.print(estimate_full_recipe(state.step, images, opts))
             while state.epoch < self.recipe.epochs:
                 try:
                     train_metrics = self.train_epoch(checkpoints)
@@ -246,8 +249,6 @@ class Trainer:
         with watch(timer, self._warn_of_wait):
             for images_NCHW, labels_N in self.log.steps(timer, left, title, live_metrics):
                 step(images_NCHW, labels_N)
-                if step.step == min(FIRST_STEPS, step.total_steps) and is_laptop(self.recipe, step.device):
-                    self.log.print(estimate_full_recipe(step, loader.sampler.count, self.options))
                 if checkpoints.due():
                     state.require_finite()  # waits for the device, so that the clock below includes its work
                     progress.seconds = time.perf_counter() - start

@@ -91,7 +91,10 @@ def test_ablations_pair_the_seeds_and_change_one_field(base, dataset_dir, tmp_pa
 def test_a_difference_is_that_of_the_pairs_that_both_have() -> None:
     def runs(**accuracies: float) -> dict[int, Any]:
         return {
-            int(seed[1:]): SimpleNamespace(result={"test_accuracy": accuracy, "test_accuracy_views": 0.95})
+            int(seed[1:]): SimpleNamespace(
+                recipe=Recipe(test_views="mirror"),
+                result={"test_accuracy": accuracy, "test_accuracy_views": 0.95},
+            )
             for seed, accuracy in accuracies.items()
         }
 
@@ -189,6 +192,7 @@ def test_every_preset_has_its_fields_ablated_and_no_value_is_tried_against_itsel
     final = accuracy.variants(Options(mode="final", epochs=3))
     assert list(final) == ["assignment", "default", "fast", "speedrun", "laptop"]
     assert final["assignment"] == dataclasses.replace(PRESETS["assignment"], test_views="mirror", epochs=3)
+    assert final["speedrun"] == dataclasses.replace(PRESETS["speedrun"], epochs=3)  # it has views of its own
 
 
 @pytest.mark.parametrize(

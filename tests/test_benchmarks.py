@@ -538,7 +538,7 @@ def test_the_public_script_sees_the_same_images_and_is_read_as_it_prints(dataset
     rival = airbench.theirs(tmp_path / "script.py", tmp_path, torch.device("cuda"))
     trainings = {
         "ours": lambda seed: airbench.ours(
-            Recipe(batch_size=32, epochs=1, seed=seed, test_views="mirror"), dataset, CPU, tmp_path
+            Recipe(batch_size=32, epochs=1, test_views="mirror"), dataset, CPU, tmp_path, seed
         ),
         "theirs": lambda _: rival(),
     }

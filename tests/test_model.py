@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import nn
 
+from fasttrain import model as model_module
 from fasttrain.data.dataset import Dataset
 from fasttrain.model import (
     BatchNorm2d,
@@ -303,6 +304,16 @@ def test_the_network_for_a_dataset_has_the_statistics_of_its_training_images(dat
         [255 * mean for mean in dataset.mean]
     )
     expected = CompactNet(width=8, mean=dataset.mean, std=dataset.std)
-    expected.whiten(dataset.train.images[:2000])
+    assert len(dataset.train.images) <= 2000
+    expected.whiten(dataset.train.images)
     assert torch.equal(model.whitening.weight, expected.whitening.weight)
     assert not torch.equal(model.whitening.weight, CompactNet(width=8).whitening.weight)
+
+
+def test_the_first_layer_is_derived_from_a_bounded_number_of_pixels(dataset: Dataset, monkeypatch) -> None:
+    """The patches of a large image take a dozen times its memory."""
+    monkeypatch.setattr(model_module, "WHITENING_PIXELS", 3 * 32 * 32 + 1)
+    found = build_model_for(dataset, Recipe(network="compact", width=8))
+    expected = CompactNet(width=8, mean=dataset.mean, std=dataset.std)
+    expected.whiten(dataset.train.images[:3])
+    assert torch.equal(found.get_submodule("whitening").weight, expected.whitening.weight)

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from fasttrain.checkpoint.fingerprint import differences, recipe_flags
 from fasttrain.errors import UserError
 from fasttrain.recipe import PRESETS, Recipe, load_recipe
 
@@ -40,6 +41,18 @@ def test_a_file_that_gives_early_images_in_pixels_keeps_its_meaning(pixels: int,
     del values["early_scale"]
     recipe = Recipe.from_dict(values | {"early_resolution": pixels})
     assert recipe.early_scale == scale and recipe.training_resolution(0, 10) == (pixels or 32)
+
+
+def test_a_checkpoint_from_before_the_renaming_belongs_to_its_run() -> None:
+    recipe = Recipe(early_scale=0.75, test_views="mirror")
+    then = recipe_flags(recipe)
+    del then["--early-scale"], then["--test-views"]
+    then |= {"--early-resolution": 24, "--test-flip": True}
+    assert differences(recipe_flags(recipe), then) == []
+    [found] = differences(recipe_flags(recipe), then | {"--early-resolution": 16})
+    assert found == "--early-scale is 0.75 and was 0.5"
+    with pytest.raises(UserError, match="unknown recipe key 'early_resolution'"):
+        Recipe.from_dict({"early_resolution": 24, "resolution": "wide"})
 
 
 @pytest.mark.parametrize(("test_flip", "test_views"), [(True, "mirror"), (False, "none")])

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from fasttrain.data.dataset import Dataset
-from fasttrain.recipe import Recipe, flag
+from fasttrain.recipe import Recipe, flag, with_names_of_today
 from fasttrain.runtime import Runtime
 
 
@@ -26,11 +26,10 @@ def fingerprint(recipe: Recipe, dataset: Dataset, runtime: Runtime, world_size: 
 
 def differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
     """List, in words, where `now` differs from a checkpoint's fingerprint."""
-    now, then = (
-        dict(now),
-        recipe_flags(Recipe()) | then,
-    )  # fields that a fingerprint lacks have their defaults
-    del now[flag("test_views")]  # it decides no weight, and earlier checkpoints have it under another name
+    flags = {key: value for key, value in then.items() if str(key).startswith("--")}
+    fields = {key[2:].replace("-", "_"): value for key, value in flags.items()}
+    renamed = {flag(field): value for field, value in with_names_of_today(fields).items()}
+    then = recipe_flags(Recipe()) | then | renamed  # fields that a fingerprint lacks have their defaults
     return [
         f"{key} is {value} and was {then.get(key)}"
         for key, value in now.items()
