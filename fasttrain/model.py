@@ -298,7 +298,8 @@ def build_model(
         logit_scale=recipe.logit_scale,
     )
     if images_NHWC is not None and isinstance(model, CompactNet):
-        model.whiten(images_NHWC[: max(WHITENING_PIXELS // recipe.resolution**2, 1)])
+        count = max(WHITENING_PIXELS // recipe.resolution**2, 1)
+        model.whiten(images_NHWC[:: max(len(images_NHWC) // count, 1)][:count])  # a folder's are sorted by class
     return model
 
 
