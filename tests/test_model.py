@@ -311,7 +311,7 @@ def test_the_network_for_a_dataset_has_the_statistics_of_its_training_images(dat
 
 
 def test_the_first_layer_is_derived_from_some_images_all_over_the_set(dataset: Dataset, monkeypatch) -> None:
-    """The patches of a large image take a dozen times its memory, and a folder's images are sorted by class."""
+    """Patches take a dozen times the memory of their image, and a folder's images are sorted by class."""
     monkeypatch.setattr(model_module, "WHITENING_PIXELS", 3 * 32 * 32 + 1)
     found = build_model_for(dataset, Recipe(network="compact", width=8))
     expected = CompactNet(width=8, mean=dataset.mean, std=dataset.std)

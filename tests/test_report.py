@@ -2,6 +2,7 @@
 
 import base64
 import errno
+import hashlib
 import html
 import io
 import json
@@ -27,8 +28,10 @@ from fasttrain.evaluate import Evaluation
 from fasttrain.lr_finder import LrCurve, LrSearch
 from fasttrain.model import CustomResNet
 from fasttrain.recipe import Recipe
-from fasttrain.report.compare import group_runs
+from fasttrain.report import plots
+from fasttrain.report.compare import compare_settings, group_runs
 from fasttrain.report.html import _samples, _tests
+from fasttrain.report.pages import render
 from fasttrain.report.run import load_run
 from fasttrain.tools.report import report
 from fasttrain.trainer import train
@@ -207,8 +210,11 @@ def test_names_from_files_are_escaped(run: Path, dataset_dir: Path, tmp_path) ->
     report(folder, data_dir=data, device="cpu")
     assert main(["compare", str(folder), "--out", str(tmp_path / "compare.html")]) == 0
     for page in (Page(folder / "report.html"), Page(tmp_path / "compare.html")):
-        assert "script" not in page.tags
         assert html.escape(HOSTILE, quote=False).split("alert")[0] in page.source
+    assert "script" not in Page(folder / "report.html").tags
+    scripts = re.findall("<script>(.*?)</script>", page.source, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    assert len(digests) == 1 and f"script-src 'sha256-{digests[0]}'" in page.source  # the page's own
     assert page.source.count("&lt;script&gt;") == 1  # the name of the images
 
 
@@ -363,8 +369,18 @@ def runs(run: Path, tmp_path: Path) -> list[Path]:
 
 def test_runs_that_differ_in_the_seed_alone_form_a_group(runs: list[Path]) -> None:
     groups = group_runs([load_run(folder) for folder in runs])
-    assert [[run.folder for run in members] for members, _ in groups] == [runs[:3], runs[3:]]
-    assert [differing for _, differing in groups] == [{"cutout": 8}, {"cutout": 0}]
+    assert [[run.folder for run in members] for members in groups] == [runs[:3], runs[3:]]
+
+
+def test_settings_are_told_apart_from_those_that_all_share(runs: list[Path]) -> None:
+    groups = group_runs(
+        [load_run(folder) for folder in [*runs, copied(runs[0], runs[0].parent / "x", seed=7)]]
+    )
+    differing, shared = compare_settings([*groups, groups[0]])
+    assert differing == {"cutout": [(0, [1]), (8, [0, 2])]}  # the rarer value first
+    recipe = load_run(runs[0]).recipe.to_dict()
+    assert shared.items() >= {key: recipe[key] for key in recipe if key not in ("seed", "cutout")}.items()
+    assert "seed" not in shared and shared["images"] == "synthetic"
 
 
 @pytest.mark.parametrize(
@@ -381,7 +397,7 @@ def test_other_images_precision_or_machine_make_another_group(
     values = json.loads((runs[1] / file).read_text())
     (runs[1] / file).write_text(json.dumps(values | change))
     groups = group_runs([load_run(folder) for folder in runs[:3]])
-    assert [len(members) for members, _ in groups] == [2, 1]
+    assert [len(members) for members in groups] == [2, 1]
 
 
 def test_compare_writes_mean_range_and_n(runs: list[Path], tmp_path) -> None:
@@ -389,13 +405,52 @@ def test_compare_writes_mean_range_and_n(runs: list[Path], tmp_path) -> None:
     # The first folder twice: it is still one run.
     assert main(["compare", *map(str, [*runs, runs[0]]), "--out", str(out)]) == 0
     page = Page(out)
-    assert "cutout: 8 3 60.00% 50.00% to 70.00% " in page.text
-    assert re.search(
-        r"cutout: 0 1 90\.00% [\d.]+% [\d.,]+ [\d.,]+ 2 synthetic ", page.text
-    )  # n = 1: no range
-    assert "Where n = 1 no spread is known" in page.text
-    assert sorted(page.links) == sorted(f"{folder.name}/report.html" for folder in runs)
-    assert len(page.loaded) == 2 * 2 and all(uri.startswith("data:image/png;base64,") for uri in page.loaded)
+    assert re.search(r"\b2 tiny 3 60\.00% \(50\.00% to 70\.00%\) ", page.text)  # line 1 is the better group
+    assert re.search(r"\b1 tiny 1 90\.00% [\d.,]+ ", page.text)  # n = 1: no range
+    assert "cutout 0 1 8 2 " in page.text and "cutout 8 " not in page.text
+    assert page.links == [f"{name}/report.html" for name in ("0-0", "2-8", "1-8", "0-8")]  # the best first
+    assert len(page.loaded) == 3 * 2 and all(uri.startswith("data:image/png;base64,") for uri in page.loaded)
+
+
+def test_accuracy_is_drawn_over_the_training_seconds_until_then(runs: list[Path], monkeypatch) -> None:
+    """Of a group: the mean of its runs' seconds and accuracies, and the range of the accuracies."""
+    charts: list[tuple[Any, dict[str, Any]]] = []
+    monkeypatch.setattr(
+        "fasttrain.report.plots.chart", lambda curves, **kw: charts.append((curves, kw)) or (lambda *_: None)
+    )
+    for folder, seconds, accuracy in zip(runs, (1.0, 2.0, 3.0, 40.0), (0.5, 0.6, 0.7, 0.9), strict=True):
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows = [row | {"seconds": seconds, "test_accuracy": accuracy} for row in rows]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["compare", *map(str, runs), "--out", str(runs[0].parent / "page.html")]) == 0
+    [curves, settings] = next(chart for chart in charts if chart[1]["x_name"] == "seconds of training")
+    means = [
+        ([40.0, 80.0], [0.9, 0.9]),
+        ([2.0, 4.0], pytest.approx([0.6, 0.6])),
+    ]  # copied runs: by result.json
+    assert [(curve.xs, curve.ys) for curve in curves] == means
+    assert [curve.band for curve in curves] == [None, ([0.5, 0.5], [0.7, 0.7])]
+    assert settings["log_x"] and settings["y_from"] == pytest.approx(0.4)
+
+
+def test_twenty_lines_can_be_told_apart_and_the_table_has_the_plots_strokes() -> None:
+    strokes = [(series % len(plots.LIGHT.series), plots.dashes(series)) for series in range(20)]
+    assert len(set(strokes)) == 20 and strokes[0][1] == ()
+    source = render(
+        "compare.html.j2",
+        **dict.fromkeys(("over_seconds", "over_epochs", "loss"), plots.Picture("", "", "")),
+        rows=[],
+        groups=[
+            {"name": "a", "n": 2, "figures": dict.fromkeys(("test_accuracy", "train_seconds"), (0, 0, 0))}
+        ]
+        * 20,
+        differing={},
+        shared={},
+    )
+    drawn = re.findall(r'stroke="var\(--series-(\d)\)" stroke-dasharray="([\d. ]*)"', source)
+    assert [
+        (int(colour), tuple(float(part) / 2 for part in dashes.split())) for colour, dashes in drawn
+    ] == strokes
 
 
 def test_compare_leaves_out_what_has_not_finished(runs: list[Path], tmp_path, capsys) -> None:
@@ -428,6 +483,13 @@ addEventListener("load", () => {{
     content: page.documentElement.scrollWidth,
     sources: [...page.images].map(image => image.currentSrc.length),
     paper: getComputedStyle(page.body).backgroundColor,
+    sideways: [...page.querySelectorAll("body *")].filter(element =>
+      element.scrollWidth > element.clientWidth && getComputedStyle(element).overflowX === "auto").length,
+    sorted: [...page.querySelectorAll("th button")].flatMap(button => [button, button]).map(button => {{
+      button.click();
+      const rows = [...page.querySelectorAll(".sortable tbody tr")];
+      return rows.map(row => row.cells[button.parentElement.cellIndex].innerText.trim());
+    }}),
   }}));
   document.body.textContent = JSON.stringify(found);
 }});
@@ -435,7 +497,10 @@ addEventListener("load", () => {{
 
 
 def browse(folder: Path, frames: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Show frames in a browser; returns what the script found in each, and every request that left."""
+    """Show frames in a browser; returns what the script found in each, and every request that left.
+
+    What the console said counts as a request, too.
+    """
     requests: list[str] = []
 
     class Recorder(BaseHTTPRequestHandler):
@@ -455,7 +520,7 @@ def browse(folder: Path, frames: str) -> tuple[list[dict[str, Any]], list[str]]:
     command += ["--disable-features=NetworkTimeServiceQuerying", "--gaia-url=http://127.0.0.1:9"]
     command += ["--component-updater=url-source=http://127.0.0.1:9"]
     command += [f"--user-data-dir={folder / 'profile'}", f"--proxy-server=127.0.0.1:{server.server_port}"]
-    command += ["--dump-dom", (folder / "probe.html").as_uri()]
+    command += ["--enable-logging=stderr", "--dump-dom", (folder / "probe.html").as_uri()]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     finally:
@@ -463,6 +528,7 @@ def browse(folder: Path, frames: str) -> tuple[list[dict[str, Any]], list[str]]:
         server.server_close()
     body = re.search(r"<body>(.*)</body>", done.stdout, re.DOTALL)
     assert body is not None, done.stderr
+    requests += [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
     return json.loads(html.unescape(body[1])), requests
 
 
@@ -489,7 +555,24 @@ def test_pages_show_whole_at_any_width_in_both_schemes_and_ask_for_nothing(
     for (source, width, scheme), page in zip(shown, found, strict=True):
         assert page["pictures"] and all(pixels > 0 for pixels in page["pictures"]), source
         assert page["content"] <= page["width"] <= width, (source, width)
+        if source.name == "compare.html":  # a phone scrolls down only, in tables too
+            assert page["sideways"] == 0, width
         assert page["paper"] == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(18, 22, 29)")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or Chrome")
+def test_a_heading_sorts_the_runs(runs: list[Path], tmp_path) -> None:
+    for folder, seconds in zip(runs, (9.0, 100.0, 20.0, 3.0), strict=True):
+        result = json.loads((folder / "result.json").read_text()) | {"train_seconds": seconds}
+        (folder / "result.json").write_text(json.dumps(result))
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "compare.html")]) == 0
+    page = html.escape((tmp_path / "compare.html").read_text(encoding="utf-8"))
+    [found], problems = browse(tmp_path, f'<iframe width="1280" height="800" srcdoc="{page}"></iframe>')
+    assert problems == []
+    pressed_once, pressed_again = found["sorted"][::2], found["sorted"][1::2]
+    assert pressed_once[0] == ["2", "2", "2", "1"] and pressed_once[1] == ["2-8", "1-8", "0-8", "0-0"]
+    assert pressed_again[3] == ["50.00%", "60.00%", "70.00%", "90.00%"]
+    assert pressed_once[5] == ["100", "20", "9", "3"] and pressed_again[5] == ["3", "9", "20", "100"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or Chrome")

@@ -1,4 +1,4 @@
-"""One page that compares several finished runs: a table, and their curves in common plots."""
+"""One page that compares finished runs: what each reached and when, and in which settings they differ."""
 
 import os
 from collections.abc import Sequence
@@ -14,12 +14,22 @@ from fasttrain.report.plots import Curve, Picture
 from fasttrain.report.run import Run, load_run
 from fasttrain.system.run_folder import RESULT_FILE, run_folder
 
+BELOW_THE_LAST = 0.1
+"""Plots of the accuracy begin so far below the lowest final one: the rest would hide the differences."""
+
+WIDE_RANGE = 8
+"""If the longest run takes so many times as long as the shortest, seconds are drawn on a logarithmic axis."""
+
+Group = list[Run]
+"""Runs that differ only in their seed."""
+
 
 def compare(folders: Sequence[Path], out: Path) -> None:
     """Write the page `out` about the runs in these folders.
 
-    Runs that agree in settings, images, precision and machine, and differ only in their seed, form a group,
-    shown as its mean and range. Folders without a finished run are left out, with a line that names them.
+    Runs that agree in settings, images, precision and machine, and differ only in their seed, form a group: a
+    line of their mean, with a band over their range. The groups are numbered, that of the highest mean final
+    accuracy first. Folders without a finished run are left out, with a line that names them.
     Raises UserError if none is finished, if one is damaged, or if `out` cannot be written.
     """
     if not folders:
@@ -30,30 +40,48 @@ def compare(folders: Sequence[Path], out: Path) -> None:
     if others and finished:
         print(f"left out, as no run has finished there: {others}")
     groups = group_runs([load_run(folder) for folder in finished or once])
+    groups.sort(key=lambda runs: -_mean(runs, "test_accuracy"))
+    differing, shared = compare_settings(groups)
+    rows = [_row(run, series, out) for series, runs in enumerate(groups) for run in runs]
     write_page(
         out,
         "compare.html.j2",
-        groups=[_describe(group, differing, out) for group, differing in groups],
-        loss=_picture(groups, "test_loss", "Test loss of every epoch"),
-        accuracy=_picture(groups, "test_accuracy", "Test accuracy of every epoch", percent=True),
+        rows=sorted(rows, key=lambda row: -row["result"]["test_accuracy"]),
+        groups=[_summarize(runs) for runs in groups],
+        differing=differing,
+        shared=shared,
+        over_seconds=_accuracy_over_seconds(groups),
+        over_epochs=_accuracy_over_epochs(groups),
+        loss=_loss_over_epochs(groups),
     )
-
-
-Group = tuple[list[Run], dict[str, Any]]
-"""The runs of one group, and the settings in which it differs from the other groups."""
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Group the runs that differ only in their seed, in the order of each group's first run."""
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, Group] = {}
     for run in runs:
         groups.setdefault(repr(_settings(run)), []).append(run)
-    settings = [_settings(members[0]) for members in groups.values()]
-    differing = [key for key in settings[0] if len({repr(values[key]) for values in settings}) > 1]
-    return [
-        (members, {key: values[key] for key in differing})
-        for members, values in zip(groups.values(), settings, strict=True)
-    ]
+    return list(groups.values())
+
+
+Values = list[tuple[Any, list[int]]]
+"""The values of one setting, each with the indices of the groups that have it; the rarest value first."""
+
+
+def compare_settings(groups: Sequence[Group]) -> tuple[dict[str, Values], dict[str, Any]]:
+    """Return the settings in which the groups differ, with their values, and the settings that all share."""
+    settings = [_settings(runs[0]) for runs in groups]
+    differing: dict[str, Values] = {}
+    shared: dict[str, Any] = {}
+    for key in settings[0]:
+        values: dict[str, tuple[Any, list[int]]] = {}
+        for index, of_group in enumerate(settings):
+            values.setdefault(repr(of_group[key]), (of_group[key], []))[1].append(index)
+        if len(values) > 1:
+            differing[key] = sorted(values.values(), key=lambda value: len(value[1]))
+        else:
+            shared[key] = settings[0][key]
+    return differing, shared
 
 
 def _settings(run: Run) -> dict[str, Any]:
@@ -69,36 +97,89 @@ def _settings(run: Run) -> dict[str, Any]:
     }
 
 
-def _describe(runs: list[Run], differing: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Return a row of the table. Figures are (mean, smallest, largest)."""
-    figures = ("test_accuracy", "best_test_accuracy", "train_seconds", "images_per_sec")
-    values = {key: [run.result[key] for run in runs] for key in figures}
+def _mean(runs: Group, key: str) -> float:
+    return float(np.mean([run.result[key] for run in runs]))
+
+
+def _row(run: Run, series: int, out: Path) -> dict[str, Any]:
+    """Return what the page shows of one run; series: its group's index."""
+    folder = run.folder.resolve()
     return {
-        "name": runs[0].recipe.name,
-        "dataset": runs[0].result["dataset"],
-        "differing": {key: value for key, value in differing.items() if key not in ("name", "images")},
-        "epochs": runs[0].recipe.epochs,
-        "figures": {key: (np.mean(column), min(column), max(column)) for key, column in values.items()},
-        "runs": [
-            {
-                "name": run.folder.resolve().name,
-                "seed": run.recipe.seed,
-                "accuracy": run.result["test_accuracy"],
-                "folder": Path(os.path.relpath(run.folder.resolve(), out.parent.resolve())).as_posix(),
-                "has_report": (run.folder / "report.html").exists(),
-            }
-            for run in runs
-        ],
+        "series": series,
+        "name": folder.name,
+        "report": Path(os.path.relpath(folder / "report.html", out.parent.resolve())).as_posix(),
+        "has_report": (folder / "report.html").exists(),
+        "recipe": run.recipe,
+        "result": run.result,
     }
 
 
-def _picture(groups: Sequence[Group], key: str, alt: str, percent: bool = False) -> Picture:
+def _summarize(runs: Group) -> dict[str, Any]:
+    """Return what the page shows of one group. Figures are (mean, smallest, largest)."""
+    figures = {}
+    for key in ("test_accuracy", "train_seconds"):
+        values = [run.result[key] for run in runs]
+        figures[key] = (np.mean(values), min(values), max(values))
+    return {"name": runs[0].recipe.name, "n": len(runs), "figures": figures}
+
+
+def _epoch_values(runs: Group, key: str) -> np.ndarray:
+    """Return a figure of every epoch, a row per epoch and a column per run.
+
+    Runs of a group have the same epochs unless a file is corrupt; then the shortest decides.
+    """
+    return np.array(list(zip(*(run.column(key) for run in runs), strict=False)))
+
+
+def _curve(xs: Sequence[float], values: np.ndarray, series: int) -> Curve:
+    """Return the line of a group's mean, and a band over its range if there are several runs."""
+    band = (values.min(1).tolist(), values.max(1).tolist()) if values.shape[1] > 1 else None
+    return Curve(xs, values.mean(1).tolist(), series, band=band)
+
+
+def _accuracy_over_seconds(groups: Sequence[Group]) -> Picture:
+    """Draw the accuracy after each epoch over the training seconds until then: the mean of a group."""
     curves = []
-    for index, (runs, _) in enumerate(groups):
-        # Runs of one recipe have the same epochs unless a file is corrupt; zip stops with the shortest.
-        rows = np.array(list(zip(*(run.column(key) for run in runs), strict=False)))
-        epochs = runs[0].column("epoch")[: len(rows)]
-        band = (rows.min(1).tolist(), rows.max(1).tolist()) if len(runs) > 1 else None
-        curves.append(Curve(epochs, rows.mean(1).tolist(), index, band=band))
-    name = "test accuracy" if percent else "test loss"
-    return plots.picture(plots.chart(curves, x_name="epoch", y_name=name, percent=percent), alt)
+    for series, runs in enumerate(groups):
+        seconds = np.cumsum(_epoch_values(runs, "seconds").mean(1)).tolist()
+        curves.append(_curve(seconds, _epoch_values(runs, "test_accuracy"), series))
+    totals = [curve.xs[-1] for curve in curves]
+    draw = plots.chart(
+        curves,
+        x_name="seconds of training",
+        y_name="test accuracy",
+        percent=True,
+        log_x=max(totals) > WIDE_RANGE * min(totals),
+        y_from=_lowest_shown(groups),
+    )
+    return plots.picture(draw, "Test accuracy over seconds of training")
+
+
+def _lowest_shown(groups: Sequence[Group]) -> float:
+    """Return where plots of the accuracy begin."""
+    last = min(run.column("test_accuracy")[-1] for runs in groups for run in runs)
+    return max(last - BELOW_THE_LAST, 0.0)
+
+
+def _accuracy_over_epochs(groups: Sequence[Group]) -> Picture:
+    draw = plots.chart(
+        _over_epochs(groups, "test_accuracy"),
+        x_name="epoch",
+        y_name="test accuracy",
+        percent=True,
+        y_from=_lowest_shown(groups),
+    )
+    return plots.picture(draw, "Test accuracy after every epoch")
+
+
+def _loss_over_epochs(groups: Sequence[Group]) -> Picture:
+    draw = plots.chart(_over_epochs(groups, "test_loss"), x_name="epoch", y_name="test loss")
+    return plots.picture(draw, "Test loss after every epoch")
+
+
+def _over_epochs(groups: Sequence[Group], key: str) -> list[Curve]:
+    curves = []
+    for series, runs in enumerate(groups):
+        values = _epoch_values(runs, key)
+        curves.append(_curve(runs[0].column("epoch")[: len(values)], values, series))
+    return curves

@@ -1,6 +1,9 @@
 """Rendering of pages: templates filled in with everything escaped, and written atomically."""
 
+import base64
+import hashlib
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,12 @@ class Missing:
 
 
 def render(template: str, **content: Any) -> str:
-    """Fill in one of the templates; everything in `content` is escaped. Returns the HTML."""
+    """Fill in one of the templates; everything in `content` is escaped. Returns the HTML.
+
+    A page runs no script but one from the templates' folder, which its policy names by a hash.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
 
     pages = Environment(
         loader=PackageLoader("fasttrain.report"),
@@ -28,8 +35,15 @@ def render(template: str, **content: Any) -> str:
     )
     pages.filters["as"] = lambda value, form: "unknown" if value is None else format(value, form)
     pages.filters["plain"] = _plain
+    pages.filters["script"] = lambda name: Markup(_script(name))
+    pages.filters["hash"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    pages.filters["dashes"] = lambda series: " ".join(f"{2 * part:g}" for part in plots.dashes(series))
     pages.tests["missing"] = lambda value: isinstance(value, Missing)
     return pages.get_template(template).render(light=plots.LIGHT, dark=plots.DARK, **content)
+
+
+def _script(name: str) -> str:
+    return (files("fasttrain.report") / "templates" / name).read_text(encoding="utf-8")
 
 
 def _plain(value: object) -> str:

@@ -18,6 +18,9 @@ INCHES = (4.6, 2.9)
 
 DOTS_PER_INCH = 200
 
+DASHES = ((), (4.0, 1.5), (1.0, 1.0), (6.0, 1.5, 1.0, 1.5))
+"""Lengths of dashes and gaps, in widths of the line: a line's style once all colours are taken."""
+
 Draw = Callable[[Any, "Palette"], None]
 """A function that draws one plot on matplotlib's axes, in the colours of a palette."""
 
@@ -62,13 +65,21 @@ class Picture:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart. Missing values are NaN. band: lower and upper edge. series: the colour's index."""
+    """One line of a chart. Missing values are NaN. series: its index, which decides colour and dashes.
+
+    band: lower and upper edge.
+    """
 
     xs: Sequence[float]
     ys: Sequence[float]
     series: int
     label: str = ""
     band: tuple[Sequence[float], Sequence[float]] | None = None
+
+
+def dashes(series: int) -> tuple[float, ...]:
+    """Return the dashes of the line with this index: none until every colour has been taken once."""
+    return DASHES[series // len(LIGHT.series) % len(DASHES)]
 
 
 def chart(
@@ -79,31 +90,39 @@ def chart(
     percent: bool = False,
     log_x: bool = False,
     mark_x: float | None = None,
+    y_from: float | None = None,
 ) -> Draw:
     """Define a chart of lines over one axis.
 
     percent: y is a share from 0 to 1, labelled in percent. mark_x: draw a vertical line there, with its
-    value.
+    value. y_from: where the axis of y begins, if not at the lowest value.
     """
 
     def draw(axes: Any, palette: Palette) -> None:
-        from matplotlib.ticker import MaxNLocator
+        from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
         for curve in curves:
             colour = palette.series[curve.series % len(palette.series)]
             # Mark every value while they can be told apart: a single epoch would draw no line.
             marker = "o" if len(curve.xs) <= 40 else None
-            axes.plot(curve.xs, curve.ys, color=colour, label=curve.label, marker=marker, markersize=3)
+            style = {"color": colour, "linestyle": (0, dashes(curve.series)), "marker": marker}
+            axes.plot(curve.xs, curve.ys, label=curve.label, markersize=3, **style)
             if curve.band is not None:
                 axes.fill_between(curve.xs, *curve.band, color=colour, alpha=0.2, linewidth=0)
         if log_x:
             axes.set_xscale("log")
+            low, high = axes.get_xlim()
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:,g}")
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if percent:
             axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
         if mark_x is not None:
             axes.axvline(mark_x, color=palette.ink, linestyle="--", linewidth=1, label=f"{mark_x:.3g}")
+        if y_from is not None:
+            axes.set_ylim(bottom=y_from)
         axes.set_xlabel(x_name)
         axes.set_ylabel(y_name)
         if any(curve.label for curve in curves):
