@@ -33,6 +33,7 @@ from fasttrain.options import (  # noqa: E402
     SummaryOptions,
     TrainCommand,
     TrainOptions,
+    WatchOptions,
 )
 from fasttrain.recipe import Recipe, load_recipe  # noqa: E402
 from fasttrain.system.console import silence_stdout  # noqa: E402
@@ -141,6 +142,15 @@ def report(args: Sequence[str]) -> int:
     return 0
 
 
+def watch(args: Sequence[str]) -> int:
+    options = _parse(WatchOptions, "watch", args)
+    with leave_on_signals():
+        from fasttrain.tools.watch import watch
+
+    watch(options.run, port=options.port)
+    return 0
+
+
 def compare(args: Sequence[str]) -> int:
     options = _parse(CompareOptions, "compare", args)
     with leave_on_signals():
@@ -198,6 +208,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "evaluate": (evaluate, "measure a checkpoint on the test images"),
     "predict": (predict, "classify any images with a checkpoint"),
     "export": (export, "write a network for use elsewhere: safetensors, torch.export, ONNX"),
+    "watch": (watch, "follow a run in the browser while it trains"),
     "report": (report, "write a run's page, report.html"),
     "compare": (compare, "compare several runs on one page"),
     "profile": (profile, "show where the time of a training goes"),

@@ -35,6 +35,7 @@ class Evaluation:
 
     loss: mean cross entropy without label smoothing. labels_N, predictions_N: int64.
     confidences_N: float32, the network's probability of its prediction.
+    in_top5_N: bool, whether the true class is among the five with the highest logits.
     views_predictions_N: int64, from the mean logits of several views of each image; None if not asked for.
     """
 
@@ -42,12 +43,18 @@ class Evaluation:
     labels_N: Tensor
     predictions_N: Tensor
     confidences_N: Tensor
+    in_top5_N: Tensor
     views_predictions_N: Tensor | None = None
 
     @property
     def accuracy(self) -> float:
         """Share of the images that are classified correctly, from 0 to 1."""
         return (self.predictions_N == self.labels_N).double().mean().item()
+
+    @property
+    def top5_accuracy(self) -> float:
+        """Share of the images whose true class is among the five with the highest logits, from 0 to 1."""
+        return self.in_top5_N.double().mean().item()
 
     @property
     def accuracy_views(self) -> float | None:
@@ -89,6 +96,28 @@ class Evaluation:
             )
         return figures
 
+    def macro_f1(self, num_classes: int) -> float:
+        """Return the mean over the classes of F1, the harmonic mean of precision and recall.
+
+        A class that no image has and none is predicted as is left out, one without a correct prediction
+        counts as 0.
+        """
+        confusion_KK = self.confusion_KK(num_classes).double()
+        found_K = confusion_KK.sum(0) + confusion_KK.sum(1)
+        f1_K = 2 * confusion_KK.diagonal() / found_K
+        return f1_K[found_K > 0].mean().item()
+
+    def top_confusions(self, num_classes: int, count: int) -> list[tuple[int, int, int]]:
+        """Return the most frequent pairs of true and predicted class, the most frequent first.
+
+        Returns at most `count` triples of true class, predicted class and number of images.
+        """
+        wrong = self.predictions_N != self.labels_N
+        cells, images = (self.labels_N * num_classes + self.predictions_N)[wrong].unique(return_counts=True)
+        order = images.argsort(descending=True, stable=True)[:count]
+        pairs = zip(cells[order].tolist(), images[order].tolist(), strict=True)
+        return [(cell // num_classes, cell % num_classes, number) for cell, number in pairs]
+
     def misclassified(self) -> Tensor:
         """Return the indices of the misclassified images, int64, the most confident mistake first."""
         wrong = (self.predictions_N != self.labels_N).nonzero().flatten()
@@ -106,6 +135,7 @@ def concat(parts: Sequence[Evaluation]) -> Evaluation:
         labels_N=labels_N,
         predictions_N=torch.cat([part.predictions_N for part in parts]),
         confidences_N=torch.cat([part.confidences_N for part in parts]),
+        in_top5_N=torch.cat([part.in_top5_N for part in parts]),
         views_predictions_N=torch.cat(averaged) if averaged else None,
     )
 
@@ -141,7 +171,7 @@ def evaluate(
     device, dtype = runtime.device, runtime.dtype
     was_training = model.training
     model.eval()
-    losses, labels, predictions, confidences, views_predictions = [], [], [], [], []
+    losses, labels, predictions, confidences, in_top5, views_predictions = [], [], [], [], [], []
     with torch.inference_mode():
         for images_NCHW, labels_N in loader:
             with autocast(device, dtype):
@@ -152,6 +182,8 @@ def evaluate(
             labels.append(labels_N)
             predictions.append(best.indices)
             confidences.append(best.values.exp())
+            top5_N5 = logits_NK.topk(min(5, logits_NK.shape[1])).indices
+            in_top5.append((top5_N5 == labels_N[:, None]).any(1))
             if views != "none":
                 with autocast(device, dtype):
                     for weight, view_NCHW in other_views(images_NCHW, views):
@@ -164,5 +196,6 @@ def evaluate(
         labels_N=labels_N,
         predictions_N=torch.cat(predictions).cpu(),
         confidences_N=torch.cat(confidences).cpu(),
+        in_top5_N=torch.cat(in_top5).cpu(),
         views_predictions_N=torch.cat(views_predictions).cpu() if views_predictions else None,
     )

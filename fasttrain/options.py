@@ -176,12 +176,22 @@ class ExportOptions(RunDataOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(RunDataOptions):
-    """Write a finished run's report.html again: one page, with every picture embedded."""
+    """Write a run's report.html again: one page, with every picture embedded."""
 
     run: tyro.conf.Positional[Path]
     """The run's folder; latest: the newest finished one in runs/."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..., or mps, which auto does not take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchOptions:
+    """Show a run's page in the browser, and follow the run while it trains."""
+
+    run: tyro.conf.Positional[Path] = Path("latest")
+    """The run's folder; latest: the newest in runs/, finished or not."""
+    port: int = 8000
+    """Where the page is: http://127.0.0.1:PORT, for this machine alone; 0 takes any that is free."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from fasttrain.cli import main
 from fasttrain.data.dataset import Dataset
 from fasttrain.distributed import World
 from fasttrain.errors import Interrupted, TrainingInterrupted, UserError
-from fasttrain.recipe import Recipe
+from fasttrain.recipe import PRESETS, Recipe
 from fasttrain.system import program
 from fasttrain.system.run_log import RunLog
 from fasttrain.system.signals import raise_on_signals
@@ -76,8 +76,9 @@ def test_a_typo_in_the_command_is_named(typed: str, said: str, capsys) -> None:
     assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("on_gpu", "epochs"), [(False, 7), (True, 24)])
-def test_help_shows_what_this_machine_would_use(on_gpu: bool, epochs: int, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(("on_gpu", "preset"), [(False, "laptop"), (True, "default")])
+def test_help_shows_what_this_machine_would_use(on_gpu: bool, preset: str, monkeypatch, capsys) -> None:
+    epochs = PRESETS[preset].epochs
     monkeypatch.setattr(cli, "_on_gpu", lambda _: on_gpu)
     with pytest.raises(SystemExit):
         main(["train", "--help"])

@@ -1,4 +1,5 @@
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
@@ -47,11 +48,40 @@ def test_confusion_counts_truth_by_row_and_prediction_by_column() -> None:
 
 def test_recall_divides_by_the_classs_images_and_precision_by_its_claims() -> None:
     labels_N, predictions_N = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1])
-    assert Evaluation(1.0, labels_N, predictions_N, torch.ones(4)).per_class(3) == [
+    assert Evaluation(1.0, labels_N, predictions_N, torch.ones(4), torch.ones(4)).per_class(3) == [
         ClassFigures(images=3, recall=2 / 3, precision=1.0, taken_for=1),
         ClassFigures(images=1, recall=1.0, precision=1 / 2, taken_for=None),
         ClassFigures(images=0, recall=None, precision=None, taken_for=None),
     ]
+
+
+def test_figures_over_many_classes_agree_with_counting_image_by_image() -> None:
+    classes, images = 7, 300
+    generator = torch.Generator().manual_seed(0)
+    labels_N = torch.randint(classes, (images,), generator=generator)
+    logits_NK = torch.randn(images, classes, generator=generator) + 2 * nn.functional.one_hot(
+        labels_N, classes
+    )
+    loader = [(logits_NK[:200], labels_N[:200]), (logits_NK[200:], labels_N[200:])]
+    found = evaluate(Parrot(), loader, RUNTIME)  # type: ignore[arg-type]
+    truths, rows = labels_N.tolist(), logits_NK.tolist()
+    ranked = [sorted(range(classes), key=lambda label: -row[label]) for row in rows]
+    pairs = [(truth, ranks[0]) for truth, ranks in zip(truths, ranked, strict=True)]
+    assert found.top5_accuracy == sum(t in r[:5] for t, r in zip(truths, ranked, strict=True)) / images
+    mistakes = Counter(pair for pair in pairs if pair[0] != pair[1])
+    listed = found.top_confusions(classes, 10)
+    assert [number for *_, number in listed] == [number for _, number in mistakes.most_common(10)]
+    assert all(mistakes[truth, prediction] == number for truth, prediction, number in listed)
+    f1 = []
+    for label in range(classes):
+        hits, claimed, there = (
+            pairs.count((label, label)),
+            sum(p == label for _, p in pairs),
+            truths.count(label),
+        )
+        f1.append(2 / (claimed / hits + there / hits))  # the harmonic mean of hits/claimed and hits/there
+    assert found.macro_f1(classes) == pytest.approx(sum(f1) / classes)
+    assert found.macro_f1(classes + 3) == pytest.approx(sum(f1) / classes)  # classes that do not occur
 
 
 def test_misclassified_starts_with_the_most_confident_mistake() -> None:

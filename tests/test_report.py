@@ -1,16 +1,22 @@
 """The pages about runs: what is on them, what they refuse, and that nothing in them reaches outside."""
 
 import base64
+import dataclasses
 import errno
 import hashlib
 import html
 import io
 import json
+import os
+import queue
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import threading
+import urllib.error
+import urllib.request
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -22,18 +28,23 @@ import torch
 from matplotlib.image import imread
 
 from fasttrain import trainer as train_module
-from fasttrain.cli import main
+from fasttrain.cli import _parse_recipe, main
+from fasttrain.data.dataset import Dataset, Split
+from fasttrain.data.run_images import RunImages
 from fasttrain.data.sources import cifar
 from fasttrain.evaluate import Evaluation
 from fasttrain.lr_finder import LrCurve, LrSearch
 from fasttrain.model import CustomResNet
-from fasttrain.recipe import Recipe
+from fasttrain.options import TrainCommand
+from fasttrain.recipe import PRESETS, Recipe
 from fasttrain.report import plots
 from fasttrain.report.compare import compare_settings, group_runs
-from fasttrain.report.html import _samples, _tests
+from fasttrain.report.html import _samples, _tests, write_report
 from fasttrain.report.pages import render
 from fasttrain.report.run import load_run
+from fasttrain.report.settings import train_command
 from fasttrain.tools.report import report
+from fasttrain.tools.watch import watch
 from fasttrain.trainer import train
 
 HOSTILE = "<script>alert('$x_$')</script>"
@@ -44,7 +55,7 @@ SEARCH = LrSearch(
 SECTIONS = (
     *("Loss", "Accuracy", "Seconds per epoch", "Schedule", "LR finder", "Augmented training images"),
     *("Confusion matrix", "Precision and recall", "The most confident mistakes"),
-    *("Recipe", "Machine", "Network", "Files"),
+    *("Recipe and machine", "Settings that differ from the preset default", "Machine", "Network", "Files"),
 )
 
 
@@ -107,11 +118,17 @@ def test_train_leaves_a_page_with_every_section(run: Path) -> None:
     assert [name for name in SECTIONS if name not in page.headings] == []
     result = json.loads((run / "result.json").read_text())
     parameters = sum(parameter.numel() for parameter in CustomResNet(width=8).parameters())
-    assert f"{result['test_accuracy']:.2%} final test accuracy" in page.text
+    assert f"{result['test_accuracy']:.2%} on synthetic images final test accuracy" in page.text
     assert "the figure to quote" in page.text
     assert "“synthetic” and not the original CIFAR-10" in page.text
+    assert page.source.count('class="headline"') == 2 and "on synthetic images" in page.text
     assert f"{parameters:,}" in page.text and "40 images" in page.text
     assert "pct_start 0.208333 " in page.text  # and not 0.20833333333333334
+    changed = "epochs 2 batch_size 16 max_lr auto width 8 cycle_momentum yes loader tensor"
+    assert f"preset default {changed} The others " in page.text
+    started = re.sub(r"(....)(..)(..)-(..)(..).*", r"\1-\2-\3 \4:\5", run.name)
+    assert f"run {run.name}, started {started}" in page.text
+    assert "compile off" in page.text and " cuda none" in page.text and "unknown" not in page.text
     assert "measured again" not in page.text  # its figures are the training's own
     assert {"last.pt", "best.pt", "metrics.jsonl", "lr_find.json"} <= set(page.links)
     assert all((run / link).is_file() for link in page.links)
@@ -159,12 +176,122 @@ def test_a_mistake_shows_its_own_image_with_truth_and_prediction(dataset) -> Non
     predictions_N[[3, 7]] = (labels_N[[3, 7]] + 1) % 10
     confidences_N = torch.full((40,), 0.5)
     confidences_N[7] = 0.75
-    tests = _tests(dataset, Evaluation(1.0, labels_N, predictions_N, confidences_N))
+    tests = _tests(dataset, Evaluation(1.0, labels_N, predictions_N, confidences_N, confidences_N > 0))
     assert [mistake["confidence"] for mistake in tests["mistakes"]] == [0.75, 0.5]
     for index, mistake in zip((7, 3), tests["mistakes"], strict=True):
         assert np.array_equal(pixels_HWC(mistake["uri"]), dataset.test.images[index])
         assert mistake["truth"] == dataset.classes[labels_N[index]]
         assert mistake["prediction"] == dataset.classes[predictions_N[index]]
+
+
+def many_classes(dataset: Dataset, count: int) -> tuple[Dataset, Evaluation]:
+    """Two test images of each class: of class 3 both are taken for 4, of class 5 one for 6."""
+    labels = np.repeat(np.arange(count), 2)
+    images = np.resize(dataset.test.images, (2 * count, *dataset.test.images.shape[1:]))
+    labels_N = torch.from_numpy(labels)
+    predictions_N, ones_N = labels_N.clone(), torch.ones(2 * count)
+    predictions_N[[6, 7, 10]] = torch.tensor([4, 4, 6])
+    in_top5_N = ones_N > 0
+    in_top5_N[6] = False
+    larger = dataclasses.replace(
+        dataset, classes=tuple(f"class {label}" for label in range(count)), test=Split(images, labels)
+    )
+    return larger, Evaluation(1.0, labels_N, predictions_N, ones_N, in_top5_N)
+
+
+def test_a_page_of_a_thousand_classes_lists_the_worst(run: Path, dataset: Dataset, tmp_path) -> None:
+    folder = copied(run, tmp_path / "run")
+    larger, evaluation = many_classes(dataset, 1000)
+    path = write_report(load_run(folder), larger, evaluation, device=torch.device("cpu"))
+    page = Page(path)
+    assert path.stat().st_size < 2e6 and len(page.tags) < 20_000
+    assert "true class mistaken for images class 3 class 4 2 class 5 class 6 1 " in page.text
+    assert re.search(r"mistaken for class 3 2 - 0\.0% class 4 class 5 2 100\.0% 50\.0% class 6 ", page.text)
+    assert "of 99.95% the class is among the five likeliest" in page.text
+    # F1 of class 3: 0; of 5: 2/3; of 4 (two more predicted): 4/6; of 6 (one more): 4/5.
+    assert f"macro-F1) is {(996 + 0 + 2 / 3 + 4 / 6 + 4 / 5) / 1000:.2%}." in page.text
+    assert "All 1,000 classes" in page.text and "class 999" in page.text
+
+
+@pytest.mark.parametrize("count", [10, 39, 40])
+def test_few_classes_have_a_matrix(run: Path, dataset: Dataset, tmp_path, count: int) -> None:
+    folder = copied(run, tmp_path / "run")
+    larger, evaluation = many_classes(dataset, count)
+    page = Page(write_report(load_run(folder), larger, evaluation, device=torch.device("cpu")))
+    assert ("Confusion matrix" in page.headings) == (count < 40)
+    assert ("Confusions" in page.headings) == (count == 40)
+
+
+def test_an_unfinished_run_has_a_page_that_says_so(run: Path, tmp_path, capsys) -> None:
+    folder = copied(run, tmp_path / "run")
+    (folder / "result.json").unlink()
+    first, _ = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text(first + '{"epoch": 2, "train_lo')  # being written
+    assert main(["report", str(folder)]) == 0
+    page = Page(folder / "report.html")
+    assert "recipe tiny: not finished" in page.text and "1 of 2 epochs" in page.text
+    assert f"{json.loads(first)['test_accuracy']:.2%}" in page.text and len(page.loaded) == 3 * 2
+    assert "refresh" not in page.source
+    (folder / "metrics.jsonl").unlink()
+    assert main(["report", str(folder)]) == 0
+    assert "The first epoch is not over yet" in Page(folder / "report.html").text
+    shutil.copy(run / "report.html", folder)  # of a finished run that lost its result.json
+    assert main(["report", str(folder)]) == 2
+    assert "left as it is, since a new page would show less (the run has" in capsys.readouterr().err
+    assert (folder / "report.html").read_bytes() == (run / "report.html").read_bytes()
+
+
+def test_watch_follows_a_run_until_its_report_is_there(run: Path, tmp_path) -> None:
+    folder = copied(run, tmp_path / "run")
+    result = (folder / "result.json").read_bytes()
+    (folder / "result.json").unlink()
+    lines: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=watch, args=(folder,), kwargs={"port": 0, "log": lines.put}, daemon=True).start()
+    [address] = re.findall(r"http://127\.0\.0\.1:\d+", lines.get(timeout=60))
+
+    def get(path: str) -> str:
+        with urllib.request.urlopen(address + path, timeout=60) as answer:
+            return answer.read().decode()
+
+    assert "2 of 2 epochs" in get("/") and '<meta http-equiv="refresh" content="5">' in get("/")
+    (folder / "result.json").write_bytes(result)
+    assert "2 of 2 epochs" in get("/")  # the report is being written
+    shutil.copy(run / "report.html", folder)
+    assert get("/") == (run / "report.html").read_text() and "refresh" not in get("/")
+    assert json.loads(get("/recipe.json")) == json.loads((run / "recipe.json").read_text())
+    for outside in ("/../x", "/%2e%2e/x", "//etc/passwd"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            get(outside)
+
+
+@pytest.mark.parametrize(("port", "reason"), [("70000", "port must be 0-65535"), ("1", "Permission denied")])
+def test_watch_refuses_what_it_cannot_serve(run: Path, port: str, reason: str, tmp_path, capsys) -> None:
+    if port == "1" and os.geteuid() == 0:
+        pytest.skip("root may use any port")
+    assert main(["watch", str(run), "--port", port]) == 2
+    assert f"--port {port}: cannot be used" in (said := capsys.readouterr().err) and reason in said
+    assert main(["watch", str(tmp_path)]) == 2 and "not a run's folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"name": "fast", **PRESETS["fast"].to_dict(), "seed": 3, "flip": False, "max_lr": 0.0125},
+        {"name": "assignment", **PRESETS["assignment"].to_dict(), "cuda_graph": False, "epochs": 2},
+    ],
+)
+def test_the_pages_command_trains_the_same_recipe(changes: dict[str, Any]) -> None:
+    recipe = Recipe(**changes)
+    program, *words = shlex.split(train_command(recipe, None))
+    assert program == "fasttrain" and words.pop(0) == "train"
+    assert _parse_recipe(TrainCommand, "train", words).settings == recipe
+
+
+def test_the_pages_command_names_the_images_but_no_folder_of_this_machine() -> None:
+    images = RunImages(name="folder:pets", data="folder:/home/someone/pets", data_dir="/x")
+    assert train_command(Recipe(), images) == "fasttrain train --recipe default --data folder:pets"
+    assert train_command(Recipe(name="mine"), None) == "fasttrain train --recipe recipe.json"
 
 
 def test_report_again_measures_the_checkpoint_and_agrees(run: Path, dataset_dir: Path, capsys) -> None:
@@ -323,7 +450,6 @@ def test_the_report_leaves_generators_and_threads_alone(run: Path, dataset_dir: 
     [
         ("recipe.json", None, "not a run's folder"),
         ("recipe.json", '{"epoks": 3}', "unknown recipe key 'epoks'"),
-        ("result.json", None, "has not finished"),
         ("result.json", "[1, 2]", "result.json: corrupt"),
         ("result.json", "{}", "result.json: test_accuracy is missing"),
         ("machine.json", None, "machine.json: cannot be read"),

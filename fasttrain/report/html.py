@@ -1,4 +1,4 @@
-"""One page about a finished run: report.html in its folder, with every picture embedded.
+"""One page about a run: report.html in its folder, with every picture embedded.
 
 The page loads nothing from the network and runs no script. A section that cannot be shown, for instance
 because the images are not on this disk, is replaced by a sentence that says why.
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from fasttrain.data.build_loader import build_loader, pick_loader
 from fasttrain.data.dataset import Dataset, Split
+from fasttrain.data.run_images import RunImages
+from fasttrain.data.sources import synthetic
 from fasttrain.errors import UserError
 from fasttrain.evaluate import Evaluation
 from fasttrain.model import build_model
@@ -21,17 +23,26 @@ from fasttrain.optim import one_cycle
 from fasttrain.recipe import Recipe
 from fasttrain.report import plots
 from fasttrain.report.network_table import summary
-from fasttrain.report.pages import Missing, write_page
+from fasttrain.report.pages import Missing, render, write_page
 from fasttrain.report.plots import Picture
-from fasttrain.report.run import Run
+from fasttrain.report.run import Run, UnfinishedRun
+from fasttrain.report.settings import base_preset, changed_settings, train_command
 from fasttrain.system.fallbacks import Fallbacks
+from fasttrain.system.files import write_atomically
 from fasttrain.system.rng import fork_rng
+from fasttrain.system.run_folder import RESULT_FILE
 
 SAMPLES = 24
 """Augmented training images on the page."""
 
 MISTAKES = 24
 """Most confident mistakes on the page."""
+
+MANY_CLASSES = 40
+"""From so many classes on, a list of the most frequent confusions takes the place of their matrix."""
+
+LISTED = 20
+"""Then: how many confusions are listed, and how many of the worst classes."""
 
 FILES = {
     "last.pt": "checkpoint after the final epoch",
@@ -48,7 +59,7 @@ FILES = {
 
 MARKS = {
     "samples": 'alt="an augmented training image"',
-    "tests": "<h3>Confusion matrix</h3>",
+    "tests": "<h3>Confusion",
     "summary": "<summary>Layer by layer</summary>",
 }
 """What a page contains if, and only if, it shows this section."""
@@ -86,12 +97,53 @@ def write_report(
         path,
         "report.html.j2",
         run=run,
+        is_synthetic=run.result["dataset"] == synthetic.NAME,
+        **settings_of(run),
         **run.pictures(),
         schedule=_schedule_picture(run),
         lr_find=given(run, _lr_find_picture),
         **sections,
         files={name: text for name, text in FILES.items() if (run.folder / name).exists()},
     )
+    return path
+
+
+def settings_of(run: UnfinishedRun) -> dict[str, Any]:
+    """Return a page's content about the run's settings."""
+    changed, every = changed_settings(run.recipe), run.recipe.to_dict()
+    return {
+        "command": train_command(run.recipe, RunImages.of_run(run.folder)),
+        "base": base_preset(run.recipe),
+        "changed": changed,
+        "unchanged": {key: value for key, value in every.items() if key not in changed},
+    }
+
+
+def progress_page(run: UnfinishedRun, refresh_seconds: int | None = None) -> str:
+    """Return the HTML of a page about a run as far as it has got.
+
+    refresh_seconds: after so many seconds the browser asks for it again; None: never.
+    """
+    images = RunImages.of_run(run.folder)
+    return render(
+        "progress.html.j2",
+        run=run,
+        **settings_of(run),
+        pictures=run.pictures() if run.epochs else {},
+        dataset=images.name if images else None,
+        is_synthetic=images is not None and images.name == synthetic.NAME,
+        refresh_seconds=refresh_seconds,
+    )
+
+
+def write_progress(run: UnfinishedRun) -> Path:
+    """Write report.html of a run that has not finished, marked as such; returns its path.
+
+    Raises UserError if there is the page of a finished run.
+    """
+    path, text = run.folder / "report.html", progress_page(run)
+    _require_no_less(path, dict.fromkeys(MARKS, Missing(f"the run has no {RESULT_FILE}")))
+    write_atomically(path, lambda file: file.write(text.encode()))
     return path
 
 
@@ -163,12 +215,25 @@ def _samples(dataset: Dataset, recipe: Recipe, device: torch.device) -> dict[str
 def _tests(dataset: Dataset, evaluation: Evaluation) -> dict[str, Any]:
     """Return the page's content about the test images: counts, figures per class, mistakes."""
     classes = dataset.classes
+    has_many = len(classes) >= MANY_CLASSES
+    per_class = [
+        (name, figures, "-" if figures.taken_for is None else classes[figures.taken_for])
+        for name, figures in zip(classes, evaluation.per_class(len(classes)), strict=True)
+    ]
+    worst = sorted((row for row in per_class if row[1].images), key=lambda row: row[1].recall or 0.0)
     return {
         "images": len(evaluation.labels_N),
         "accuracy": evaluation.accuracy,
+        "top5_accuracy": evaluation.top5_accuracy if has_many else None,
+        "macro_f1": evaluation.macro_f1(len(classes)),
         "classes": classes,
-        "confusion": evaluation.confusion_KK(len(classes)).tolist(),
-        "per_class": evaluation.per_class(len(classes)),
+        "confusion": None if has_many else evaluation.confusion_KK(len(classes)).tolist(),
+        "confusions": [
+            (classes[truth], classes[prediction], number)
+            for truth, prediction, number in evaluation.top_confusions(len(classes), LISTED)
+        ],
+        "per_class": per_class,
+        "worst": worst[:LISTED],
         "mistakes": [
             {
                 "uri": plots.image_uri(dataset.test.images[index]),

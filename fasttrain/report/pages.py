@@ -46,10 +46,16 @@ def _script(name: str) -> str:
     return (files("fasttrain.report") / "templates" / name).read_text(encoding="utf-8")
 
 
-def _plain(value: object) -> str:
+ABSENT = {"compile": "off", "cuda": "none", "cudnn": "none", "dali": "not installed"}
+"""What a null in machine.json means, if it does not mean that the value could not be found out."""
+
+
+def _plain(value: object, key: str = "") -> str:
     """Format a setting as a person would write it: 0.208333 and not 0.20833333333333334."""
     if value is None:
-        return "unknown"
+        return ABSENT.get(key, "unknown")
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

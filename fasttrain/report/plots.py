@@ -91,11 +91,12 @@ def chart(
     log_x: bool = False,
     mark_x: float | None = None,
     y_from: float | None = None,
+    ring: tuple[float, float] | None = None,
 ) -> Draw:
     """Define a chart of lines over one axis.
 
     percent: y is a share from 0 to 1, labelled in percent. mark_x: draw a vertical line there, with its
-    value. y_from: where the axis of y begins, if not at the lowest value.
+    value. y_from: where the axis of y begins, if not at the lowest value. ring: a point to mark by a ring.
     """
 
     def draw(axes: Any, palette: Palette) -> None:
@@ -121,6 +122,8 @@ def chart(
             axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
         if mark_x is not None:
             axes.axvline(mark_x, color=palette.ink, linestyle="--", linewidth=1, label=f"{mark_x:.3g}")
+        if ring is not None:
+            axes.plot(*ring, "o", markersize=9, markerfacecolor="none", markeredgecolor=palette.ink)
         if y_from is not None:
             axes.set_ylim(bottom=y_from)
         axes.set_xlabel(x_name)

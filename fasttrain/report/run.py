@@ -1,6 +1,7 @@
-"""A finished run, read from its folder: for the report, the comparison, and notebooks."""
+"""A run, read from its folder: for the report, the comparison, and notebooks."""
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,15 @@ from fasttrain.report.pages import render
 from fasttrain.report.plots import Curve, Draw, Picture
 from fasttrain.system.machine import hardware_name
 from fasttrain.system.program import typed
-from fasttrain.system.run_folder import parse_object, read_object, read_text, run_folder
+from fasttrain.system.run_folder import (
+    MACHINE_FILE,
+    RECIPE_FILE,
+    RESULT_FILE,
+    parse_object,
+    read_object,
+    read_text,
+    run_folder,
+)
 
 EPOCH_FIGURES = ("epoch", "train_accuracy", "test_accuracy", "seconds", "images_per_sec", "data_wait_share")
 EPOCH_LOSSES = ("train_loss", "test_loss")  # null for NaN or infinity
@@ -28,30 +37,31 @@ RESULT_OPTIONS = ("test_accuracy_views", "setup_seconds")  # if the recipe asked
 RESULT_NAMES = ("dataset", "device", "loader", "precision", "compile")
 
 
-@dataclass(frozen=True)
-class Run:
-    """The checked content of a finished run's folder. A notebook shows its headline figures and curves.
+@dataclass(frozen=True, kw_only=True)
+class UnfinishedRun:
+    """The checked content of a run's folder, as far as it has got.
 
-    epochs: the rows of metrics.jsonl. lr_find: None if the LR finder was not used.
+    epochs: the rows of metrics.jsonl, none before the end of the first epoch.
     """
 
     folder: Path
     recipe: Recipe
     machine: dict[str, Any] = field(repr=False)
-    result: dict[str, Any] = field(repr=False)
     epochs: list[dict[str, Any]] = field(repr=False)
-    lr_find: dict[str, Any] | None = field(repr=False)
+
+    @property
+    def started(self) -> str | None:
+        """When it was started by the machine's clock: the folder's name says so, if it still is that."""
+        try:
+            moment = time.strptime(self.folder.resolve().name[:15], "%Y%m%d-%H%M%S")
+        except ValueError:
+            return None
+        return time.strftime("%Y-%m-%d %H:%M", moment)
 
     @property
     def hardware(self) -> str:
         """The run's GPU, or its CPU and cores, in a few words."""
         return hardware_name(self.machine)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps in an epoch, recovered from the first epoch's images per second."""
-        first = self.epochs[0]
-        return round(first["images_per_sec"] * first["seconds"] / self.recipe.batch_size)
 
     def column(self, key: str) -> list[float]:
         """Return one figure of every epoch, NaN where the file has null."""
@@ -72,15 +82,17 @@ class Run:
             "seconds": plots.picture(self._seconds(), "Training seconds of every epoch"),
         }
 
-    def _repr_html_(self) -> str:
-        return render("run.html.j2", run=self, pictures=self.pictures())
-
     def _loss(self) -> Draw:
         return plots.chart(self._train_and_test("loss"), x_name="epoch", y_name="loss per image")
 
     def _accuracy(self) -> Draw:
         curves = self._train_and_test("accuracy")
-        return plots.chart(curves, x_name="epoch", y_name="accuracy", percent=True)
+        return plots.chart(curves, x_name="epoch", y_name="accuracy", percent=True, ring=self._best_epoch())
+
+    def _best_epoch(self) -> tuple[float, float]:
+        """Return the epoch with the highest test accuracy, the first of several, and that accuracy."""
+        best = max(self.epochs, key=lambda row: row["test_accuracy"])
+        return best["epoch"], best["test_accuracy"]
 
     def _seconds(self) -> Draw:
         return plots.epoch_seconds(self.column("seconds"), self.column("data_wait_share"))
@@ -93,12 +105,31 @@ class Run:
         ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run(UnfinishedRun):
+    """The checked content of a finished run's folder. A notebook shows its headline figures and curves.
+
+    lr_find: None if the LR finder was not used.
+    """
+
+    result: dict[str, Any] = field(repr=False)
+    lr_find: dict[str, Any] | None = field(repr=False)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in an epoch, recovered from the first epoch's images per second."""
+        first = self.epochs[0]
+        return round(first["images_per_sec"] * first["seconds"] / self.recipe.batch_size)
+
+    def _repr_html_(self) -> str:
+        return render("run.html.j2", run=self, pictures=self.pictures())
+
+
 def load_run(folder: Path | str) -> Run:
     """Read a run's folder. Raises UserError if it is not one, is unfinished, or has a corrupt file."""
     folder = run_folder(Path(folder))
-    if not (folder / "recipe.json").is_file():
-        raise UserError(f"{folder}: not a run's folder; expected one that fasttrain train made")
-    if not (folder / "result.json").is_file():
+    _require_run(folder)
+    if not (folder / RESULT_FILE).is_file():
         raise UserError(
             f"{folder}: has no result.json: the run has not finished; "
             f"to resume it: {typed('train', '--resume', str(folder))}"
@@ -111,26 +142,50 @@ def load_run(folder: Path | str) -> Run:
     fallbacks = result.get("fallbacks", [])  # older runs have none
     if not isinstance(fallbacks, list) or not all(isinstance(line, str) for line in fallbacks):
         raise UserError(f"{folder / 'result.json'}: fallbacks is {fallbacks!r}; expected a list of lines")
-    try:
-        recipe = Recipe.from_dict(read_object(folder / "recipe.json"))
-    except UserError as error:
-        raise UserError(f"{folder / 'recipe.json'}: {error}") from error
+    metrics = folder / "metrics.jsonl"
+    epochs = _read_epochs(metrics)
+    if not epochs:
+        raise UserError(f"{metrics}: empty; expected a line per epoch")
     return Run(
         folder=folder,
-        recipe=recipe,
-        machine=read_object(folder / "machine.json"),
+        recipe=_read_recipe(folder),
+        machine=read_object(folder / MACHINE_FILE),
         result=result,
-        epochs=_read_epochs(folder / "metrics.jsonl"),
+        epochs=epochs,
         lr_find=read_object(folder / "lr_find.json") if (folder / "lr_find.json").exists() else None,
     )
 
 
-def _read_epochs(path: Path) -> list[dict[str, Any]]:
-    lines = read_text(path).splitlines()
-    if not lines:
-        raise UserError(f"{path}: empty; expected a line per epoch")
-    rows = []
-    for number, line in enumerate(lines, start=1):
+def load_unfinished(folder: Path) -> UnfinishedRun:
+    """Read the folder of a run that has begun. Raises UserError if it is not one or has a corrupt file."""
+    _require_run(folder)
+    metrics = folder / "metrics.jsonl"
+    return UnfinishedRun(
+        folder=folder,
+        recipe=_read_recipe(folder),
+        machine=read_object(folder / MACHINE_FILE),
+        epochs=_read_epochs(metrics, is_growing=True) if metrics.exists() else [],
+    )
+
+
+def _require_run(folder: Path) -> None:
+    if not (folder / RECIPE_FILE).is_file():
+        raise UserError(f"{folder}: not a run's folder; expected one that fasttrain train made")
+
+
+def _read_recipe(folder: Path) -> Recipe:
+    try:
+        return Recipe.from_dict(read_object(folder / RECIPE_FILE))
+    except UserError as error:
+        raise UserError(f"{folder / RECIPE_FILE}: {error}") from error
+
+
+def _read_epochs(path: Path, *, is_growing: bool = False) -> list[dict[str, Any]]:
+    """Read the rows of metrics.jsonl; is_growing: leave out a line that is being written."""
+    text, rows = read_text(path), []
+    if is_growing:
+        text = text[: text.rfind("\n") + 1]
+    for number, line in enumerate(text.splitlines(), start=1):
         place = f"{path} line {number}"
         rows.append(parse_object(line, place))
         _require(place, rows[-1], EPOCH_FIGURES, nullable=EPOCH_LOSSES)

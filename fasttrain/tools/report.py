@@ -1,12 +1,13 @@
-"""`fasttrain report`: write a finished run's page again, from its folder."""
+"""`fasttrain report`: write a run's page again, from its folder."""
 
 from pathlib import Path
 
 from fasttrain.checkpoint.network import load_model
 from fasttrain.data.run_images import RunImages, find_dataset
-from fasttrain.report.html import given, write_report
-from fasttrain.report.run import load_run
+from fasttrain.report.html import given, write_progress, write_report
+from fasttrain.report.run import load_run, load_unfinished
 from fasttrain.system.machine import pick_device
+from fasttrain.system.run_folder import RECIPE_FILE, RESULT_FILE, run_folder
 from fasttrain.tools.evaluate_checkpoint import evaluate_model
 
 
@@ -18,14 +19,18 @@ def report(
     skip_bad: bool = False,
     device: str = "auto",
 ) -> Path:
-    """Write a finished run's report.html again; returns its path.
+    """Write a run's report.html again; returns its path.
 
-    The figures on the test images come from evaluating last.pt again. Nothing is downloaded or generated:
-    without the run's images, or without last.pt, a sentence replaces their sections.
+    That of an unfinished run is marked as such, and shows the epochs so far. Of a finished one, the figures
+    on the test images come from evaluating last.pt again. Nothing is downloaded or generated: without the
+    run's images, or without last.pt, a sentence replaces their sections.
     data, data_dir, skip_bad: where the run's images are now, as run_images.find_dataset takes them.
-    Raises UserError if there is no finished run, if there is a page that would lose a section, or if the page
-    cannot be written.
+    Raises UserError if there is no run, if there is a page that would lose a section, or if the page cannot
+    be written.
     """
+    folder = run_folder(folder)
+    if (folder / RECIPE_FILE).exists() and not (folder / RESULT_FILE).exists():
+        return write_progress(load_unfinished(folder))
     run = load_run(folder)
     folder = run.folder
     run_device = pick_device(device)
