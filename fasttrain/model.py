@@ -93,6 +93,7 @@ class ImageClassifier(nn.Module):
     returns logits_NK (N, num_classes). The parameters do not depend on the resolution, so a network can train
     on another one for a while (a recipe's early_scale).
     resolution: pixels of an image's side, at least 16.
+    classes: names in the order of the logits, known of a network from a checkpoint.
     mean, std: those of the training images per channel, for pixels from 0 to 1.
     logit_scale: factor for the last layer's outputs; a buffer like mean and std, so that the logits follow
     from the state dict.
@@ -102,6 +103,7 @@ class ImageClassifier(nn.Module):
     mean: Tensor
     inverse_std: Tensor
     logit_scale: Tensor
+    classes: tuple[str, ...] = ()
 
     def __init__(
         self, *, resolution: int, mean: Sequence[float], std: Sequence[float], logit_scale: float

@@ -3,14 +3,19 @@
 `fasttrain.train(recipe, **options)` takes the fields of TrainOptions, so each default is given only once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 import tyro
 
+from fasttrain.callbacks import Callback
 from fasttrain.errors import UserError
 from fasttrain.recipe import NetworkName, Recipe, Views, flag
+
+if TYPE_CHECKING:
+    from fasttrain.data.dataset import Dataset
 
 DataName = Annotated[
     str, tyro.conf.arg(metavar="auto|cifar10|cifar100|synthetic|folder:PATH|webdataset:PATTERN")
@@ -79,8 +84,37 @@ class TrainOptions(RunOptions):
     """Write event files to the run's folder: every epoch's metrics, and a grid of augmented images."""
     report: tyro.conf.Suppress[bool] = True
     """Write report.html too; wall_seconds does not include the time for it."""
+    callbacks: tyro.conf.Suppress[Sequence[Callback]] = ()
+    """Told about every epoch and about the end."""
     started: tyro.conf.Suppress[float | None] = None
     """time.perf_counter() at the start of the process, for wall_seconds; by default at train()'s call."""
+
+    @classmethod
+    def of(cls, keywords: "TrainKeywords") -> "TrainOptions":
+        """Return the options that these keywords give; a path may also be a str."""
+        values: dict[str, Any] = dict(keywords)
+        for name in ("data_dir", "out"):
+            if isinstance(values.get(name), str):
+                values[name] = Path(values[name])
+        return cls(**values)
+
+
+class TrainKeywords(TypedDict, total=False):
+    """The fields of TrainOptions as keywords for type checkers; a test compares the two."""
+
+    data: "str | Dataset"
+    data_dir: Path | str | None
+    skip_bad: bool
+    device: str
+    out: Path | str
+    resume: Path | str | None
+    save_every: str
+    on_nan: Literal["stop", "rollback"]
+    fallback: bool
+    tensorboard: bool
+    report: bool
+    callbacks: Sequence[Callback]
+    started: float | None
 
 
 def typed_flags(options: TrainOptions, *names: str) -> list[str]:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
+from fasttrain.callbacks import CallbackList
 from fasttrain.checkpoint.fingerprint import fingerprint
 from fasttrain.checkpoint.manager import CheckpointManager, SaveInterval
 from fasttrain.checkpoint.resume import ResumePoint, restore_latest, resume_command, say_how_to_resume
@@ -25,11 +27,11 @@ from fasttrain.data.loader import Loader
 from fasttrain.data.run_images import RunImages
 from fasttrain.distributed import World
 from fasttrain.errors import DivergedError, one_line
-from fasttrain.evaluate import Evaluation, concat, evaluate
+from fasttrain.evaluation import Evaluation, concat, evaluate
 from fasttrain.laptop import estimate_full_recipe, is_laptop
 from fasttrain.lr_finder import find_max_lr
 from fasttrain.model import build_model_for
-from fasttrain.options import TrainOptions
+from fasttrain.options import TrainKeywords, TrainOptions
 from fasttrain.recipe import Recipe
 from fasttrain.report.html import first_images, write_report
 from fasttrain.report.run import Run, load_run
@@ -59,16 +61,17 @@ MAX_ROLLBACKS = 3
 """How many times a diverged run may be rolled back, its learning rate halved each time."""
 
 
-def train(recipe: Recipe, **options: Any) -> Run:
+def train(recipe: Recipe, **options: Unpack[TrainKeywords]) -> Run:
     """Train a recipe and write a run's folder; returns its content as a Run.
 
-    options: the fields of options.TrainOptions, which describes them; `data` may also be a Dataset.
+    options: the fields of options.TrainOptions, which describes them; `data` may also be a Dataset, and a
+    path a str.
     Under torchrun, every process calls this with the same arguments, and they train together: each on its
     share of every batch; the first writes the folder and prints.
     Raises UserError for a mistake that the user can fix, and Interrupted (a KeyboardInterrupt) after the
     first SIGINT or SIGTERM, once the state is saved.
     """
-    opts = TrainOptions(**{"started": time.perf_counter(), **options})
+    opts = TrainOptions.of({"started": time.perf_counter(), **options})
     SaveInterval.parse(opts.save_every)  # refuse a mistake before doing anything
     unfinished = None if opts.resume is None else find_unfinished(opts.resume, Path(opts.out))
     if unfinished is None:
@@ -139,6 +142,7 @@ class Trainer:
         self.recipe, self.options, self.world, self.runtime = recipe, options, world, runtime
         self.dataset, self.train_loader, self.test_loader, self.log = dataset, train_loader, test_loader, log
         self.machine = describe(world.device) | {"ranks": world.size}
+        self.callbacks = CallbackList(options.callbacks if world.is_main else ())
 
     def prepare(self, origin: ResumePoint) -> None:
         """Build the step, restore the checkpoint if there is one, and compile and capture if that pays."""
@@ -222,6 +226,7 @@ class Trainer:
                 state.progress.finish_epoch({"epoch": state.epoch + 1, **train_metrics, **test_metrics})
                 self.log.epoch(state.progress.epochs[-1])
                 checkpoints.end_of_epoch()
+                self.callbacks.on_epoch_end(state.progress.epochs[-1])
                 checkpoints.stop_if_asked()
             if opts.report and test is None:  # resumed after its last epoch
                 test, _ = self.test_epoch()
@@ -311,6 +316,7 @@ class Trainer:
             f"test images){averaged}; {result['train_seconds']:.1f} s of training, "
             f"{result['wall_seconds']:.1f} s in total -> {log.folder}"
         )
+        self.callbacks.on_train_end(result)
         return self.world.broadcast(lambda: load_run(log.folder))
 
     def _headline(self) -> str:

@@ -20,7 +20,7 @@ from fasttrain.data.sampler import Shard
 from fasttrain.data.sources import cifar, synthetic
 from fasttrain.distributed import World
 from fasttrain.errors import UserError
-from fasttrain.evaluate import evaluate
+from fasttrain.evaluation import evaluate
 from fasttrain.model import build_model
 from fasttrain.runtime import Runtime
 from tests.distributed_job import FOUND_LR, RUN_RECIPE, STEP_RECIPE, steps

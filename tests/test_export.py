@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fasttrain.checkpoint.file import load_checkpoint, save_checkpoint
-from fasttrain.checkpoint.network import load_model
+from fasttrain.checkpoint.network import load_trained_model
 from fasttrain.data.dataset import Dataset
 from fasttrain.errors import UserError
 from fasttrain.recipe import Recipe
@@ -60,7 +60,7 @@ def test_an_export_loads_and_computes_what_the_checkpoint_does(
     assert "40 images (test images of synthetic)" in said and "100.00% of the predictions" in said
 
     content = out.read_bytes()
-    model = load_model(checkpoint, CPU).model
+    model = load_trained_model(checkpoint, CPU).model
     pixels_NCHW = torch.from_numpy(dataset.test.images[:7]).permute(0, 3, 1, 2)
     facts = json.loads(card.read_text())
     images_NCHW = pixels_NCHW

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrain import model as model_module
 from fasttrain.checkpoint.file import load_checkpoint, save_checkpoint
-from fasttrain.checkpoint.network import load_model, restore_model
+from fasttrain.checkpoint.network import load_trained_model, restore_model
 from fasttrain.checkpoint.proof import TOLERANCE, proof_images, proof_logits, require_proven
 from fasttrain.errors import UserError
 from fasttrain.model import CompactNet, CustomResNet, ImageClassifier, build_model
@@ -59,7 +59,7 @@ def test_whatever_a_recipe_says_its_checkpoint_gives_the_network_that_was_saved(
     recipe, path = changed(field), tmp_path / "last.pt"
     model = experienced_network(recipe, mean=(0.1, 0.5, 0.9))
     save_checkpoint(path, checkpoint_of(model, recipe, CLASSES))
-    loaded = load_model(path, CPU, pytest.fail)
+    loaded = load_trained_model(path, CPU, pytest.fail)
     images_NCHW = torch.randint(256, (5, 3, recipe.resolution, recipe.resolution), dtype=torch.uint8)
     with torch.inference_mode():
         assert torch.equal(loaded.model(images_NCHW), model(images_NCHW))
@@ -82,7 +82,7 @@ def test_a_network_that_came_back_otherwise_is_refused_with_the_difference(lost:
         state["model"]["logit_scale"].fill_(0.5)
     save_checkpoint(path, state)
     with pytest.raises(UserError, match=r"last\.pt: .*logits of the proof images differ by \d") as error:
-        load_model(path, CPU)
+        load_trained_model(path, CPU)
     assert "\n" not in str(error.value)
 
 
@@ -98,7 +98,7 @@ def test_a_proof_that_is_none_is_refused(proof, tmp_path) -> None:
         tmp_path / "last.pt", checkpoint_of(build_model(NARROW, 10), NARROW, CLASSES, proof=proof)
     )
     with pytest.raises(UserError, match=r"last\.pt: .*proof"):
-        load_model(tmp_path / "last.pt", CPU)
+        load_trained_model(tmp_path / "last.pt", CPU)
 
 
 def test_another_order_of_sums_is_rounding() -> None:
@@ -220,16 +220,16 @@ def test_a_checkpoint_of_before_is_rebuilt_from_its_recipe_and_said_to_be_unprov
     del state["proof"]
     save_checkpoint(path, state)
     said: list[str] = []
-    loaded = load_model(path, CPU, said.append)
+    loaded = load_trained_model(path, CPU, said.append)
     assert torch.equal(proof_logits(loaded.model), proof_logits(model))
     assert len(said) == 1 and said[0].startswith(f"{path}: unproven") and "\n" not in said[0]
-    load_model(path, CPU)
+    load_trained_model(path, CPU)
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"{said[0]}\n")
     del state["recipe"]["width"]  # as of before it was a field: the width was 64
     save_checkpoint(path, state)
     with pytest.raises(UserError, match=r"last\.pt: its weights do not fit"):
-        load_model(path, CPU)
+        load_trained_model(path, CPU)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -241,7 +241,7 @@ def test_what_a_foreign_hand_wrote_is_one_line(key: str, value, tmp_path: Path) 
     state = checkpoint_of(build_model(NARROW, 10), NARROW, CLASSES) | {key: value}
     save_checkpoint(tmp_path / "last.pt", state)
     try:
-        load_model(tmp_path / "last.pt", CPU)
+        load_trained_model(tmp_path / "last.pt", CPU)
     except UserError as error:
         assert "last.pt" in str(error) and "\n" not in str(error)
 
@@ -255,6 +255,6 @@ def test_weights_of_another_network_are_one_line() -> None:
 def test_a_loaded_network_draws_nothing_from_the_callers_generator(tmp_path) -> None:
     save_checkpoint(tmp_path / "last.pt", checkpoint_of(build_model(NARROW, 10), NARROW, CLASSES))
     before = torch.get_rng_state()
-    load_model(tmp_path / "last.pt", CPU)
+    load_trained_model(tmp_path / "last.pt", CPU)
     assert torch.equal(torch.get_rng_state(), before)
     assert load_checkpoint(tmp_path / "last.pt")["proof"].shape == (4, 10)

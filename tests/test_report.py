@@ -32,7 +32,7 @@ from fasttrain.cli import _parse_recipe, main
 from fasttrain.data.dataset import Dataset, Split
 from fasttrain.data.run_images import RunImages
 from fasttrain.data.sources import cifar
-from fasttrain.evaluate import Evaluation
+from fasttrain.evaluation import Evaluation
 from fasttrain.lr_finder import LrCurve, LrSearch
 from fasttrain.model import CustomResNet
 from fasttrain.options import TrainCommand

@@ -24,7 +24,7 @@ from fasttrain.data.build_loader import build_loader
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.sources import cifar
 from fasttrain.errors import DivergedError, Interrupted, UserError
-from fasttrain.evaluate import evaluate
+from fasttrain.evaluation import evaluate
 from fasttrain.model import build_model
 from fasttrain.options import EvaluateOptions
 from fasttrain.recipe import Recipe, flag

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fasttrain import trainer
 from fasttrain.checkpoint.file import load_checkpoint
-from fasttrain.checkpoint.network import load_model
+from fasttrain.checkpoint.network import load_trained_model
 from fasttrain.checkpoint.proof import proof_logits
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.load_dataset import load_dataset
@@ -122,7 +122,7 @@ def test_evaluate_gives_the_figures_that_the_training_wrote(trained: Trained, ca
 
 def test_every_checkpoint_of_the_run_proves_itself(trained: Trained) -> None:
     for name in ("last.pt", "previous.pt", "best.pt"):
-        load_model(trained.folder / name, CPU, pytest.fail)
+        load_trained_model(trained.folder / name, CPU, pytest.fail)
     proof_NK = load_checkpoint(trained.checkpoint)["proof"]
     torch.testing.assert_close(proof_NK, proof_logits(trained.network), rtol=1e-5, atol=1e-6)
 

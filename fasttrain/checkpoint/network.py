@@ -53,7 +53,7 @@ def _print_to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def load_model(
+def load_trained_model(
     path: Path, device: torch.device, log: Callable[[str], object] = _print_to_stderr
 ) -> TrainedModel:
     """Rebuild the network in a checkpoint, and check that it is the one that was saved.
@@ -82,6 +82,7 @@ def load_model(
         raise UserError(
             f"{path}: not a checkpoint that fasttrain wrote ({reason}); train the network again"
         ) from error
+    trained.model.classes = tuple(classes)
     if "proof" not in state:
         log(unproven(path))
     return trained

@@ -17,7 +17,7 @@ from fasttrain.data.dataset import Dataset, Split
 from fasttrain.data.run_images import RunImages
 from fasttrain.data.sources import synthetic
 from fasttrain.errors import UserError
-from fasttrain.evaluate import Evaluation
+from fasttrain.evaluation import Evaluation
 from fasttrain.model import build_model
 from fasttrain.optim import one_cycle
 from fasttrain.recipe import Recipe

@@ -1,18 +1,18 @@
 """`fasttrain evaluate`: a checkpoint's accuracy, figures per class, and the most confident mistakes."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from fasttrain.checkpoint.network import TrainedModel, load_model
+from fasttrain.checkpoint.network import TrainedModel, load_trained_model
 from fasttrain.data.build_loader import build_loader
 from fasttrain.data.dataset import Dataset, Split
 from fasttrain.data.load_dataset import load_dataset, load_from_options, names_own_images
 from fasttrain.data.run_images import find_dataset
 from fasttrain.errors import UserError
-from fasttrain.evaluate import Evaluation, evaluate
+from fasttrain.evaluation import Evaluation, evaluate
 from fasttrain.options import DataOptions, EvaluateOptions
 from fasttrain.recipe import Views
 from fasttrain.runtime import Runtime
@@ -53,23 +53,40 @@ def evaluate_model(
     return evaluate(trained.model, loader, runtime, views=views)
 
 
+class Measurement(NamedTuple):
+    """A checkpoint, the images it was measured on, and what came out."""
+
+    trained: TrainedModel
+    dataset: Dataset
+    device: torch.device
+    evaluation: Evaluation
+
+
+def measure(options: EvaluateOptions) -> Measurement:
+    """Measure a checkpoint on every image of a split: of the images that the options name, else its run's.
+
+    Raises UserError if the checkpoint cannot be read, or if its classes are not the data set's.
+    """
+    device = pick_device(options.device)
+    trained = load_trained_model(options.checkpoint, device)
+    dataset = _load(trained, options)
+    evaluation = evaluate_model(trained, dataset, device, split=options.split, views=options.views)
+    return Measurement(trained, dataset, device, evaluation)
+
+
 def evaluate_checkpoint(options: EvaluateOptions) -> Evaluation:
     """Measure a checkpoint on every image of a split; print accuracy, figures per class and mistakes.
 
-    The images are those that the options name, else the run's own. Also prints the test accuracy that the
-    training measured on the same weights, if any.
-    Raises UserError if the checkpoint cannot be read, or if its classes are not the data set's.
+    Also prints the test accuracy that the training measured on the same weights, if any. Raises UserError as
+    `measure` does.
     """
     from rich.markup import escape
     from rich.table import Table
 
     from fasttrain.system.console import Console
 
-    device, split = pick_device(options.device), options.split
-    trained = load_model(options.checkpoint, device)
-    dataset = _load(trained, options)
-    result = evaluate_model(trained, dataset, device, split=split, views=options.views)
-
+    trained, dataset, device, result = measure(options)
+    split = options.split
     precision = evaluation_precision(trained.precision, device)
     console = Console(soft_wrap=True)
     console.print(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain import __version__
-from fasttrain.checkpoint.network import TrainedModel, load_model, model_with_weights
+from fasttrain.checkpoint.network import TrainedModel, load_trained_model, model_with_weights
 from fasttrain.data.run_images import find_dataset
 from fasttrain.errors import UserError
 from fasttrain.model import ImageClassifier
@@ -68,7 +68,7 @@ def export(
     if format == "safetensors" and input != "pixels":
         raise UserError("--input normalized: safetensors hold weights, not a graph; leave it out")
     require_writable(out.parent, f"--out {out}")
-    trained = load_model(checkpoint, CPU)
+    trained = load_trained_model(checkpoint, CPU)
     checkpoint = trained.path
     model, recipe = trained.model, trained.recipe
     with warnings.catch_warnings():  # torch's exporters warn about their own internals

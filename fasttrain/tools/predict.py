@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrain.checkpoint.network import load_model
+from fasttrain.checkpoint.network import load_trained_model
 from fasttrain.data.sources.image import FORMATS, SUFFIXES, decode
 from fasttrain.errors import UserError
 from fasttrain.model import ImageClassifier
@@ -53,7 +53,7 @@ def predict(
         if value < 1:
             raise UserError(f"{flag} {value}: expected at least 1")
     run_device, files = pick_device(device), find_images(paths)
-    trained = load_model(checkpoint, run_device)
+    trained = load_trained_model(checkpoint, run_device)
     prepare(run_device, "fp32")
     predictions: list[Prediction] = []
     for start in range(0, len(files), batch_size):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fasttrain.checkpoint.network import load_model
+from fasttrain.checkpoint.network import load_trained_model
 from fasttrain.data.run_images import RunImages, find_dataset
 from fasttrain.report.html import given, write_progress, write_report
 from fasttrain.report.run import load_run, load_unfinished
@@ -42,6 +42,6 @@ def report(
         ),
     )
     evaluation = given(
-        dataset, lambda found: evaluate_model(load_model(folder, run_device), found, run_device)
+        dataset, lambda found: evaluate_model(load_trained_model(folder, run_device), found, run_device)
     )
     return write_report(run, dataset, evaluation, device=run_device)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fasttrain.checkpoint.file import save_checkpoint
-from fasttrain.evaluate import ClassFigures, Evaluation, evaluate
+from fasttrain.evaluation import ClassFigures, Evaluation, evaluate
 from fasttrain.model import build_model
 from fasttrain.options import EvaluateOptions
 from fasttrain.recipe import Recipe
