@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fasttrain.checkpoint.network import initial_model
 from fasttrain.data.build_loader import build_loader
 from fasttrain.data.dataset import Dataset
 from fasttrain.errors import UserError
-from fasttrain.model import build_model_for
+from fasttrain.loss import class_weights, cross_entropy
 from fasttrain.optim import build_optimizer, set_schedule
 from fasttrain.recipe import Recipe
 from fasttrain.runtime import Runtime
@@ -227,14 +228,14 @@ def _range_test(
 
     device, dtype = runtime.device, runtime.dtype
     torch.manual_seed(recipe.seed)
-    model = build_model_for(dataset, recipe).to(device)
+    model = initial_model(dataset, recipe).to(device)
     loader = build_loader(dataset, recipe, train=True, device=device, loader=runtime.loader)
     optimizer = build_optimizer(model, recipe, lr=start_lr, fused=runtime.fused_optimizer)
     # The library gives all groups the same rate; some groups learn at a multiple of it.
     optimizer.register_step_pre_hook(
         lambda *_: set_schedule(optimizer, optimizer.param_groups[0]["lr"], None)
     )
-    loss_fn = _FiniteLoss(recipe.label_smoothing)
+    loss_fn = _FiniteLoss(recipe.label_smoothing, class_weights(dataset, recipe))
     finder = LRFinder(
         model,
         optimizer,
@@ -272,14 +273,17 @@ class _FiniteLoss(nn.Module):
     losses, times: every loss so far, and time.perf_counter() after it.
     """
 
-    def __init__(self, label_smoothing: float) -> None:
+    def __init__(self, label_smoothing: float, class_weights_K: Tensor | None = None) -> None:
         super().__init__()
-        self._loss_fn = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self._label_smoothing, self._class_weights_K = label_smoothing, class_weights_K
         self.losses: list[float] = []
         self.times: list[float] = []
 
     def forward(self, logits_NK: Tensor, labels_N: Tensor) -> Tensor:
-        loss = self._loss_fn(logits_NK.float(), labels_N)
+        weights_K = self._class_weights_K
+        if weights_K is not None:
+            weights_K = weights_K.to(logits_NK.device)
+        loss = cross_entropy(logits_NK.float(), labels_N, self._label_smoothing, weights_K)
         self.losses.append(loss.item())  # the library itself waits for every step's loss
         if not math.isfinite(self.losses[-1]):
             raise _Diverged

@@ -44,6 +44,8 @@ class Recipe:
     """Weight decay on convolution and linear weights; with muon only on linear ones. The rest has none."""
     label_smoothing: float = 0.1
     """Share of the target spread evenly over all classes (arXiv:1512.00567)."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: an image's loss is weighted by the inverse of its class's number of training images."""
     dropout: float = 0.0
     """Dropout after every activation."""
 
@@ -56,6 +58,8 @@ class Recipe:
     """Activation after every BatchNorm; gelu is smooth (arXiv:1606.08415)."""
     init: Literal["default", "dirac"] = "default"
     """dirac: the first filters of every convolution pass its input channels through (arXiv:1706.00388)."""
+    init_from: str = ""
+    """A checkpoint, or a run's folder, to take the weights from; the last layer is new if classes differ."""
     bn_momentum: float = 0.1
     """Share of each batch in BatchNorm's running mean and variance."""
     bn_bias_lr_scale: float = 1.0

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fasttrain.cuda_graph import CaptureError, capture
 from fasttrain.distributed import World
 from fasttrain.ema import WeightAverage
+from fasttrain.loss import cross_entropy
 from fasttrain.model import ImageClassifier
 from fasttrain.optim import ScheduleTable, build_optimizer, one_cycle, set_schedule
 from fasttrain.recipe import Recipe
@@ -33,6 +34,7 @@ class TrainStep:
     runtime: device and precision; fp16 gets a gradient scaler. With its cuda_graph, the step is captured and
     then replayed until the resolution changes. Its fallbacks get a line if the capture fails.
     max_lr: the schedule's peak. total_steps: the schedule's length.
+    class_weights_K: as in loss.cross_entropy.
     world: the ranks that train together. Each rank passes its own part of the batch; gradients, metrics and
     the detection of NaN cover all ranks.
     average: the moving average of the weights, if the recipe asks for one.
@@ -47,6 +49,7 @@ class TrainStep:
         *,
         max_lr: float,
         total_steps: int,
+        class_weights_K: Tensor | None = None,
         world: World | None = None,
     ) -> None:
         device, self.compute_dtype = runtime.device, runtime.dtype
@@ -71,7 +74,7 @@ class TrainStep:
                 group["capturable"] = True  # before a state is loaded: its step counts must be on the GPU
         self._table: ScheduleTable | None = None
         self._compiled = False
-        objective = _Objective(self.model, recipe.label_smoothing, device)
+        objective = _Objective(self.model, recipe.label_smoothing, class_weights_K, device)
         self._sums = objective.sums
         self._objective = self.world.parallel(objective)
         self._forward: Callable[[Tensor, Tensor], Tensor] = self._objective
@@ -312,15 +315,22 @@ class _Objective(nn.Module):
 
     sums: Tensor
 
-    def __init__(self, model: ImageClassifier, label_smoothing: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: ImageClassifier,
+        label_smoothing: float,
+        class_weights_K: Tensor | None,
+        device: torch.device,
+    ) -> None:
         super().__init__()
         self.model, self.label_smoothing = model, label_smoothing
+        self.class_weights_K = None if class_weights_K is None else class_weights_K.to(device)
         self.register_buffer("sums", torch.zeros(3, device=device))
 
     def forward(self, images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
         """Return the mean loss, and add the batch to `sums`."""
         logits_NK = self.model(images_NCHW)
-        loss = cross_entropy(logits_NK.float(), labels_N, self.label_smoothing)
+        loss = cross_entropy(logits_NK.float(), labels_N, self.label_smoothing, self.class_weights_K)
         with torch.no_grad():
             correct = (logits_NK.argmax(1) == labels_N).sum()
             loss_sum = loss * len(labels_N)
@@ -363,19 +373,6 @@ class _Peek:
         arrived.record(torch.cuda.current_stream(self._device))
         self._under_way = arrived, images
         return self._newest
-
-
-def cross_entropy(logits_NK: Tensor, labels_N: Tensor, label_smoothing: float) -> Tensor:
-    """Return the mean loss as F.cross_entropy does, without its mask of labels to ignore: 7 launches less.
-
-    logits_NK: float32. labels_N: int64.
-    """
-    log_p_NK = F.log_softmax(logits_NK, dim=1)
-    loss = F.nll_loss(log_p_NK, labels_N)
-    if label_smoothing:
-        evenly = label_smoothing / logits_NK.shape[1]
-        loss = (1 - label_smoothing) * loss - evenly * log_p_NK.sum(1).mean()
-    return loss
 
 
 def shrink(images_NCHW: Tensor, resolution: int) -> Tensor:

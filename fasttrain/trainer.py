@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 from fasttrain.callbacks import CallbackList
 from fasttrain.checkpoint.fingerprint import fingerprint
 from fasttrain.checkpoint.manager import CheckpointManager, SaveInterval
+from fasttrain.checkpoint.network import initial_model
 from fasttrain.checkpoint.resume import ResumePoint, restore_latest, resume_command, say_how_to_resume
 from fasttrain.checkpoint.state import RunState
 from fasttrain.checkpoint.writer import CheckpointWriter
@@ -29,8 +30,8 @@ from fasttrain.distributed import World
 from fasttrain.errors import DivergedError, one_line
 from fasttrain.evaluation import Evaluation, concat, evaluate
 from fasttrain.laptop import estimate_full_recipe, is_laptop
+from fasttrain.loss import class_weights
 from fasttrain.lr_finder import find_max_lr
-from fasttrain.model import build_model_for
 from fasttrain.options import TrainKeywords, TrainOptions
 from fasttrain.recipe import Recipe
 from fasttrain.report.html import first_images, write_report
@@ -330,12 +331,11 @@ class Trainer:
 
     def _build_step(self, *, is_resumed: bool) -> TrainStep:
         """Build the seeded network and its step. A resumed run takes the peak rate from its checkpoint."""
-        recipe, world, dataset = self.recipe, self.world, self.dataset
-        max_lr = recipe.max_lr
+        recipe, world, dataset, max_lr = self.recipe, self.world, self.dataset, self.recipe.max_lr
         if max_lr == "auto":
             max_lr = math.inf if is_resumed else world.broadcast(self._find_max_lr)
         torch.manual_seed(recipe.seed)
-        model = build_model_for(dataset, recipe)
+        model = initial_model(dataset, recipe, self.log.print, is_resumed=is_resumed)
         if recipe.sync_batchnorm:
             world.synchronize_batchnorm(model)
         if world.rank:
@@ -346,6 +346,7 @@ class Trainer:
             self.runtime,
             max_lr=float(max_lr),
             total_steps=recipe.epochs * len(self.train_loader),
+            class_weights_K=class_weights(dataset, recipe),
             world=world,
         )
 
@@ -366,11 +367,10 @@ class Trainer:
         return time.perf_counter() - start
 
     def _find_max_lr(self) -> float:
-        log = self.log
-        log.print("max_lr auto: searching for the peak rate first, on separate networks")
-        search = find_max_lr(self.dataset, self.recipe, self.runtime, log=log.print)
-        log.write("lr_find.json", search.to_dict())
-        log.print(f"max_lr {search}")
+        self.log.print("max_lr auto: searching for the peak rate first, on separate networks")
+        search = find_max_lr(self.dataset, self.recipe, self.runtime, log=self.log.print)
+        self.log.write("lr_find.json", search.to_dict())
+        self.log.print(f"max_lr {search}")
         return search.suggestion
 
     def _roll_back(self, checkpoints: CheckpointManager, error: DivergedError) -> None:

@@ -14,8 +14,8 @@ from fasttrain.checkpoint.proof import require_proven
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.run_images import RunImages
 from fasttrain.errors import UserError
-from fasttrain.model import ImageClassifier, build_model
-from fasttrain.recipe import Recipe
+from fasttrain.model import ImageClassifier, build_model, build_model_for
+from fasttrain.recipe import Recipe, flag
 from fasttrain.system.precision import DTYPES
 from fasttrain.system.rng import fork_rng
 
@@ -47,6 +47,41 @@ class TrainedModel:
                 f"{self.path}: it was trained on {self.images.name}, not on {dataset.name}, which has other "
                 "classes; name its --data"
             )
+
+
+def initial_model(
+    dataset: Dataset,
+    recipe: Recipe,
+    log: Callable[[str], object] = lambda _: None,
+    *,
+    is_resumed: bool = False,
+) -> ImageClassifier:
+    """Build the network that a training of the recipe starts from, on the CPU; see its init_from.
+
+    Weights from a checkpoint include its statistics of pixels: the filters were trained on images normalised
+    so. log: called with a line that says what was taken. is_resumed: its weights are going to be loaded.
+    Raises UserError if the checkpoint cannot be read, or holds another network than the recipe's.
+    """
+    model = build_model_for(dataset, recipe)
+    if is_resumed or not recipe.init_from:
+        return model
+    source = load_trained_model(Path(recipe.init_from), torch.device("cpu"))
+    has_new_head = source.classes != list(dataset.classes)
+    fields = ("network", "width", "activation", *(() if has_new_head else ("logit_scale",)))
+    missing = [
+        f"{flag(field)} {value}"
+        for field in fields
+        if (value := getattr(source.recipe, field)) != getattr(recipe, field)
+    ]
+    if missing:
+        flags = " ".join(missing)
+        raise UserError(f"--init-from {recipe.init_from}: its network is another one; add {flags}")
+    kept = ("logit_scale", *(("fc.weight", "fc.bias") if has_new_head else ()))
+    weights, new = source.model.state_dict(), model.state_dict()
+    model.load_state_dict(weights | {name: new[name] for name in kept})
+    head = "; the last layer is new, since the classes differ" if has_new_head else ""
+    log(f"weights from {source.path}, epoch {source.epoch} on {source.images.name}{head}")
+    return model
 
 
 def _print_to_stderr(line: str) -> None:
