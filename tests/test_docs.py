@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import fasttrain
 from benchmarks.tables import END, MARKED, ROOT, pages
 from fasttrain.data.sources import synthetic
 from fasttrain.recipe import PRESETS
-from fasttrain.report.run import EPOCH_LOSSES, Run
+from fasttrain.report.run import EPOCH_LOSSES, Run, load_run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUNS = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
+PYTHON = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 PAGES = pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
 
 CAPTION_CHARACTERS = 330
@@ -39,7 +41,7 @@ def small_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_python_block_has_a_test() -> None:
     found = {page.name: len(python_blocks(page.read_text(encoding="utf-8"))) for page in pages()}
-    assert {name: count for name, count in found.items() if count} == {"README.md": 2, "runs.md": 1}
+    assert {name: count for name, count in found.items() if count} == {"README.md": 2, "python.md": 4}
 
 
 def test_the_readme_trains_from_python(small_data: Path) -> None:
@@ -68,16 +70,49 @@ def test_the_readme_uses_our_loader_in_a_loop_of_ones_own(small_data: Path) -> N
 
 
 @pytest.fixture
-def run(small_data: Path) -> Run:
-    """What the Python of docs/runs.md leaves."""
+def names(small_data: Path) -> dict[str, Any]:
+    """What the first Python of docs/python.md leaves."""
     names: dict[str, Any] = {}
-    exec(python_blocks(RUNS)[0], names)
+    exec(python_blocks(PYTHON)[0], names)
     assert [path.name for path in (small_data / "runs").iterdir()] == [names["run"].folder.name]
     assert (names["run"].folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    return names
+
+
+@pytest.fixture
+def run(names: dict[str, Any]) -> Run:
     return names["run"]
 
 
-def test_docs_runs_trains_plots_and_loads_and_lists_the_keys_of_metrics_jsonl(run: Run) -> None:
+@pytest.mark.parametrize(("block", "package"), [(1, "wandb"), (2, "mlflow")])
+def test_a_tracker_gets_every_epoch_and_the_result(
+    names: dict[str, Any], block: int, package: str, small_data: Path, monkeypatch
+) -> None:
+    pytest.importorskip(package)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database would take MLflow's larger package
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (small_data / "mlruns").as_uri())
+    exec(python_blocks(PYTHON)[block], names)
+    newest = load_run(max((small_data / "runs").iterdir()))
+    if package == "wandb":
+        [written] = (small_data / "wandb").glob("offline-run-*/run-*.wandb")
+        content = written.read_bytes()
+        assert b"test_accuracy" in content and newest.recipe.name.encode() in content
+    else:
+        [tracked] = names["mlflow"].search_runs(output_format="list")
+        assert tracked.data.metrics["test_accuracy"] == newest.result["test_accuracy"]
+        assert tracked.data.params["epochs"] == "1"
+
+
+def test_a_network_is_used_as_docs_python_says(names: dict[str, Any], small_data: Path, capsys) -> None:
+    Image.new("RGB", (40, 30)).save("cat.png")
+    exec(python_blocks(PYTHON)[3], names)
+    assert names["found"].accuracy == names["run"].result["test_accuracy"]
+    assert names["model"].classes == names["fasttrain"].load_dataset("auto").classes
+    assert names["card"].exists() and "cat.png" in capsys.readouterr().out
+
+
+def test_docs_runs_lists_the_keys_of_metrics_jsonl(run: Run) -> None:
     assert run.recipe.name == "laptop" and len(run.epochs) == 1
     table = RUNS.split("<!-- keys of metrics.jsonl -->")[1].split("<!-- end of keys -->")[0]
     units = dict(re.findall(r"^\| `(\w+)` \| (.*?) ?\|", table, re.MULTILINE))
