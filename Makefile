@@ -28,6 +28,7 @@ predict_takes = DEVICE ARGS
 export_takes = DATA DATA_DIR ARGS
 report_takes = DATA DATA_DIR DEVICE ARGS
 compare_takes = ARGS
+watch_takes = ARGS
 doctor_takes = DEVICE ARGS
 test_takes = ARGS
 bench_takes = RESULTS ARGS
@@ -72,7 +73,7 @@ bench = $(venv)/bench-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train find-lr summary data evaluate predict export report compare doctor profile test check \
+.PHONY: help setup train find-lr summary data evaluate predict export watch report compare doctor profile test check \
 	bench bench-setup gpu-report soak tables clean
 
 help:  ## list the targets
@@ -122,6 +123,9 @@ export: $(installed)  ## write a network for use elsewhere: DATA= DATA_DIR= ARGS
 	$(fasttrain)
 
 report: $(installed)  ## write a run's report.html: DATA= DATA_DIR= DEVICE= ARGS=latest
+	$(fasttrain)
+
+watch: $(installed)  ## follow a run in the browser while it trains: ARGS=its folder
 	$(fasttrain)
 
 compare: $(installed)  ## set runs side by side in compare.html: ARGS=their folders

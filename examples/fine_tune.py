@@ -2,7 +2,8 @@
 
     python examples/fine_tune.py RUN FOLDER [EPOCHS]
 
-RUN: a run's folder, of `fasttrain train` on CIFAR-10 for instance. FOLDER: a folder of images per class.
+RUN: a run's folder, of `fasttrain train` on CIFAR-10 for instance. FOLDER: a folder of images per class; they
+are scaled to the resolution that the network was trained on.
 """
 
 import dataclasses
@@ -10,6 +11,8 @@ import sys
 
 import fasttrain
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 run_folder, folder = sys.argv[1:3]
 source = fasttrain.load_run(run_folder)
 recipe = dataclasses.replace(

@@ -8,22 +8,25 @@ from typing import Any
 class Callback:
     """Told about the epochs and the end of a training; a subclass overrides what it wants to hear.
 
-    Under torchrun only the first process calls them. An exception in one ends the training, which can be
-    resumed from its last checkpoint.
+    Under torchrun only the first process calls them, and after an epoch the others wait for it, 20 s at most.
     """
 
     def on_epoch_end(self, metrics: dict[str, float]) -> None:
-        """Called after each epoch that was trained. metrics: its row of metrics.jsonl."""
+        """Called after each epoch. metrics: its row of metrics.jsonl.
+
+        An exception ends the training, which can be resumed from its last checkpoint. An epoch that is
+        trained again, after that or after a NaN, is told again.
+        """
 
     def on_train_end(self, result: dict[str, Any]) -> None:
-        """Called once the run is finished. result: the content of result.json."""
+        """Called last, when the run and its report are written. result: the content of result.json."""
 
 
 class CallbackList(Callback):
     """Several callbacks as one; each gets a copy of its own, so that none can change what is saved."""
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
-        self.callbacks = callbacks
+        self.callbacks = list(callbacks)
 
     def on_epoch_end(self, metrics: dict[str, float]) -> None:
         for callback in self.callbacks:

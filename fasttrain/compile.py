@@ -116,8 +116,10 @@ def cache_of(step: TrainStep, hardware: str, compile_mode: str | None, batch_siz
     batch_size: images per step in this process.
     """
     recipe = step.recipe
-    shape = (batch_size, recipe.resolution, recipe.width, recipe.activation)
-    return CompileCache(hardware, step.compute_dtype, compile_mode, *shape, recipe.label_smoothing)
+    network = (recipe.network, recipe.width, recipe.activation, recipe.dropout, recipe.bn_momentum)
+    loss = (recipe.label_smoothing, recipe.class_weights)
+    shape = (batch_size, recipe.resolution)
+    return CompileCache(hardware, step.compute_dtype, compile_mode, *shape, *network, *loss)
 
 
 def compile_step(

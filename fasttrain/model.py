@@ -301,9 +301,8 @@ def build_model(
     )
     if images_NHWC is not None and isinstance(model, CompactNet):
         count = max(WHITENING_PIXELS // recipe.resolution**2, 1)
-        model.whiten(
-            images_NHWC[:: max(len(images_NHWC) // count, 1)][:count]
-        )  # a folder's are sorted by class
+        every = -(-len(images_NHWC) // count)  # from all over the set: a folder's images are sorted by class
+        model.whiten(images_NHWC[::every])
     return model
 
 

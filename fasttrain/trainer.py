@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from fasttrain.callbacks import CallbackList
 from fasttrain.checkpoint.fingerprint import fingerprint
 from fasttrain.checkpoint.manager import CheckpointManager, SaveInterval
-from fasttrain.checkpoint.network import initial_model
+from fasttrain.checkpoint.network import find_start, initial_model
 from fasttrain.checkpoint.resume import ResumePoint, restore_latest, resume_command, say_how_to_resume
 from fasttrain.checkpoint.state import RunState
 from fasttrain.checkpoint.writer import CheckpointWriter
@@ -27,14 +27,14 @@ from fasttrain.data.load_dataset import load_from_options
 from fasttrain.data.loader import Loader
 from fasttrain.data.run_images import RunImages
 from fasttrain.distributed import World
-from fasttrain.errors import DivergedError, one_line
+from fasttrain.errors import DivergedError
 from fasttrain.evaluation import Evaluation, concat, evaluate
 from fasttrain.laptop import estimate_full_recipe, is_laptop
 from fasttrain.loss import class_weights
 from fasttrain.lr_finder import find_max_lr
 from fasttrain.options import TrainKeywords, TrainOptions
 from fasttrain.recipe import Recipe
-from fasttrain.report.html import first_images, write_report
+from fasttrain.report.html import first_images, try_report
 from fasttrain.report.run import Run, load_run
 from fasttrain.runtime import Runtime, agree_on_precision, import_in_background
 from fasttrain.step import TrainStep
@@ -43,7 +43,6 @@ from fasttrain.system.files import hold_folder, nearest_existing, remove_tempora
 from fasttrain.system.gpu import why_no_gpu
 from fasttrain.system.machine import describe, hardware_name, pick_device
 from fasttrain.system.memory import peak_memory_gib, report_full_memory
-from fasttrain.system.program import typed
 from fasttrain.system.rates import glance_at_matmul_tflops, measure_matmul_tflops
 from fasttrain.system.run_folder import (
     DATA_FILE,
@@ -91,7 +90,7 @@ def train(recipe: Recipe, **options: Unpack[TrainKeywords]) -> Run:
     import_in_background("nvidia.dali", "torch._dynamo")
     dataset = world.main_first(lambda: load_from_options(opts, recipe.resolution, log=world.print))
     origin.require_images(dataset)
-    recipe = fit_batch_size(recipe, dataset, log=world.print)
+    recipe = fit_batch_size(recipe if unfinished else find_start(recipe, dataset), dataset, log=world.print)
     world.share(recipe.batch_size)
     hashing = threading.Thread(target=lambda: dataset.content_hash, name="hash")
     hashing.start()  # the run's record needs the hash: compute it while the images are padded
@@ -117,7 +116,8 @@ def train(recipe: Recipe, **options: Unpack[TrainKeywords]) -> Run:
         run = trainer.finish()
         world.close()
         if test is not None and opts.report and world.is_main:
-            _write_report(run, log, dataset, test, world.device)
+            log.print(try_report(run, dataset, test, world.device))
+        trainer.callbacks.on_train_end(run.result)
         return run
 
 
@@ -317,7 +317,6 @@ class Trainer:
             f"test images){averaged}; {result['train_seconds']:.1f} s of training, "
             f"{result['wall_seconds']:.1f} s in total -> {log.folder}"
         )
-        self.callbacks.on_train_end(result)
         return self.world.broadcast(lambda: load_run(log.folder))
 
     def _headline(self) -> str:
@@ -390,11 +389,3 @@ class Trainer:
             f"no batch from {self.train_loader.name} for {seconds:.0f} s, after step {self.state.step.step}; "
             f"still waiting{stacks}"
         )
-
-
-def _write_report(run: Run, log: RunLog, dataset: Dataset, test: Evaluation, device: torch.device) -> None:
-    """Write report.html from the last evaluation. An error is only printed, as the run is finished."""
-    try:
-        log.print(f"report -> {write_report(run, dataset, test, device=device)}")
-    except Exception as error:
-        log.print(f"no report.html ({one_line(error)}); try again: {typed('report', str(log.folder))}")

@@ -23,6 +23,7 @@ class Recorder(fasttrain.Callback):
 
     def __init__(self) -> None:
         self.told: list[str] = []
+        self.out, self.pages = "", list[Path]()
 
     def on_epoch_end(self, metrics: dict[str, float]) -> None:
         self.told.append(json.dumps(metrics))
@@ -30,6 +31,7 @@ class Recorder(fasttrain.Callback):
 
     def on_train_end(self, result: dict[str, Any]) -> None:
         self.told.append(json.dumps(result))
+        self.pages = [*Path(self.out).glob("*/report.html")]
         result["recipe"].clear()
 
 
@@ -41,7 +43,7 @@ def recorder() -> Recorder:
 @pytest.fixture(scope="module")
 def run(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory, recorder: Recorder) -> fasttrain.Run:
     recipe = fasttrain.Recipe(epochs=2, batch_size=16, width=8, loader="tensor")
-    out = str(tmp_path_factory.mktemp("runs"))
+    out = recorder.out = str(tmp_path_factory.mktemp("runs"))
     return fasttrain.train(
         recipe, data_dir=str(dataset_dir), out=out, device="cpu", callbacks=[Recorder(), recorder]
     )
@@ -54,9 +56,10 @@ def test_callbacks_are_told_what_the_files_say(run: fasttrain.Run, recorder: Rec
     ]
     assert json.loads(end) == json.loads((run.folder / "result.json").read_text())
     assert len(epochs) == 2 and run.result["recipe"]["width"] == 8
+    assert recorder.pages == [run.folder / "report.html"]  # there when the end is told
 
 
-def test_a_callback_that_fails_ends_the_training_and_loses_nothing(dataset_dir: Path, tmp_path) -> None:
+def test_a_callback_that_fails_ends_the_training_which_can_be_resumed(dataset_dir: Path, tmp_path) -> None:
     class Failing(fasttrain.Callback):
         def on_epoch_end(self, metrics: dict[str, float]) -> None:
             raise ValueError(f"at epoch {metrics['epoch']}")

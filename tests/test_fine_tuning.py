@@ -4,12 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from fasttrain.checkpoint.network import initial_model, load_trained_model
+from fasttrain.checkpoint.network import find_start, initial_model, load_trained_model
 from fasttrain.cli import main
-from fasttrain.data.dataset import Dataset
+from fasttrain.data.dataset import Dataset, Split
 from fasttrain.errors import UserError
 from fasttrain.recipe import Recipe
 from fasttrain.report.run import Run
@@ -67,14 +68,54 @@ def test_another_network_is_one_line_that_says_what_to_add(trained: Run, dataset
     recipe = dataclasses.replace(recipe, network=other)
     flags = f"--network {trained.recipe.network} --width 8 --activation relu --logit-scale 1.0"
     with pytest.raises(UserError, match=f"its network is another one; add {flags}$"):
-        initial_model(dataset, recipe)
+        find_start(recipe, dataset)
+    with pytest.raises(UserError, match=r"its network needs a --resolution below 128$"):
+        find_start(tuned(trained, resolution=128), dataset)
+    assert find_start(tuned(trained, resolution=64), dataset) == tuned(trained, resolution=64)
 
 
-def test_what_is_no_checkpoint_is_one_line(dataset_dir: Path, tmp_path, capsys) -> None:
+def test_latest_is_the_run_that_it_was_when_the_training_began(
+    trained: Run, dataset: Dataset, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    folder = Path("runs", trained.folder.name)
+    folder.symlink_to(trained.folder)
+    run = train(
+        dataclasses.replace(tuned(trained), init_from="latest"), data=dataset, device="cpu", report=False
+    )
+    assert run.recipe.init_from == str(folder)
+
+
+def test_what_is_no_checkpoint_is_one_line_and_leaves_no_run(dataset_dir: Path, tmp_path, capsys) -> None:
     args = ["train", "--init-from", str(tmp_path / "none"), "--data-dir", str(dataset_dir), "--device", "cpu"]
-    assert main([*args, "--width", "8", "--batch-size", "16", "--out", str(tmp_path)]) == 2
+    assert main([*args, "--width", "8", "--batch-size", "16", "--out", str(tmp_path / "runs")]) == 2
     said = capsys.readouterr().err
     assert "none" in said and said.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_a_training_with_balanced_classes_minimises_the_weighted_loss(
+    dataset: Dataset, label_smoothing: float, tmp_path
+) -> None:
+    """In one step on all images, the training loss of a run is torch's over each class, on average."""
+    labels = np.repeat([0, 1, 2], [20, 15, 5])
+    data = dataclasses.replace(dataset, train=Split(dataset.train.images[:40], labels))
+    recipe = dataclasses.replace(RECIPE, batch_size=40, epochs=1, flip=False, compute_dtype="fp32")
+    recipe = dataclasses.replace(recipe, label_smoothing=label_smoothing, class_weights="balanced")
+    run = train(recipe, data=data, out=tmp_path, device="cpu", report=False)
+    torch.manual_seed(recipe.seed)
+    model = initial_model(data, recipe).train()
+    logits_NK = model(torch.from_numpy(data.train.images).permute(0, 3, 1, 2))
+    labels_N = torch.from_numpy(labels)
+    per_class = [
+        torch.nn.functional.cross_entropy(
+            logits_NK[labels_N == label], labels_N[labels_N == label], label_smoothing=label_smoothing
+        ).item()
+        for label in range(3)
+    ]
+    assert run.column("train_loss") == pytest.approx([sum(per_class) / 3], rel=1e-4)
 
 
 def test_a_resumed_training_does_not_need_the_other_any_more(

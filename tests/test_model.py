@@ -315,6 +315,6 @@ def test_the_first_layer_is_derived_from_some_images_all_over_the_set(dataset: D
     monkeypatch.setattr(model_module, "WHITENING_PIXELS", 3 * 32 * 32 + 1)
     found = build_model_for(dataset, Recipe(network="compact", width=8))
     expected = CompactNet(width=8, mean=dataset.mean, std=dataset.std)
-    third = len(dataset.train.images) // 3
+    third = -(-len(dataset.train.images) // 3)
     expected.whiten(dataset.train.images[[0, third, 2 * third]])
     assert torch.equal(found.get_submodule("whitening").weight, expected.whitening.weight)

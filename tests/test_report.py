@@ -43,6 +43,8 @@ from fasttrain.report.html import _samples, _tests, write_report
 from fasttrain.report.pages import render
 from fasttrain.report.run import load_run
 from fasttrain.report.settings import train_command
+from fasttrain.system.files import hold_folder
+from fasttrain.tools import watch as watch_module
 from fasttrain.tools.report import report
 from fasttrain.tools.watch import watch
 from fasttrain.trainer import train
@@ -120,7 +122,7 @@ def test_train_leaves_a_page_with_every_section(run: Path) -> None:
     parameters = sum(parameter.numel() for parameter in CustomResNet(width=8).parameters())
     assert f"{result['test_accuracy']:.2%} on synthetic images final test accuracy" in page.text
     assert "the figure to quote" in page.text
-    assert "“synthetic” and not the original CIFAR-10" in page.text
+    assert "“synthetic” and not the original release" in page.text
     assert page.source.count('class="headline"') == 2 and "on synthetic images" in page.text
     assert f"{parameters:,}" in page.text and "40 images" in page.text
     assert "pct_start 0.208333 " in page.text  # and not 0.20833333333333334
@@ -243,25 +245,45 @@ def test_an_unfinished_run_has_a_page_that_says_so(run: Path, tmp_path, capsys) 
 
 def test_watch_follows_a_run_until_its_report_is_there(run: Path, tmp_path) -> None:
     folder = copied(run, tmp_path / "run")
+    (tmp_path / "x").write_text("not for the web")
     result = (folder / "result.json").read_bytes()
     (folder / "result.json").unlink()
     lines: queue.Queue[str] = queue.Queue()
     threading.Thread(target=watch, args=(folder,), kwargs={"port": 0, "log": lines.put}, daemon=True).start()
     [address] = re.findall(r"http://127\.0\.0\.1:\d+", lines.get(timeout=60))
 
-    def get(path: str) -> str:
-        with urllib.request.urlopen(address + path, timeout=60) as answer:
-            return answer.read().decode()
+    def get(path: str, **headers: str) -> tuple[str, str | None]:
+        """The body, and after how many seconds the browser asks again."""
+        request = urllib.request.Request(address + path, headers=headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert answer.headers["Cache-Control"] == "no-store"
+            return answer.read().decode(), answer.headers["Refresh"]
 
-    assert "2 of 2 epochs" in get("/") and '<meta http-equiv="refresh" content="5">' in get("/")
+    page, refresh = get("/")
+    assert "2 of 2 epochs" in page and "No process is training it" in page and refresh == "5"
+    with hold_folder(folder):
+        assert "It is training" in get("/")[0]
+    assert main(["report", str(folder)]) == 0  # marked as unfinished, and older than what follows
+    os.utime(folder / "report.html", (1, 1))
     (folder / "result.json").write_bytes(result)
-    assert "2 of 2 epochs" in get("/")  # the report is being written
+    page, refresh = get("/")
+    assert "has no page (yet)" in page and refresh == "5"
     shutil.copy(run / "report.html", folder)
-    assert get("/") == (run / "report.html").read_text() and "refresh" not in get("/")
-    assert json.loads(get("/recipe.json")) == json.loads((run / "recipe.json").read_text())
-    for outside in ("/../x", "/%2e%2e/x", "//etc/passwd"):
+    assert get("/") == ((run / "report.html").read_text(), None)
+    assert json.loads(get("/recipe.json")[0]) == json.loads((run / "recipe.json").read_text())
+    for outside in ("/../x", "/%2e%2e/x", "//etc/passwd", "/?"):
         with pytest.raises(urllib.error.HTTPError, match="404"):
             get(outside)
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        get("/", Host="elsewhere.test:8000")
+
+
+def test_watch_draws_a_page_once_for_each_epoch(run: Path, tmp_path, monkeypatch) -> None:
+    folder, drawn = copied(run, tmp_path / "run"), []
+    monkeypatch.setattr(watch_module, "progress_page", lambda found, _: drawn.append(len(found.epochs)) or "")
+    for moment in (1, 1, 2):
+        watch_module._drawn(folder, moment, True)
+    assert drawn == [2, 2]
 
 
 @pytest.mark.parametrize(("port", "reason"), [("70000", "port must be 0-65535"), ("1", "Permission denied")])
@@ -292,6 +314,18 @@ def test_the_pages_command_names_the_images_but_no_folder_of_this_machine() -> N
     images = RunImages(name="folder:pets", data="folder:/home/someone/pets", data_dir="/x")
     assert train_command(Recipe(), images) == "fasttrain train --recipe default --data folder:pets"
     assert train_command(Recipe(name="mine"), None) == "fasttrain train --recipe recipe.json"
+    bad = dataclasses.replace(images, skip_bad=True)
+    assert train_command(Recipe(), bad) == "fasttrain train --recipe default --data folder:pets --skip-bad"
+
+
+@pytest.mark.parametrize(
+    ("name", "is_said"), [("CIFAR-100", False), ("folder:pets", False), ("CIFAR-10 (JPEG q75)", True)]
+)
+def test_images_that_imitate_a_release_are_called_that(run: Path, name: str, is_said: bool, tmp_path) -> None:
+    folder = copied(run, tmp_path / "run", dataset=name)
+    page = Page(report(folder, data_dir=tmp_path / "none", device="cpu"))
+    assert ("not the original release" in page.text) == is_said
+    assert "on synthetic images" not in page.text
 
 
 def test_report_again_measures_the_checkpoint_and_agrees(run: Path, dataset_dir: Path, capsys) -> None:
@@ -425,7 +459,7 @@ def test_a_failing_report_does_not_fail_the_training(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no\nink")
 
-    monkeypatch.setattr(train_module, "write_report", fail)
+    monkeypatch.setattr("fasttrain.report.html.write_report", fail)
     recipe = Recipe(epochs=1, batch_size=32, width=8, loader="tensor")
     train(recipe, data_dir=dataset_dir, out=tmp_path, device="cpu")
     [folder] = tmp_path.iterdir()
@@ -503,7 +537,7 @@ def test_settings_are_told_apart_from_those_that_all_share(runs: list[Path]) -> 
         [load_run(folder) for folder in [*runs, copied(runs[0], runs[0].parent / "x", seed=7)]]
     )
     differing, shared = compare_settings([*groups, groups[0]])
-    assert differing == {"cutout": [(0, [1]), (8, [0, 2])]}  # the rarer value first
+    assert differing == {"cutout": [(0, [1]), (8, [0, 2])]}  # the more frequent value last
     recipe = load_run(runs[0]).recipe.to_dict()
     assert shared.items() >= {key: recipe[key] for key in recipe if key not in ("seed", "cutout")}.items()
     assert "seed" not in shared and shared["images"] == "synthetic"
@@ -533,7 +567,7 @@ def test_compare_writes_mean_range_and_n(runs: list[Path], tmp_path) -> None:
     page = Page(out)
     assert re.search(r"\b2 tiny 3 60\.00% \(50\.00% to 70\.00%\) ", page.text)  # line 1 is the better group
     assert re.search(r"\b1 tiny 1 90\.00% [\d.,]+ ", page.text)  # n = 1: no range
-    assert "cutout 0 1 8 2 " in page.text and "cutout 8 " not in page.text
+    assert "cutout 0: 1 8: 2 " in page.text
     assert page.links == [f"{name}/report.html" for name in ("0-0", "2-8", "1-8", "0-8")]  # the best first
     assert len(page.loaded) == 3 * 2 and all(uri.startswith("data:image/png;base64,") for uri in page.loaded)
 
@@ -565,6 +599,7 @@ def test_twenty_lines_can_be_told_apart_and_the_table_has_the_plots_strokes() ->
     source = render(
         "compare.html.j2",
         **dict.fromkeys(("over_seconds", "over_epochs", "loss"), plots.Picture("", "", "")),
+        y_from=0.0,
         rows=[],
         groups=[
             {"name": "a", "n": 2, "figures": dict.fromkeys(("test_accuracy", "train_seconds"), (0, 0, 0))}
@@ -698,7 +733,7 @@ def test_a_heading_sorts_the_runs(runs: list[Path], tmp_path) -> None:
     pressed_once, pressed_again = found["sorted"][::2], found["sorted"][1::2]
     assert pressed_once[0] == ["2", "2", "2", "1"] and pressed_once[1] == ["2-8", "1-8", "0-8", "0-0"]
     assert pressed_again[3] == ["50.00%", "60.00%", "70.00%", "90.00%"]
-    assert pressed_once[5] == ["100", "20", "9", "3"] and pressed_again[5] == ["3", "9", "20", "100"]
+    assert pressed_once[4] == ["100", "20", "9", "3"] and pressed_again[4] == ["3", "9", "20", "100"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or Chrome")

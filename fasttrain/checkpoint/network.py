@@ -1,5 +1,6 @@
 """The network in a checkpoint: rebuilt from its recipe, and checked against its proof."""
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from fasttrain.checkpoint.proof import require_proven
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.run_images import RunImages
 from fasttrain.errors import UserError
-from fasttrain.model import ImageClassifier, build_model, build_model_for
+from fasttrain.model import POOLED_STEM_FROM, ImageClassifier, build_model, build_model_for
 from fasttrain.recipe import Recipe, flag
 from fasttrain.system.precision import DTYPES
 from fasttrain.system.rng import fork_rng
@@ -49,6 +50,32 @@ class TrainedModel:
             )
 
 
+def find_start(recipe: Recipe, dataset: Dataset) -> Recipe:
+    """Check that a new training can start from the weights that its recipe names; see init_from.
+
+    Returns the recipe with the name of the very run, where init_from is `latest`, which will be another one
+    later. Raises UserError if the checkpoint cannot be read, or holds another network than the recipe's.
+    """
+    if not recipe.init_from:
+        return recipe
+    source = load_trained_model(Path(recipe.init_from), torch.device("cpu"))
+    is_same_head = source.classes == list(dataset.classes)
+    fields = ("network", "width", "activation", *(("logit_scale",) if is_same_head else ()))
+    there = source.recipe
+    other = [one for one in fields if getattr(there, one) != getattr(recipe, one)]
+    if other:
+        add = " ".join(f"{flag(one)} {getattr(there, one)}" for one in other)
+        raise UserError(f"--init-from {recipe.init_from}: its network is another one; add {add}")
+    pools = there.resolution >= POOLED_STEM_FROM
+    if pools != (recipe.resolution >= POOLED_STEM_FROM):
+        side = "from" if pools else "below"
+        raise UserError(
+            f"--init-from {recipe.init_from}: its network needs a --resolution {side} {POOLED_STEM_FROM}"
+        )
+    is_latest = recipe.init_from == "latest" and not Path("latest").exists()
+    return dataclasses.replace(recipe, init_from=str(source.path.parent)) if is_latest else recipe
+
+
 def initial_model(
     dataset: Dataset,
     recipe: Recipe,
@@ -56,26 +83,16 @@ def initial_model(
     *,
     is_resumed: bool = False,
 ) -> ImageClassifier:
-    """Build the network that a training of the recipe starts from, on the CPU; see its init_from.
+    """Build the network that a training of the recipe starts from, on the CPU; find_start has checked it.
 
     Weights from a checkpoint include its statistics of pixels: the filters were trained on images normalised
     so. log: called with a line that says what was taken. is_resumed: its weights are going to be loaded.
-    Raises UserError if the checkpoint cannot be read, or holds another network than the recipe's.
     """
     model = build_model_for(dataset, recipe)
     if is_resumed or not recipe.init_from:
         return model
     source = load_trained_model(Path(recipe.init_from), torch.device("cpu"))
     has_new_head = source.classes != list(dataset.classes)
-    fields = ("network", "width", "activation", *(() if has_new_head else ("logit_scale",)))
-    missing = [
-        f"{flag(field)} {value}"
-        for field in fields
-        if (value := getattr(source.recipe, field)) != getattr(recipe, field)
-    ]
-    if missing:
-        flags = " ".join(missing)
-        raise UserError(f"--init-from {recipe.init_from}: its network is another one; add {flags}")
     kept = ("logit_scale", *(("fc.weight", "fc.bias") if has_new_head else ()))
     weights, new = source.model.state_dict(), model.state_dict()
     model.load_state_dict(weights | {name: new[name] for name in kept})

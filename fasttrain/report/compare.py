@@ -50,6 +50,7 @@ def compare(folders: Sequence[Path], out: Path) -> None:
         groups=[_summarize(runs) for runs in groups],
         differing=differing,
         shared=shared,
+        y_from=_lowest_shown(groups),
         over_seconds=_accuracy_over_seconds(groups),
         over_epochs=_accuracy_over_epochs(groups),
         loss=_loss_over_epochs(groups),
@@ -65,7 +66,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 Values = list[tuple[Any, list[int]]]
-"""The values of one setting, each with the indices of the groups that have it; the rarest value first."""
+"""The values of one setting, each with the indices of the groups that have it; the most frequent last."""
 
 
 def compare_settings(groups: Sequence[Group]) -> tuple[dict[str, Values], dict[str, Any]]:
@@ -78,10 +79,17 @@ def compare_settings(groups: Sequence[Group]) -> tuple[dict[str, Values], dict[s
         for index, of_group in enumerate(settings):
             values.setdefault(repr(of_group[key]), (of_group[key], []))[1].append(index)
         if len(values) > 1:
-            differing[key] = sorted(values.values(), key=lambda value: len(value[1]))
+            *rest, most_frequent = sorted(values.values(), key=lambda value: len(value[1]))
+            differing[key] = [*sorted(rest, key=lambda value: _sortable(value[0])), most_frequent]
         else:
             shared[key] = settings[0][key]
     return differing, shared
+
+
+def _sortable(value: object) -> tuple[bool, float, str]:
+    """Return a key that sorts numbers by their size, and after them everything else by its text."""
+    is_number = isinstance(value, int | float)
+    return not is_number, float(value) if isinstance(value, int | float) else 0.0, str(value)
 
 
 def _settings(run: Run) -> dict[str, Any]:
@@ -134,7 +142,7 @@ def _epoch_values(runs: Group, key: str) -> np.ndarray:
 def _curve(xs: Sequence[float], values: np.ndarray, series: int) -> Curve:
     """Return the line of a group's mean, and a band over its range if there are several runs."""
     band = (values.min(1).tolist(), values.max(1).tolist()) if values.shape[1] > 1 else None
-    return Curve(xs, values.mean(1).tolist(), series, band=band)
+    return Curve(xs, values.mean(1).tolist(), series, band=band, end_label=str(series + 1))
 
 
 def _accuracy_over_seconds(groups: Sequence[Group]) -> Picture:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fasttrain.data.build_loader import build_loader, pick_loader
 from fasttrain.data.dataset import Dataset, Split
+from fasttrain.data.load_dataset import names_own_images
 from fasttrain.data.run_images import RunImages
-from fasttrain.data.sources import synthetic
-from fasttrain.errors import UserError
+from fasttrain.data.sources import cifar, synthetic
+from fasttrain.errors import UserError, one_line
 from fasttrain.evaluation import Evaluation
 from fasttrain.model import build_model
 from fasttrain.optim import one_cycle
@@ -28,9 +29,10 @@ from fasttrain.report.plots import Picture
 from fasttrain.report.run import Run, UnfinishedRun
 from fasttrain.report.settings import base_preset, changed_settings, train_command
 from fasttrain.system.fallbacks import Fallbacks
-from fasttrain.system.files import write_atomically
+from fasttrain.system.files import is_held, write_atomically
+from fasttrain.system.program import typed
 from fasttrain.system.rng import fork_rng
-from fasttrain.system.run_folder import RESULT_FILE
+from fasttrain.system.run_folder import ERROR_FILE, RESULT_FILE
 
 SAMPLES = 24
 """Augmented training images on the page."""
@@ -98,6 +100,7 @@ def write_report(
         "report.html.j2",
         run=run,
         is_synthetic=run.result["dataset"] == synthetic.NAME,
+        is_comparable=_is_comparable(run.result["dataset"]),
         **settings_of(run),
         **run.pictures(),
         schedule=_schedule_picture(run),
@@ -106,6 +109,14 @@ def write_report(
         files={name: text for name, text in FILES.items() if (run.folder / name).exists()},
     )
     return path
+
+
+def try_report(run: Run, dataset: Dataset, evaluation: Evaluation, device: torch.device) -> str:
+    """Write the page of a run that has just finished; returns a line that says where, or why not."""
+    try:
+        return f"report -> {write_report(run, dataset, evaluation, device=device)}"
+    except Exception as error:
+        return f"no report.html ({one_line(error)}); try again: {typed('report', str(run.folder))}"
 
 
 def settings_of(run: UnfinishedRun) -> dict[str, Any]:
@@ -128,6 +139,9 @@ def progress_page(run: UnfinishedRun, refresh_seconds: int | None = None) -> str
     return render(
         "progress.html.j2",
         run=run,
+        is_training=is_held(run.folder),
+        has_error=(run.folder / ERROR_FILE).exists(),
+        resume=typed("train", "--resume", str(run.folder)),
         **settings_of(run),
         pictures=run.pictures() if run.epochs else {},
         dataset=images.name if images else None,
@@ -145,6 +159,11 @@ def write_progress(run: UnfinishedRun) -> Path:
     _require_no_less(path, dict.fromkeys(MARKS, Missing(f"the run has no {RESULT_FILE}")))
     write_atomically(path, lambda file: file.write(text.encode()))
     return path
+
+
+def _is_comparable(dataset_name: str) -> bool:
+    """Return whether the images are a verified release, or of the user's own, and imitate none."""
+    return names_own_images(dataset_name) or dataset_name in {one.name for one in cifar.RELEASES.values()}
 
 
 def _require_no_less(path: Path, sections: dict[str, Any]) -> None:

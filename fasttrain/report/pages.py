@@ -35,11 +35,20 @@ def render(template: str, **content: Any) -> str:
     )
     pages.filters["as"] = lambda value, form: "unknown" if value is None else format(value, form)
     pages.filters["plain"] = _plain
+    pages.filters["duration"] = _duration
     pages.filters["script"] = lambda name: Markup(_script(name))
     pages.filters["hash"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     pages.filters["dashes"] = lambda series: " ".join(f"{2 * part:g}" for part in plots.dashes(series))
     pages.tests["missing"] = lambda value: isinstance(value, Missing)
     return pages.get_template(template).render(light=plots.LIGHT, dark=plots.DARK, **content)
+
+
+def _duration(seconds: float) -> str:
+    """Format a number of seconds as a person would say it, from 10 minutes on in minutes or hours."""
+    if seconds < 600:
+        return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def _script(name: str) -> str:

@@ -67,7 +67,7 @@ class Picture:
 class Curve:
     """One line of a chart. Missing values are NaN. series: its index, which decides colour and dashes.
 
-    band: lower and upper edge.
+    band: lower and upper edge. end_label: a short text at the line's end.
     """
 
     xs: Sequence[float]
@@ -75,6 +75,7 @@ class Curve:
     series: int
     label: str = ""
     band: tuple[Sequence[float], Sequence[float]] | None = None
+    end_label: str = ""
 
 
 def dashes(series: int) -> tuple[float, ...]:
@@ -108,6 +109,10 @@ def chart(
             marker = "o" if len(curve.xs) <= 40 else None
             style = {"color": colour, "linestyle": (0, dashes(curve.series)), "marker": marker}
             axes.plot(curve.xs, curve.ys, label=curve.label, markersize=3, **style)
+            if curve.end_label:
+                end = curve.xs[-1], curve.ys[-1]
+                text = {"xytext": (4, -2), "textcoords": "offset points", "fontsize": 7, "color": colour}
+                axes.annotate(curve.end_label, end, **text)
             if curve.band is not None:
                 axes.fill_between(curve.xs, *curve.band, color=colour, alpha=0.2, linewidth=0)
         if log_x:

@@ -59,6 +59,12 @@ class UnfinishedRun:
         return time.strftime("%Y-%m-%d %H:%M", moment)
 
     @property
+    def best_epoch(self) -> tuple[int, float]:
+        """The epoch with the highest test accuracy, the first of several, and that accuracy."""
+        best = max(self.epochs, key=lambda row: row["test_accuracy"])
+        return best["epoch"], best["test_accuracy"]
+
+    @property
     def hardware(self) -> str:
         """The run's GPU, or its CPU and cores, in a few words."""
         return hardware_name(self.machine)
@@ -87,12 +93,7 @@ class UnfinishedRun:
 
     def _accuracy(self) -> Draw:
         curves = self._train_and_test("accuracy")
-        return plots.chart(curves, x_name="epoch", y_name="accuracy", percent=True, ring=self._best_epoch())
-
-    def _best_epoch(self) -> tuple[float, float]:
-        """Return the epoch with the highest test accuracy, the first of several, and that accuracy."""
-        best = max(self.epochs, key=lambda row: row["test_accuracy"])
-        return best["epoch"], best["test_accuracy"]
+        return plots.chart(curves, x_name="epoch", y_name="accuracy", percent=True, ring=self.best_epoch)
 
     def _seconds(self) -> Draw:
         return plots.epoch_seconds(self.column("seconds"), self.column("data_wait_share"))

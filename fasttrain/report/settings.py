@@ -34,5 +34,8 @@ def train_command(recipe: Recipe, images: RunImages | None) -> str:
             words += [flag(key if value else f"no_{key}")] if is_switch else [flag(key), str(value)]
         if recipe.seed != base_preset(recipe).seed:
             words += ["--seed", str(recipe.seed)]
-    data = images and (images.name if names_own_images(images.name) else images.data)
-    return shlex.join([*words, *(["--data", data] if data else [])])
+    if images is not None:
+        data = images.name if names_own_images(images.name) else images.data
+        words += ["--data", data] if data else []
+        words += ["--skip-bad"] if images.skip_bad else []
+    return shlex.join(words)

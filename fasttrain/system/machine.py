@@ -89,7 +89,8 @@ def hardware_name(machine: dict[str, Any]) -> str:
     ranks = f", {machine['ranks']} ranks" if machine.get("ranks", 1) > 1 else ""
     if machine.get("gpu_name"):
         return f"{machine['gpu_name']}{ranks}"
-    return f"{machine.get('cpu_cores')} cores of {machine.get('cpu_model')}{ranks}"
+    cores = machine.get("cpu_cores")
+    return f"{cores} core{'' if cores == 1 else 's'} of {machine.get('cpu_model')}{ranks}"
 
 
 def cpu_cores() -> int:

@@ -78,17 +78,19 @@ def new_run_folder(out: Path, recipe_name: str) -> Path:
     raise UserError(f"--out {out}: already holds 999 runs of this second; choose another folder")
 
 
-def run_folder(path: Path) -> Path:
-    """Return the folder that a path to a run means: latest is the newest finished one in runs/.
+def run_folder(path: Path, marked_by: str = RESULT_FILE) -> Path:
+    """Return the folder that a path to a run means: latest is the newest in runs/ that has this file.
 
+    marked_by: RESULT_FILE for a finished run, RECIPE_FILE for one that has begun.
     Raises UserError if there is none.
     """
     if path != Path("latest") or path.exists():
         return path
-    finished = [result.parent for result in Path("runs").glob(f"*/{RESULT_FILE}")]
-    if not finished:
-        raise UserError("latest: no finished run in runs/; name a run's folder, or train one")
-    return max(finished)  # the names begin with the time
+    runs = [file.parent for file in Path("runs").glob(f"*/{marked_by}")]
+    if not runs:
+        kind = "finished run" if marked_by == RESULT_FILE else "run"
+        raise UserError(f"latest: no {kind} in runs/; name a run's folder, or train one")
+    return max(runs)  # the names begin with the time
 
 
 def find_unfinished(resume: str | Path, out: Path) -> Path:

@@ -1,5 +1,6 @@
 """`fasttrain find-lr`: search for a peak learning rate, print every try, and draw the curves."""
 
+from fasttrain.checkpoint.network import find_start
 from fasttrain.data.build_loader import fit_batch_size
 from fasttrain.data.load_dataset import load_from_options
 from fasttrain.errors import UserError
@@ -25,7 +26,7 @@ def find_lr(recipe: Recipe, options: FindLrOptions) -> None:
     check_search(recipe, options.start_lr, options.end_lr, options.num_iter, options.repeats)
     device = pick_device(options.device)
     dataset = load_from_options(options, recipe.resolution)
-    recipe = fit_batch_size(recipe, dataset, log=print)
+    recipe = fit_batch_size(find_start(recipe, dataset), dataset, log=print)
     search = find_max_lr(
         dataset,
         recipe,

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
+from fasttrain.checkpoint.network import find_start, initial_model
 from fasttrain.compile import cache_of, compile_step
 from fasttrain.data.build_loader import build_loader, fit_batch_size
 from fasttrain.data.dataset import Dataset
 from fasttrain.errors import UserError
-from fasttrain.model import build_model_for, training_flop_per_image
+from fasttrain.loss import class_weights
+from fasttrain.model import training_flop_per_image
 from fasttrain.recipe import Recipe
 from fasttrain.runtime import Runtime
 from fasttrain.step import TrainStep
@@ -105,11 +107,12 @@ def profile_training(
     matmul_tflops = measure_matmul_tflops(device, runtime.dtype)
     torch.manual_seed(recipe.seed)
     step = TrainStep(
-        build_model_for(dataset, recipe),
+        initial_model(dataset, find_start(recipe, dataset)),
         recipe,
         runtime,
         max_lr=0.01 if recipe.max_lr == "auto" else recipe.max_lr,
         total_steps=max(wait + warmup + active, 2),
+        class_weights_K=class_weights(dataset, recipe),
     )
     batches = chain.from_iterable(repeat(loader))
     cache = cache_of(step, hardware_name(describe(device)), runtime.compile_mode, recipe.batch_size)

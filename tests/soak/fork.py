@@ -24,7 +24,7 @@ def start(action: Callable[[], int], log: Path) -> int:
             os.dup2(output.fileno(), 2)
         # Both take seconds, and a run's weights depend on neither.
         trainer.measure_matmul_tflops = lambda *_, **__: 1.0
-        trainer._write_report = lambda *_: None
+        trainer.try_report = lambda *_: "no report"
         command_line.STARTED = time.perf_counter()
         status = action()
         sys.stdout.flush()
