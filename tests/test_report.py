@@ -39,9 +39,9 @@ from fasttrain.options import TrainCommand
 from fasttrain.recipe import PRESETS, Recipe
 from fasttrain.report import plots
 from fasttrain.report.compare import compare_settings, group_runs
-from fasttrain.report.html import _samples, _tests, write_report
+from fasttrain.report.html import _samples, _tests, progress_page, write_report
 from fasttrain.report.pages import render
-from fasttrain.report.run import load_run
+from fasttrain.report.run import load_run, load_unfinished
 from fasttrain.report.settings import train_command
 from fasttrain.system.files import hold_folder
 from fasttrain.tools import watch as watch_module
@@ -695,12 +695,22 @@ def browse(folder: Path, frames: str) -> tuple[list[dict[str, Any]], list[str]]:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or Chrome")
 def test_pages_show_whole_at_any_width_in_both_schemes_and_ask_for_nothing(
-    run: Path, runs: list[Path], tmp_path
+    run: Path, runs: list[Path], dataset: Dataset, tmp_path
 ) -> None:
     assert main(["compare", *map(str, runs), "--out", str(tmp_path / "compare.html")]) == 0
+    larger, evaluation = many_classes(dataset, 1000)
+    thousand = write_report(
+        load_run(copied(run, tmp_path / "thousand")), larger, evaluation, device=torch.device("cpu")
+    )
+    (tmp_path / "progress.html").write_text(progress_page(load_unfinished(run)), encoding="utf-8")
     shown = [
         (source, width, scheme)
-        for source in (run / "report.html", tmp_path / "compare.html")
+        for source in (
+            run / "report.html",
+            thousand,
+            tmp_path / "compare.html",
+            tmp_path / "progress.html",
+        )
         for width in (390, 1280)
         for scheme in ("light", "dark")
     ]

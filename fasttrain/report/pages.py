@@ -46,7 +46,7 @@ def render(template: str, **content: Any) -> str:
 def _duration(seconds: float) -> str:
     """Format a number of seconds as a person would say it, from 10 minutes on in minutes or hours."""
     if seconds < 600:
-        return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"
+        return f"{seconds:.1f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
