@@ -3,9 +3,11 @@
 Shape suffixes: N images, K classes.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasttrain.data.dataset import Dataset
 from fasttrain.recipe import Recipe
@@ -43,3 +45,36 @@ def class_weights(dataset: Dataset, recipe: Recipe) -> Tensor | None:
     counts_K = labels_N.bincount(minlength=len(dataset.classes)).float()
     is_there_K = counts_K > 0
     return is_there_K * len(labels_N) / (is_there_K.sum() * counts_K.clamp(min=1))
+
+
+class Objective(nn.Module):
+    """The network and its loss as one module, for a compiler to fuse, and DistributedDataParallel to wrap.
+
+    sums: (3,) float32, over all batches: loss, correct predictions, and batches with a finite loss.
+    """
+
+    sums: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        label_smoothing: float,
+        class_weights_K: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.model, self.label_smoothing = model, label_smoothing
+        self.class_weights_K = None if class_weights_K is None else class_weights_K.to(device)
+        self.register_buffer("sums", torch.zeros(3, device=device))
+
+    def forward(self, images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
+        """Return the mean loss, and add the batch to `sums`."""
+        logits_NK = self.model(images_NCHW)
+        loss = cross_entropy(logits_NK.float(), labels_N, self.label_smoothing, self.class_weights_K)
+        with torch.no_grad():
+            correct = (logits_NK.argmax(1) == labels_N).sum()
+            loss_sum = loss * len(labels_N)
+            # Once NaN or infinite, the sum stays so: the count of finite losses stops at the first bad one.
+            is_finite = (self.sums[0] + loss_sum).abs() < math.inf
+            self.sums += torch.stack([loss_sum, correct, is_finite])
+        return loss

@@ -114,6 +114,9 @@ class ImageClassifier(nn.Module):
         self.register_buffer("inverse_std", 1 / (255 * torch.tensor(std)))
         self.register_buffer("logit_scale", torch.tensor(float(logit_scale)))
 
+    def train_first_layer(self, is_trained: bool) -> None:
+        """Train what can be trained of a first layer that is fixed otherwise, or leave it as it is."""
+
     def normalize(self, images_NCHW: Tensor) -> Tensor:
         """Map pixels from 0 to 255 to float32 with mean 0 and standard deviation 1, in channels_last."""
         # A row of pixels at a time: inner loops over just the three channels are 30 times slower on a CPU.
@@ -257,6 +260,10 @@ class CompactNet(ImageClassifier):
         filters_PP = components_PP.T / (variances_P + 5e-4).sqrt()[:, None]
         filters_FCHW = filters_PP.unflatten(1, (3, self.PATCH, self.PATCH))
         self.whitening.weight.copy_(torch.cat([filters_FCHW, -filters_FCHW]))
+
+    def train_first_layer(self, is_trained: bool) -> None:
+        assert self.whitening.bias is not None
+        self.whitening.bias.requires_grad_(is_trained)  # without it, its output needs no gradient either
 
     def forward_normalized(self, images_NCHW: Tensor) -> Tensor:
         x = self.whitening_activation(self.whitening(images_NCHW))

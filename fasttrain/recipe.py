@@ -9,7 +9,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 from fasttrain.errors import UserError
 
@@ -20,6 +20,13 @@ SMALLEST_RESOLUTION = 12
 
 Views = Literal["none", "mirror", "shifts"]
 """Views of a test image whose logits are averaged; see Recipe.test_views."""
+
+
+class Phase(NamedTuple):
+    """What sets a training's steps apart: the images' side in pixels, and whether the first layer learns."""
+
+    resolution: int
+    trains_first_layer: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +65,8 @@ class Recipe:
     """Activation after every BatchNorm; gelu is smooth (arXiv:1606.08415)."""
     init: Literal["default", "dirac"] = "default"
     """dirac: the first filters of every convolution pass its input channels through (arXiv:1706.00388)."""
+    first_layer_share: float = 1.0
+    """With compact: share of all steps that train the biases of the first layer; a later step is shorter."""
     init_from: str = ""
     """A checkpoint, or a run's folder, to take the weights from; the last layer is new if classes differ."""
     bn_momentum: float = 0.1
@@ -141,6 +150,7 @@ class Recipe:
             ("resolution", self.resolution in range(16, 257, 8), "a multiple of 8 from 16 to 256 pixels"),
             ("early_scale", 0.25 <= self.early_scale <= 1, "from 0.25 to 1"),
             ("early_share", 0 < self.early_share < 1, "between 0 and 1"),
+            ("first_layer_share", 0 < self.first_layer_share <= 1, "above 0, at most 1"),
             (
                 "crop_padding",
                 0 <= self.crop_padding <= self.resolution // 2,
@@ -168,6 +178,15 @@ class Recipe:
         return min(
             max(4 * round(self.early_scale * self.resolution / 4), SMALLEST_RESOLUTION), self.resolution
         )
+
+    def phase(self, step: int, total_steps: int) -> "Phase":
+        """Return what a step, counted from 0, works on."""
+        trains_first_layer = step < self.first_layer_share * total_steps
+        return Phase(self.training_resolution(step, total_steps), trains_first_layer)
+
+    def phases_from(self, step: int, total_steps: int) -> "list[Phase]":
+        """Return the phases of a step and of those after it, each once, in order."""
+        return list(dict.fromkeys(self.phase(later, total_steps) for later in range(step, total_steps)))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":

@@ -4,7 +4,6 @@ A step never waits for the device, except with fp16 and Muon, where the gradient
 """
 
 import functools
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,15 +12,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fasttrain.cuda_graph import CaptureError, capture
 from fasttrain.distributed import World
 from fasttrain.ema import WeightAverage
-from fasttrain.loss import cross_entropy
+from fasttrain.loss import Objective
 from fasttrain.model import ImageClassifier
 from fasttrain.optim import ScheduleTable, build_optimizer, one_cycle, set_schedule
-from fasttrain.recipe import Recipe
+from fasttrain.recipe import Phase, Recipe
 from fasttrain.runtime import Runtime
 from fasttrain.system.memory import pinning_fails
 from fasttrain.system.precision import autocast
@@ -32,7 +31,7 @@ class TrainStep:
     """Called with a batch, it updates the model, and adds loss and correct predictions to sums on the device.
 
     runtime: device and precision; fp16 gets a gradient scaler. With its cuda_graph, the step is captured and
-    then replayed until the resolution changes. Its fallbacks get a line if the capture fails.
+    then replayed until the phase changes. Its fallbacks get a line if the capture fails.
     max_lr: the schedule's peak. total_steps: the schedule's length.
     class_weights_K: as in loss.cross_entropy.
     world: the ranks that train together. Each rank passes its own part of the batch; gradients, metrics and
@@ -65,7 +64,7 @@ class TrainStep:
         self.fallbacks = runtime.fallbacks
         self.captures = runtime.cuda_graph
         self._replay: Callable[[Tensor, Tensor], None] | None = None
-        self._captured_for: tuple[int, int, float] | None = None
+        self._captured_for: tuple[Phase, int, float] | None = None
         # A captured update reads its rate from a table. But fused Adam takes beta1 only as a number, and a
         # scaler counts on the host: with cycle_momentum or fp16 the graph ends before the update.
         self._updates_in_work = not self.captures or not (self.scaler.is_enabled() or recipe.cycle_momentum)
@@ -73,9 +72,10 @@ class TrainStep:
             for group in self.optimizer.param_groups:
                 group["capturable"] = True  # before a state is loaded: its step counts must be on the GPU
         self._table: ScheduleTable | None = None
-        self._compiled = False
-        objective = _Objective(self.model, recipe.label_smoothing, class_weights_K, device)
-        self._sums = objective.sums
+        self._compile_mode: str | None = None
+        self._trains_first_layer = True
+        objective = Objective(self.model, recipe.label_smoothing, class_weights_K, device)
+        self._plain_objective, self._sums = objective, objective.sums
         self._objective = self.world.parallel(objective)
         self._forward: Callable[[Tensor, Tensor], Tensor] = self._objective
         self._images = 0
@@ -88,9 +88,9 @@ class TrainStep:
         return one_cycle(max(self.step - 1, 0), self.total_steps, self.max_lr, self.recipe)[0]
 
     @property
-    def resolution(self) -> int:
-        """The resolution that the next step trains at; it shrinks larger images."""
-        return self.recipe.training_resolution(self.step, self.total_steps)
+    def phase(self) -> Phase:
+        """What the next step works on; it shrinks larger images to the phase's resolution."""
+        return self.recipe.phase(self.step, self.total_steps)
 
     @property
     def eval_model(self) -> ImageClassifier:
@@ -104,12 +104,13 @@ class TrainStep:
         """
         if self.step >= self.total_steps:
             raise ValueError(f"step {self.step} is past the schedule's {self.total_steps} steps")
-        resolution = self.resolution
-        if self.captures and self._captured_for != (resolution, self.total_steps, self.max_lr):
+        phase = self.phase
+        is_captured = self._captured_for == (phase, self.total_steps, self.max_lr)
+        if (self.captures and not is_captured) or self._parallel_changes(phase):
             self.warm_up(images_NCHW, labels_N)
         if self._table is None:
             set_schedule(self.optimizer, *one_cycle(self.step, self.total_steps, self.max_lr, self.recipe))
-        work = self._replay or functools.partial(self._work, resolution=resolution)
+        work = self._replay or functools.partial(self._work, phase=phase)
         work(images_NCHW, labels_N)
         if not self._updates_in_work:
             self._update()
@@ -144,17 +145,17 @@ class TrainStep:
 
         mode: None for eager steps.
         """
-        self._compiled = mode is not None
+        self._compile_mode = mode
         self._forward = self._objective
         if mode is not None:
             self._forward = torch.compile(self._objective, mode=mode, dynamic=False)
         self._forget_capture()
 
     def measure_seconds(self, images_NCHW: Tensor, labels_N: Tensor) -> float:
-        """Return the seconds of a step at full resolution, the mean of 20. Restores the state afterwards."""
-        repeats, resolution = 20, self.recipe.resolution
-        self.warm_up(images_NCHW, labels_N, resolution)
-        work = self._replay or functools.partial(self._work, resolution=resolution)
+        """Return the seconds of a step like the last, the mean of 20. Restores the state afterwards."""
+        repeats, phase = 20, self.recipe.phase(self.total_steps - 1, self.total_steps)
+        self.warm_up(images_NCHW, labels_N, phase)
+        work = self._replay or functools.partial(self._work, phase=phase)
         with self._preserve_state():
             work(images_NCHW, labels_N)
             self._sums.tolist()  # waits for the device
@@ -164,45 +165,47 @@ class TrainStep:
             self._sums.tolist()
             return (time.perf_counter() - start) / repeats
 
-    def warm_up(self, images_NCHW: Tensor, labels_N: Tensor, resolution: int | None = None) -> float:
+    def warm_up(self, images_NCHW: Tensor, labels_N: Tensor, phase: Phase | None = None) -> float:
         """Compile and capture on a batch like those to come; returns the seconds taken, 0 for neither.
 
-        resolution: the one to capture; by default the next step's. Later resolutions are compiled now too,
-        but captured when they are needed: a capture takes a few steps and holds a step's memory.
+        phase: the one to capture; by default the next step's. Later phases are compiled now too, but captured
+        when they are needed: a capture takes a few steps and holds a step's memory.
         Several ranks take a step in any case: DistributedDataParallel orders its sums by the first backward
         pass, and a resumed run has to add up in the same order as one that was never interrupted.
         If the capture fails, later steps launch every kernel.
         Restores weights, statistics, the optimizer's state and random generators.
         """
-        if not self._compiled and not self.captures and self.world.size == 1:
+        is_compiled = self._compile_mode is not None
+        if not is_compiled and not self.captures and self.world.size == 1:
             return 0.0
         start = time.perf_counter()
-        resolution = resolution or self.resolution
         if self.captures:
             self._forget_capture()  # frees its memory for the next one
             if self._updates_in_work:
                 self._table = self._tabulate_schedule()
         try:
-            self._try_step(images_NCHW, labels_N, resolution)
+            self._try_step(images_NCHW, labels_N, phase or self.phase)
         except CaptureError as error:
             self._stop_capturing(error)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter() - start if self._compiled or self.captures else 0.0
+        return time.perf_counter() - start if is_compiled or self.captures else 0.0
 
-    def _try_step(self, images_NCHW: Tensor, labels_N: Tensor, resolution: int) -> None:
+    def _try_step(self, images_NCHW: Tensor, labels_N: Tensor, phase: Phase) -> None:
         """Take a step, compiled and captured as later ones will be, and undo it."""
         with self._preserve_state(), warnings.catch_warnings():
             # A capturable optimizer warns about the calls before the capture.
             warnings.filterwarnings("ignore", message=".*capturable=True")
-            if self._compiled and resolution != self.recipe.resolution:
-                self._work(images_NCHW, labels_N, self.recipe.resolution)
+            if self._compile_mode is not None:
+                for later in self.recipe.phases_from(self.step, self.total_steps):
+                    if later != phase and not self._parallel_changes(later):
+                        self._work(images_NCHW, labels_N, later)
             if self.captures:
-                work = functools.partial(self._work, resolution=resolution)
+                work = functools.partial(self._work, phase=phase)
                 self._replay = capture(work, images_NCHW, labels_N)
-                self._captured_for = resolution, self.total_steps, self.max_lr
+                self._captured_for = phase, self.total_steps, self.max_lr
             else:
-                self._work(images_NCHW, labels_N, resolution)
+                self._work(images_NCHW, labels_N, phase)
 
     def _stop_capturing(self, error: CaptureError) -> None:
         self.fallbacks(
@@ -246,13 +249,27 @@ class TrainStep:
         self._peek.forget()
         self._forget_capture()  # it refers to the optimizer's former tensors
 
-    def _work(self, images_NCHW: Tensor, labels_N: Tensor, resolution: int) -> None:
+    def _parallel_changes(self, phase: Phase) -> bool:
+        """Return whether several ranks average other gradients in this phase than until now."""
+        return self.world.size > 1 and phase.trains_first_layer != self._trains_first_layer
+
+    def _enter(self, phase: Phase) -> None:
+        if phase.trains_first_layer == self._trains_first_layer:
+            return
+        self._trains_first_layer = phase.trains_first_layer
+        self.model.train_first_layer(phase.trains_first_layer)
+        if self.world.size > 1:  # DistributedDataParallel expects the gradients that it was built for
+            self._objective = self.world.parallel(self._plain_objective)
+            self.compile(self._compile_mode)
+
+    def _work(self, images_NCHW: Tensor, labels_N: Tensor, phase: Phase) -> None:
         """Do the device's part of a step, except for an update that cannot be captured."""
+        self._enter(phase)
         self.model.train()
         # Before the backward pass, not after the update: the graph has to allocate the gradients itself.
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.compute_dtype):
-            loss = self._forward(shrink(images_NCHW, resolution), labels_N)
+            loss = self._forward(shrink(images_NCHW, phase.resolution), labels_N)
         self.scaler.scale(loss).backward()
         if self._updates_in_work:
             self._update()
@@ -305,39 +322,6 @@ class TrainStep:
 
     def _optimizer_tensors(self) -> list[Tensor]:
         return [tensor for state in self.optimizer.state.values() for tensor in state.values()]
-
-
-class _Objective(nn.Module):
-    """The network and its loss as one module, for a compiler to fuse, and DistributedDataParallel to wrap.
-
-    sums: (3,) float32, over all batches: loss, correct predictions, and batches with a finite loss.
-    """
-
-    sums: Tensor
-
-    def __init__(
-        self,
-        model: ImageClassifier,
-        label_smoothing: float,
-        class_weights_K: Tensor | None,
-        device: torch.device,
-    ) -> None:
-        super().__init__()
-        self.model, self.label_smoothing = model, label_smoothing
-        self.class_weights_K = None if class_weights_K is None else class_weights_K.to(device)
-        self.register_buffer("sums", torch.zeros(3, device=device))
-
-    def forward(self, images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
-        """Return the mean loss, and add the batch to `sums`."""
-        logits_NK = self.model(images_NCHW)
-        loss = cross_entropy(logits_NK.float(), labels_N, self.label_smoothing, self.class_weights_K)
-        with torch.no_grad():
-            correct = (logits_NK.argmax(1) == labels_N).sum()
-            loss_sum = loss * len(labels_N)
-            # Once NaN or infinite, the sum stays so: the count of finite losses stops at the first bad one.
-            is_finite = (self.sums[0] + loss_sum).abs() < math.inf
-            self.sums += torch.stack([loss_sum, correct, is_finite])
-        return loss
 
 
 class _Peek:

@@ -23,7 +23,15 @@ from fasttrain.step import TrainStep
 from tests.helpers import CPU, loader_of, step_of
 
 STEPS = 6
-STEP_RECIPE = Recipe(batch_size=16, width=4, compute_dtype="fp32", loader="tensor", max_lr=1e-3)
+STEP_RECIPE = Recipe(
+    batch_size=16,
+    network="compact",
+    width=4,
+    first_layer_share=0.5,
+    compute_dtype="fp32",
+    loader="tensor",
+    max_lr=1e-3,
+)
 RUN_RECIPE = dataclasses.replace(
     STEP_RECIPE, name="tiny", epochs=2, dropout=0.1, max_lr="auto", ema_epochs=0.5, test_views="shifts"
 )

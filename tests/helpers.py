@@ -43,6 +43,7 @@ OTHER_VALUES: dict[str, Any] = {
     "width": 3,
     "activation": "gelu",
     "init": "dirac",
+    "first_layer_share": 0.5,
     "init_from": "runs/other",
     "bn_momentum": 0.3,
     "bn_bias_lr_scale": 4.0,

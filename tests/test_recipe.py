@@ -35,6 +35,14 @@ def test_early_images_are_smaller_at_any_resolution() -> None:
     assert {Recipe(resolution=24).training_resolution(step, 4) for step in range(4)} == {24}
 
 
+def test_a_schedule_has_the_phases_that_its_shares_make() -> None:
+    recipe = Recipe(early_scale=0.75, early_share=0.5, first_layer_share=0.25)
+    assert recipe.phases_from(0, 8) == [(24, True), (24, False), (32, False)]
+    assert recipe.phases_from(3, 8) == [(24, False), (32, False)] and recipe.phases_from(8, 8) == []
+    assert [recipe.phase(step, 8) for step in (1, 2, 4)] == [(24, True), (24, False), (32, False)]
+    assert Recipe().phases_from(0, 8) == [(32, True)]
+
+
 @pytest.mark.parametrize(("pixels", "scale"), [(0, 1.0), (24, 0.75), (16, 0.5)])
 def test_a_file_that_gives_early_images_in_pixels_keeps_its_meaning(pixels: int, scale: float) -> None:
     values = Recipe().to_dict()
@@ -113,6 +121,7 @@ def test_a_field_that_a_file_lacks_is_off() -> None:
         ({"early_scale": 0.0}, "--early-scale 0.0: expected from 0.25 to 1"),
         ({"early_scale": 1.5}, "--early-scale 1.5"),
         ({"early_share": 1.0}, "--early-share 1.0"),
+        ({"first_layer_share": 0.0}, "--first-layer-share 0.0"),
         ({"seed": -1}, "--seed -1"),
         ({"learning_rate": 0.1}, "unknown recipe key 'learning_rate'"),
     ],

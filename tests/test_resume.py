@@ -185,6 +185,18 @@ def test_a_run_with_muon_and_shrunk_images_ends_with_the_same_bits(
     assert same(outcome(folder), outcome(undisturbed))
 
 
+@pytest.mark.parametrize("last_step", [2, 6])
+def test_a_run_that_fixes_its_first_layer_ends_with_the_same_bits(
+    last_step: int, dataset_dir, tmp_path, monkeypatch
+) -> None:
+    """Stopped before and after that: eight steps, of which the first four train the first layer."""
+    recipe = dataclasses.replace(RECIPE, network="compact", first_layer_share=0.5)
+    undisturbed = train(dataset_dir, tmp_path / "whole", recipe)
+    folder = stop_at(dataset_dir, tmp_path / "stopped", last_step, monkeypatch, recipe=recipe)
+    train(dataset_dir, tmp_path / "stopped", recipe, resume=folder)
+    assert same(outcome(folder), outcome(undisturbed))
+
+
 def test_an_averaged_run_ends_with_the_same_bits_and_ships_the_average(
     dataset_dir, tmp_path, monkeypatch
 ) -> None:

@@ -316,6 +316,29 @@ def test_a_captured_update_takes_its_rate_from_a_tensor_and_no_address_ever_chan
     assert addresses(step) == before
 
 
+def test_a_first_layer_that_is_fixed_from_a_step_on_stays_and_needs_no_gradient() -> None:
+    """Until then, and for everything else, the steps are those of a training that never fixes it."""
+    images, labels = batch()
+    kept, fixed = (
+        build("fp32", network="compact", width=4, first_layer_share=share) for share in (1.0, 0.15)
+    )
+    needs_gradient = []
+    fixed.model.whitening.register_forward_hook(lambda *args: needs_gradient.append(args[2].requires_grad))
+    biases = []
+    for _ in range(5):  # of 20
+        kept(images, labels)
+        fixed(images, labels)
+        biases.append(fixed.model.whitening.bias.detach().clone())
+        same_so_far = [
+            torch.equal(a, b) for a, b in zip(*(s.model.parameters() for s in (kept, fixed)), strict=True)
+        ]
+        assert all(same_so_far) == (len(biases) <= 3)
+    assert needs_gradient == [True, True, True, False, False]
+    assert not torch.equal(biases[0], biases[1]) and not torch.equal(biases[1], biases[2])
+    assert torch.equal(biases[2], biases[3]) and torch.equal(biases[3], biases[4])
+    assert fixed.model.whitening.bias.grad is None and fixed.model.fc.bias.grad is not None
+
+
 def test_the_first_share_of_the_steps_sees_shrunk_images() -> None:
     step, (images, labels) = build(early_scale=0.75, early_share=0.2, width=8), batch()
     sides = []
