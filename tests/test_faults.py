@@ -57,7 +57,7 @@ def test_a_training_that_fills_the_disk_ends_in_one_line(mount: Mount, dataset_d
     """Room for the network, but not for the optimizer's state too."""
     disk = mount("size=60m")
     flags = ["--data-dir", str(dataset_dir), "--device", "cpu", "--epochs", "2", "--batch-size", "32"]
-    assert main(["train", *flags, "--out", str(disk)]) == 2
+    assert main(["train", "--recipe", "default", *flags, "--out", str(disk)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "No space left on device" in error
     [folder] = disk.iterdir()
