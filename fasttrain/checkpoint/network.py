@@ -19,6 +19,7 @@ from fasttrain.model import POOLED_STEM_FROM, ImageClassifier, build_model, buil
 from fasttrain.recipe import Recipe, flag
 from fasttrain.system.precision import DTYPES
 from fasttrain.system.rng import fork_rng
+from fasttrain.system.run_folder import run_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +42,13 @@ class TrainedModel:
     precision: str | None
     metrics: dict[str, float] | None
 
+    def has_classes_of(self, dataset: Dataset) -> bool:
+        """Return whether the data set has the classes that the network was trained on, in the same order."""
+        return list(dataset.classes) == self.classes
+
     def require_classes_of(self, dataset: Dataset) -> None:
         """Raise UserError unless the data set has the classes that the network was trained on."""
-        if list(dataset.classes) != self.classes:
+        if not self.has_classes_of(dataset):
             raise UserError(
                 f"{self.path}: it was trained on {self.images.name}, not on {dataset.name}, which has other "
                 "classes; name its --data"
@@ -58,9 +63,9 @@ def find_start(recipe: Recipe, dataset: Dataset) -> Recipe:
     """
     if not recipe.init_from:
         return recipe
-    source = load_trained_model(Path(recipe.init_from), torch.device("cpu"))
-    is_same_head = source.classes == list(dataset.classes)
-    fields = ("network", "width", "activation", *(("logit_scale",) if is_same_head else ()))
+    place = run_folder(Path(recipe.init_from))
+    source = load_trained_model(place, torch.device("cpu"))
+    fields = ("network", "width", "activation", *(("logit_scale",) if source.has_classes_of(dataset) else ()))
     there = source.recipe
     other = [one for one in fields if getattr(there, one) != getattr(recipe, one)]
     if other:
@@ -72,8 +77,7 @@ def find_start(recipe: Recipe, dataset: Dataset) -> Recipe:
         raise UserError(
             f"--init-from {recipe.init_from}: its network needs a --resolution {side} {POOLED_STEM_FROM}"
         )
-    is_latest = recipe.init_from == "latest" and not Path("latest").exists()
-    return dataclasses.replace(recipe, init_from=str(source.path.parent)) if is_latest else recipe
+    return dataclasses.replace(recipe, init_from=str(place))
 
 
 def initial_model(
@@ -92,7 +96,7 @@ def initial_model(
     if is_resumed or not recipe.init_from:
         return model
     source = load_trained_model(Path(recipe.init_from), torch.device("cpu"))
-    has_new_head = source.classes != list(dataset.classes)
+    has_new_head = not source.has_classes_of(dataset)
     kept = ("logit_scale", *(("fc.weight", "fc.bias") if has_new_head else ()))
     weights, new = source.model.state_dict(), model.state_dict()
     model.load_state_dict(weights | {name: new[name] for name in kept})
