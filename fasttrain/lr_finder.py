@@ -235,7 +235,7 @@ def _range_test(
     optimizer.register_step_pre_hook(
         lambda *_: set_schedule(optimizer, optimizer.param_groups[0]["lr"], None)
     )
-    loss_fn = _FiniteLoss(recipe.label_smoothing, class_weights(dataset, recipe))
+    loss_fn = _FiniteLoss(recipe.label_smoothing, class_weights(dataset, recipe)).to(device)
     finder = LRFinder(
         model,
         optimizer,
@@ -273,17 +273,17 @@ class _FiniteLoss(nn.Module):
     losses, times: every loss so far, and time.perf_counter() after it.
     """
 
+    _class_weights_K: Tensor | None
+
     def __init__(self, label_smoothing: float, class_weights_K: Tensor | None = None) -> None:
         super().__init__()
-        self._label_smoothing, self._class_weights_K = label_smoothing, class_weights_K
+        self._label_smoothing = label_smoothing
+        self.register_buffer("_class_weights_K", class_weights_K)
         self.losses: list[float] = []
         self.times: list[float] = []
 
     def forward(self, logits_NK: Tensor, labels_N: Tensor) -> Tensor:
-        weights_K = self._class_weights_K
-        if weights_K is not None:
-            weights_K = weights_K.to(logits_NK.device)
-        loss = cross_entropy(logits_NK.float(), labels_N, self._label_smoothing, weights_K)
+        loss = cross_entropy(logits_NK.float(), labels_N, self._label_smoothing, self._class_weights_K)
         self.losses.append(loss.item())  # the library itself waits for every step's loss
         if not math.isfinite(self.losses[-1]):
             raise _Diverged

@@ -12,6 +12,7 @@ from matplotlib.image import imread
 
 from fasttrain import lr_finder, trainer
 from fasttrain.cli import main
+from fasttrain.data.dataset import Dataset, Split
 from fasttrain.errors import UserError
 from fasttrain.lr_finder import LrCurve, LrSearch, find_max_lr, smooth
 from fasttrain.optim import build_optimizer
@@ -250,6 +251,26 @@ def test_a_finite_loss_is_cross_entropy_and_any_other_raises() -> None:
     assert loss_fn(logits, labels) == torch.nn.functional.cross_entropy(logits, labels)
     with pytest.raises(lr_finder._Diverged):
         loss_fn(logits * float("nan"), labels)
+
+
+def test_the_search_minimises_the_loss_of_the_recipes_class_weights(dataset: Dataset, monkeypatch) -> None:
+    """The first loss that a search sees is torch's, each image's weighted by its class."""
+    labels = np.repeat([0, 1, 2], [20, 15, 5])
+    data = dataclasses.replace(dataset, train=Split(dataset.train.images[:40], labels))
+    seen: list[tuple[torch.Tensor, torch.Tensor, float]] = []
+
+    class Recorded(lr_finder._FiniteLoss):
+        def forward(self, logits_NK: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+            loss = super().forward(logits_NK, labels_N)
+            seen.append((logits_NK.detach().float(), labels_N, loss.item()))
+            return loss
+
+    monkeypatch.setattr(lr_finder, "_FiniteLoss", Recorded)
+    search(data, dataclasses.replace(SMALL, class_weights="balanced", label_smoothing=0.0))
+    logits_NK, labels_N, loss = seen[0]
+    weights_K = torch.tensor([40 / (3 * count) for count in (20, 15, 5)])
+    losses_N = torch.nn.functional.cross_entropy(logits_NK, labels_N, reduction="none")
+    assert loss == pytest.approx((weights_K[labels_N] * losses_N).mean().item(), rel=1e-5)
 
 
 def test_find_lr_prints_every_try_and_draws_the_curves(dataset_dir: Path, tmp_path, capsys) -> None:
