@@ -275,6 +275,7 @@ _SPEEDRUN = dataclasses.replace(
     pct_start=0.05,
     early_scale=0.75,
     early_share=0.5,
+    first_layer_share=0.3,
     test_views="shifts",
 )
 
