@@ -172,15 +172,15 @@ def in_a_step(options: Options, batch_size: int, cores: int) -> dict[str, Any]:
     """Every loader under real training: samples in milliseconds per step by name."""
     device = pick_device(options.device)
     dataset = random_dataset(options.images)
-    step = build_step(usual_variant(device, width=options.width), device)
     loaders: dict[str, Batches] = {REUSED: [random_batch(batch_size, device, torch.channels_last)]}
     loaders |= ours(dataset, batch_size, device, threads=cores)
     if options.peers:
         loaders |= theirs(dataset, batch_size, device, workers=cores)[0]
-    workloads: dict[str, Workload] = {
-        name: partial(ms_in_a_step, endless(loader), step, device, 4 * options.seconds)
-        for name, loader in loaders.items()
-    }
+    workloads: dict[str, Workload] = {}
+    for name, loader in loaders.items():
+        # A step of its own: some yield bytes, others floats, and a captured step takes only one of these.
+        step = build_step(usual_variant(device, width=options.width), device)
+        workloads[name] = partial(ms_in_a_step, endless(loader), step, device, 4 * options.seconds)
     return {"samples": interleave(workloads, options.rounds)}
 
 

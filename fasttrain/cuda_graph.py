@@ -5,7 +5,8 @@ them.
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,41 +25,47 @@ class CaptureError(RuntimeError):
 
 
 def capture(
-    work: Callable[[Tensor, Tensor], object], images_NCHW: Tensor, labels_N: Tensor
-) -> Callable[[Tensor, Tensor], None]:
-    """Capture `work` on a batch like those to come; returns a function that replays it on any such batch.
+    works: Sequence[Callable[[Tensor, Tensor], object]], images_NCHW: Tensor, labels_N: Tensor
+) -> list[Callable[[Tensor, Tensor], None]]:
+    """Capture each work on a batch like those to come; returns functions that replay it on any such batch.
 
-    Kernels are replayed with the addresses that they were captured with. So `work` must write its results to
+    Kernels are replayed with the addresses that they were captured with. So a work must write its results to
     persistent tensors, and read everything that changes from step to step from tensors, never from Python
-    numbers; each batch is copied to where the captured kernels read it. `work` is called WARM_UP_CALLS times
+    numbers; each batch is copied to where the captured kernels read it. A work is called WARM_UP_CALLS times
     and then captured, which computes nothing. It must not wait for the GPU.
-    Raises CaptureError if the capture fails twice; errors of the calls before it pass.
+    All captures share their memory: a replay writes over whatever another one left there.
+    Raises CaptureError if a capture fails twice; errors of the calls before it pass.
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html, "Whole-network capture".
     """
+    if not works:
+        return []
     images, labels = torch.empty_like(images_NCHW), torch.empty_like(labels_N)  # keeps channels_last
     images.copy_(images_NCHW)
     labels.copy_(labels_N)
-    device = images.device
-    aside = torch.cuda.Stream(device)
-    aside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(aside):
-        for _ in range(WARM_UP_CALLS):
-            work(images, labels)
-    torch.cuda.current_stream(device).wait_stream(aside)
+    device, pool = images.device, torch.cuda.graph_pool_handle()
 
-    graph = _capture_safely(lambda: work(images, labels), device)
+    def capture_one(work: Callable[[Tensor, Tensor], object]) -> Callable[[Tensor, Tensor], None]:
+        aside = torch.cuda.Stream(device)
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP_CALLS):
+                work(images, labels)
+        torch.cuda.current_stream(device).wait_stream(aside)
+        graph = _capture_safely(lambda: work(images, labels), device, pool)
 
-    def replay(images_NCHW: Tensor, labels_N: Tensor) -> None:
-        require_like(images_NCHW, images)
-        require_like(labels_N, labels)
-        images.copy_(images_NCHW, non_blocking=True)
-        labels.copy_(labels_N, non_blocking=True)
-        graph.replay()
+        def replay(images_NCHW: Tensor, labels_N: Tensor) -> None:
+            require_like(images_NCHW, images)
+            require_like(labels_N, labels)
+            images.copy_(images_NCHW, non_blocking=True)
+            labels.copy_(labels_N, non_blocking=True)
+            graph.replay()
 
-    return replay
+        return replay
+
+    return [capture_one(work) for work in works]
 
 
-def _capture_safely(work: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
+def _capture_safely(work: Callable[[], object], device: torch.device, pool: Any) -> torch.cuda.CUDAGraph:
     """Capture while nothing else on this device waits, allocates or frees.
 
     A call that waits for the whole device fails the capture, from any thread: DALI's makes one when it frees
@@ -77,7 +84,7 @@ def _capture_safely(work: Callable[[], object], device: torch.device) -> torch.c
             with (
                 torch.cuda.stream(torch.cuda.current_stream(device)),
                 # thread_local: the threads of DALI and of the checkpoints may allocate memory meanwhile.
-                torch.cuda.graph(graph, capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
             ):
                 work()
             return graph

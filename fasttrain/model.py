@@ -365,5 +365,6 @@ def _layers(model: ImageClassifier, resolution: int | None) -> list[tuple[bool, 
     for module in probe.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(count)
-    probe(torch.empty(image_shape(resolution or model.resolution), device="meta"))
+    dtype = next(probe.parameters()).dtype
+    probe(torch.empty(image_shape(resolution or model.resolution), dtype=dtype, device="meta"))
     return layers

@@ -6,7 +6,7 @@ A step never waits for the device, except with fp16 and Muon, where the gradient
 import functools
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,8 +30,8 @@ from fasttrain.system.rng import fork_rng
 class TrainStep:
     """Called with a batch, it updates the model, and adds loss and correct predictions to sums on the device.
 
-    runtime: device and precision; fp16 gets a gradient scaler. With its cuda_graph, the step is captured and
-    then replayed until the phase changes. Its fallbacks get a line if the capture fails.
+    runtime: device and precision; fp16 gets a gradient scaler. With its cuda_graph, the step is captured,
+    once for each phase, and then replayed. Its fallbacks get a line if a capture fails.
     max_lr: the schedule's peak. total_steps: the schedule's length.
     class_weights_K: as in loss.cross_entropy.
     world: the ranks that train together. Each rank passes its own part of the batch; gradients, metrics and
@@ -63,11 +63,13 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.compute_dtype == torch.float16)
         self.fallbacks = runtime.fallbacks
         self.captures = runtime.cuda_graph
-        self._replay: Callable[[Tensor, Tensor], None] | None = None
-        self._captured_for: tuple[Phase, int, float] | None = None
+        self._replays: dict[Phase, Callable[[Tensor, Tensor], None]] = {}
+        self._captured_for: tuple[int, float] | None = None
         # A captured update reads its rate from a table. But fused Adam takes beta1 only as a number, and a
         # scaler counts on the host: with cycle_momentum or fp16 the graph ends before the update.
         self._updates_in_work = not self.captures or not (self.scaler.is_enabled() or recipe.cycle_momentum)
+        # An update outside of the graph reads the gradients of the last capture: then there is one at a time.
+        self._phases_at_once = None if self._updates_in_work else 1
         if self.captures and self._updates_in_work:
             for group in self.optimizer.param_groups:
                 group["capturable"] = True  # before a state is loaded: its step counts must be on the GPU
@@ -105,12 +107,11 @@ class TrainStep:
         if self.step >= self.total_steps:
             raise ValueError(f"step {self.step} is past the schedule's {self.total_steps} steps")
         phase = self.phase
-        is_captured = self._captured_for == (phase, self.total_steps, self.max_lr)
-        if (self.captures and not is_captured) or self._parallel_changes(phase):
+        if (self.captures and not self._is_captured(phase)) or self._parallel_changes(phase):
             self.warm_up(images_NCHW, labels_N)
         if self._table is None:
             set_schedule(self.optimizer, *one_cycle(self.step, self.total_steps, self.max_lr, self.recipe))
-        work = self._replay or functools.partial(self._work, phase=phase)
+        work = self._replays.get(phase) or functools.partial(self._work, phase=phase)
         work(images_NCHW, labels_N)
         if not self._updates_in_work:
             self._update()
@@ -149,13 +150,14 @@ class TrainStep:
         self._forward = self._objective
         if mode is not None:
             self._forward = torch.compile(self._objective, mode=mode, dynamic=False)
-        self._forget_capture()
+        self._forget_captures()
 
     def measure_seconds(self, images_NCHW: Tensor, labels_N: Tensor) -> float:
         """Return the seconds of a step like the last, the mean of 20. Restores the state afterwards."""
         repeats, phase = 20, self.recipe.phase(self.total_steps - 1, self.total_steps)
-        self.warm_up(images_NCHW, labels_N, phase)
-        work = self._replay or functools.partial(self._work, phase=phase)
+        if self.captures and not self._is_captured(phase):
+            self.warm_up(images_NCHW, labels_N, [phase])
+        work = self._replays.get(phase) or functools.partial(self._work, phase=phase)
         with self._preserve_state():
             work(images_NCHW, labels_N)
             self._sums.tolist()  # waits for the device
@@ -165,14 +167,14 @@ class TrainStep:
             self._sums.tolist()
             return (time.perf_counter() - start) / repeats
 
-    def warm_up(self, images_NCHW: Tensor, labels_N: Tensor, phase: Phase | None = None) -> float:
+    def warm_up(self, images_NCHW: Tensor, labels_N: Tensor, phases: Sequence[Phase] | None = None) -> float:
         """Compile and capture on a batch like those to come; returns the seconds taken, 0 for neither.
 
-        phase: the one to capture; by default the next step's. Later phases are compiled now too, but captured
-        when they are needed: a capture takes a few steps and holds a step's memory.
+        phases: those to compile and capture for; by default all from the next step on, so that no later step
+        takes longer (an update that cannot be captured allows one captured phase, the others follow later).
         Several ranks take a step in any case: DistributedDataParallel orders its sums by the first backward
         pass, and a resumed run has to add up in the same order as one that was never interrupted.
-        If the capture fails, later steps launch every kernel.
+        If a capture fails, later steps launch every kernel.
         Restores weights, statistics, the optimizer's state and random generators.
         """
         is_compiled = self._compile_mode is not None
@@ -180,38 +182,41 @@ class TrainStep:
             return 0.0
         start = time.perf_counter()
         if self.captures:
-            self._forget_capture()  # frees its memory for the next one
+            self._forget_captures()  # frees their memory for the next ones
             if self._updates_in_work:
                 self._table = self._tabulate_schedule()
         try:
-            self._try_step(images_NCHW, labels_N, phase or self.phase)
+            phases = phases or self.recipe.phases_from(self.step, self.total_steps)
+            self._try_steps(images_NCHW, labels_N, phases)
         except CaptureError as error:
             self._stop_capturing(error)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - start if is_compiled or self.captures else 0.0
 
-    def _try_step(self, images_NCHW: Tensor, labels_N: Tensor, phase: Phase) -> None:
-        """Take a step, compiled and captured as later ones will be, and undo it."""
+    def _try_steps(self, images_NCHW: Tensor, labels_N: Tensor, phases: Sequence[Phase]) -> None:
+        """Take a step of each phase, compiled and captured as later ones will be, and undo them."""
         with self._preserve_state(), warnings.catch_warnings():
             # A capturable optimizer warns about the calls before the capture.
             warnings.filterwarnings("ignore", message=".*capturable=True")
-            if self._compile_mode is not None:
-                for later in self.recipe.phases_from(self.step, self.total_steps):
-                    if later != phase and not self._parallel_changes(later):
-                        self._work(images_NCHW, labels_N, later)
-            if self.captures:
-                work = functools.partial(self._work, phase=phase)
-                self._replay = capture(work, images_NCHW, labels_N)
-                self._captured_for = phase, self.total_steps, self.max_lr
-            else:
-                self._work(images_NCHW, labels_N, phase)
+            # Backwards, to end where the next step begins. Several ranks keep averaging the same gradients.
+            captured = phases[: self._phases_at_once][::-1] if self.captures else []
+            for phase in reversed(phases):
+                if phase not in captured and (phase == self.phase or not self._parallel_changes(phase)):
+                    self._work(images_NCHW, labels_N, phase)
+            works = [functools.partial(self._work, phase=phase) for phase in captured]
+            self._replays = dict(zip(captured, capture(works, images_NCHW, labels_N), strict=True))
+            self._captured_for = self.total_steps, self.max_lr
+
+    def _is_captured(self, phase: Phase) -> bool:
+        return self._captured_for == (self.total_steps, self.max_lr) and phase in self._replays
 
     def _stop_capturing(self, error: CaptureError) -> None:
         self.fallbacks(
             f"CUDA graph: the capture failed ({error})",
             "the host launches every kernel, which leaves a fast GPU idle in between",
         )
+        self._forget_captures()
         self.captures, self._table = False, None
 
     def state_dict(self) -> dict[str, Any]:
@@ -247,7 +252,7 @@ class TrainStep:
         self._sums.copy_(state["metrics"]["sums"])
         self._images, self._since = state["metrics"]["images"], state["metrics"]["since"]
         self._peek.forget()
-        self._forget_capture()  # it refers to the optimizer's former tensors
+        self._forget_captures()  # it refers to the optimizer's former tensors
 
     def _parallel_changes(self, phase: Phase) -> bool:
         """Return whether several ranks average other gradients in this phase than until now."""
@@ -296,8 +301,8 @@ class TrainStep:
             group["lr"] = rate
         return table
 
-    def _forget_capture(self) -> None:
-        self._replay, self._captured_for = None, None
+    def _forget_captures(self) -> None:
+        self._replays, self._captured_for = {}, None
 
     @contextmanager
     def _preserve_state(self) -> Iterator[None]:
@@ -317,7 +322,7 @@ class TrainStep:
                 for tensor in self._optimizer_tensors() if is_new else []:
                     tensor.zero_()  # as the optimizer initialises it in its first step
             self.scaler.load_state_dict(scaler)
-            if self._replay is None:
+            if not self._replays:
                 self.optimizer.zero_grad(set_to_none=True)
 
     def _optimizer_tensors(self) -> list[Tensor]:

@@ -173,8 +173,8 @@ def test_an_optimizer_whose_fused_kernel_fails_is_not_fused(monkeypatch) -> None
 def test_a_step_that_cannot_be_captured_trains_without(monkeypatch, fields: dict) -> None:
     """It fails after the calls that warm up, whose traces have to go too."""
 
-    def capture(work, images, labels):
-        for _ in range(3):
+    def capture(works, images, labels):
+        for work in works:
             work(images, labels)
         raise CaptureError("operation not permitted when stream is capturing")
 

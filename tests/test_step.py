@@ -251,7 +251,9 @@ def captures(monkeypatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
         return replay
 
-    monkeypatch.setattr(step_module, "capture", capture)
+    monkeypatch.setattr(
+        step_module, "capture", lambda works, *batch: [capture(work, *batch) for work in works]
+    )
     return made
 
 
@@ -427,7 +429,7 @@ def test_a_captured_step_reads_the_row_of_its_step_whatever_happened_before(capt
     saved = copy.deepcopy(step.state_dict())
     step.measure_seconds(images, labels)  # 21 steps of a schedule of 20
     takes_its_row()
-    assert len(captures) == 2
+    assert len(captures) == 1
     step.load_state_dict(saved)
     step.max_lr /= 2
     takes_its_row()
@@ -472,9 +474,10 @@ def test_a_step_takes_few_operations(name: str, most: int, monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", ["speedrun", "default", "fast"])
 def test_for_a_captured_step_the_host_only_replays(name: str, monkeypatch) -> None:
-    def capture(work, images, labels):
-        work(images, labels)
-        return lambda images, labels: replayed.append(images)
+    def capture(works, images, labels):
+        for work in works:
+            work(images, labels)
+        return [lambda images, labels: replayed.append(images)] * len(works)
 
     monkeypatch.setattr(step_module, "capture", capture)
     recipe, replayed = dataclasses.replace(PRESETS[name], width=4), []
@@ -522,11 +525,10 @@ def test_a_replayed_step_has_the_losses_of_an_eager_one_over_fifty_steps(precisi
             step.compile(compile_mode)
         losses.append([])
         for shift in range(50):
-            step(images.roll(shift, 0), labels)
+            step(images.roll(shift, 0), labels.roll(shift, 0))
             losses[-1].append(step.take_metrics()[0])
-    # Rounding differs between kernels and grows from step to step: close at first, alike at the end.
-    assert losses[0][:5] == pytest.approx(losses[1][:5], rel=0.02)
-    assert losses[0][-1] == pytest.approx(losses[1][-1], abs=0.2) and losses[1][-1] < 0.7 * losses[1][0]
+    # Kernels round differently. What can be learned by heart does not magnify that.
+    assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[1][-1] < 0.5 * losses[1][0]
 
 
 @pytest.mark.gpu
@@ -589,12 +591,18 @@ def test_a_step_never_waits_for_the_gpu(
     ("precision", "compile_mode"),
     [("bf16", None), ("fp16", None), pytest.param("bf16", "default", marks=COMPILES)],
 )
-def test_a_step_is_captured_anew_where_the_images_grow(precision, compile_mode) -> None:
+def test_the_captured_steps_of_both_resolutions_have_the_losses_of_eager_ones(
+    precision, compile_mode
+) -> None:
     device, losses = torch.device("cuda"), []
     images, labels = batch(device, count=64)
     for graph in (False, True):
-        fields = {"early_scale": 0.5, "early_share": 0.15}  # 3 of 20 steps
-        step = build(precision, device, compile_mode if graph else None, graph, **fields)
+        torch.manual_seed(0)
+        recipe = Recipe(early_scale=0.5, early_share=0.15)  # 3 of 20 steps
+        settings = {"device": device, "precision": precision, "cuda_graph": graph}
+        step = step_of(recipe, max_lr=0.001, **settings)  # higher, and rounding grows from step to step
+        if graph and compile_mode:
+            step.compile(compile_mode)
         step.warm_up(images, labels)
         compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         losses.append([])
