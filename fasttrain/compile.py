@@ -19,14 +19,14 @@ from fasttrain.system.compiler import RUNNING_EAGER
 from fasttrain.system.files import write_atomically, write_json
 from fasttrain.system.memory import is_full_memory
 
-COLD_SECONDS, WARM_SECONDS = 40.0, 6.0
+COLD_SECONDS, WARM_SECONDS = 40.0, 4.0
 """Assumed cost of compiling until this machine has shown it: from scratch, and from the cache."""
 
-COMPILER_SHARE = 0.35
+COMPILER_SHARE = 0.39
 """Share that a compiler saves of an eager step's time above its matrix products.
 
-From a model of the default recipe's step on an H200, batch 512, as a CUDA graph: eager 4.5 ms, compiled 3.45,
-products at the measured rate 1.5. To be replaced by what a GPU shows.
+Measured with the default recipe's step on an H200, batch 512, as a CUDA graph (docs/benchmarks.md): eager
+4.71 ms, compiled 3.44, products at the measured rate 1.48.
 """
 
 NOTHING_NEW = 1.0

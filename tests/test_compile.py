@@ -20,12 +20,12 @@ CPU = torch.device("cpu")
 def test_compiling_has_to_pay_within_the_run() -> None:
     def judged(steps: int, compile_seconds: float) -> CompileEstimate:
         return CompileEstimate(
-            steps=steps, step_seconds=0.0045, floor_seconds=0.0015, compile_seconds=compile_seconds
+            steps=steps, step_seconds=0.0047, floor_seconds=0.0015, compile_seconds=compile_seconds
         )
 
     assert judged(40_000, 40) and judged(2_328, 2)
-    assert not judged(2_328, 6)  # 24 epochs, of which a compiler saves 2.4 seconds
-    assert "eager" in str(judged(2_328, 40)) and "about 2.4 s to gain" in str(judged(2_328, 40))
+    assert not judged(2_328, 6)  # 24 epochs, of which a compiler saves 2.9 seconds
+    assert "eager" in str(judged(2_328, 40)) and "about 2.9 s to gain" in str(judged(2_328, 40))
     assert "compiling" in str(judged(40_000, 40))
     faster = CompileEstimate(steps=100, step_seconds=0.001, floor_seconds=0.002, compile_seconds=1)
     assert faster.gain_seconds == 0 and not faster
