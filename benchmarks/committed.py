@@ -20,6 +20,10 @@ RENAMED = {"record": "speedrun"}
 """Presets that were measured under another name than they have now; the files keep the old one."""
 
 
+HOW = ("compile", "cuda_graph", "loader", "loader_threads")
+"""Fields of a recipe that say how a machine trains it; none of them changes what is trained."""
+
+
 def preset_name(label: str) -> str:
     """The label with the preset in it called as it is now: record-batch-512 is speedrun-batch-512."""
     return re.sub(r"\b\w+\b", lambda word: RENAMED.get(word.group(), word.group()), label)
@@ -85,10 +89,10 @@ class CommittedRun:
 
     @property
     def differences(self) -> dict[str, Any]:
-        """Fields in which it trained otherwise than its preset does now, whatever the seed."""
+        """Fields in which it trained something else than its preset does now, whatever the seed."""
         preset = {preset_name(recipe.name): recipe for recipe in PRESETS.values()}[self.preset]
         # A rate that was given satisfies a preset that leaves it to the LR finder.
-        ignored = {"name", "seed", "test_views"} | ({"max_lr"} if preset.max_lr == "auto" else set())
+        ignored = {"name", "seed", "test_views", *HOW} | ({"max_lr"} if preset.max_lr == "auto" else set())
         now = preset.to_dict()
         return {
             field: value

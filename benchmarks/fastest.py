@@ -11,12 +11,13 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from benchmarks.harness import require_counts, run
+from benchmarks.harness import require_counts, run, save
 from fasttrain import trainer
 from fasttrain.errors import UserError
-from fasttrain.recipe import Recipe
 from fasttrain.report.run import Run, load_run
+from fasttrain.system.machine import pick_device
 from fasttrain.system.run_folder import RESULT_FILE
 
 
@@ -43,16 +44,28 @@ def epoch_seconds(short: Run) -> float:
     return statistics.median(seconds[1:] or seconds)
 
 
+def way(short: Run) -> dict[str, Any]:
+    """A short run's figures: how its steps were taken, and how long they took."""
+    keys = ("compile", "cuda_graph", "loader", "epoch_seconds", "compile_seconds", "mfu", "peak_memory_gib")
+    return {
+        **{key: short.result[key] for key in keys},
+        "seconds": epoch_seconds(short),
+        "images_per_sec": short.steps_per_epoch * short.recipe.batch_size / epoch_seconds(short),
+    }
+
+
 def main(options: Options) -> None:
     runs = [load_run(path.parent) for path in sorted(options.short.glob(f"*/{RESULT_FILE}"))]
     if not runs:
         raise UserError(f"--short {options.short}: no finished run is in it")
     for short in runs:
         print(f"{epoch_seconds(short):.3f} s an epoch: {short.folder.name}", file=sys.stderr)
+    recipe = runs[0].recipe
+    facts = {"recipe": recipe.name, "batch_size": recipe.batch_size, "precision": runs[0].result["precision"]}
+    save("ways", pick_device("auto"), facts | {"rows": [way(short) for short in runs]})
     fastest = min(runs, key=epoch_seconds)
-    recipe = Recipe.from_dict(fastest.result["recipe"])
     # auto would judge again: the mode is the one that was fast.
-    recipe = dataclasses.replace(recipe, epochs=options.epochs, compile=fastest.result["compile"])
+    recipe = dataclasses.replace(fastest.recipe, epochs=options.epochs, compile=fastest.result["compile"])
     trainer.train(recipe, data_dir=options.data_dir, out=options.out)
 
 

@@ -16,29 +16,34 @@ NOT_MEASURED = "Not measured yet."
 
 
 def presets_table(results: Path) -> str:
-    """The presets at a glance: the accuracy over seeds, and the pace of the run that is committed whole."""
+    """The presets at a glance, by machine: the accuracy over seeds, and the pace of the committed run."""
     rows, datasets = [], set()
-    paces = {(run.preset, run.result["epochs"]): run for run in committed.runs(results, current=True)}
+    paces = {(r.preset, r.result["epochs"], r.hardware): r for r in committed.runs(results, current=True)}
     for values in results_of(results, "final"):
         for row in values["rows"]:
             name = preset_name(row["recipe"])
-            run = paces.get((name, row["epochs"]))
-            if run is None:
-                continue
-            datasets.add(values["dataset"])
+            found = [paces.get((name, row["epochs"], hardware)) for hardware in row["hardware"]]
             accuracy = f"{points(row['accuracy'])}, n = {row['accuracy']['n']}"
-            rows.append([name, str(row["epochs"]), accuracy, seconds_per_epoch(run), run.hardware])
-    columns = ["preset", "epochs", "test accuracy, %", "seconds an epoch", "machine"]
+            for run in filter(None, found):
+                datasets.add(values["dataset"])
+                cells = [name, str(row["epochs"]), accuracy, f"{row['train_seconds']:,.1f}"]
+                rows.append([*cells, seconds_per_epoch(run), run.hardware])
+    rows.sort(key=lambda cells: cells[0])
+    columns = ["preset", "epochs", "test accuracy, %", "training, s", "an epoch, s", "machine"]
     return (
         f"{markdown(columns, rows)}\n\n{', '.join(sorted(datasets))}, not the original images. Accuracy: "
-        "mean (95% confidence interval) over n seeds; one seed shows no spread. Seconds: median (range) over "
-        "the epochs of one run, training only. [What ran beside them](docs/results.md#the-runs)."
+        "mean (95% confidence interval) over n seeds; one seed shows no spread. Seconds: training only; the "
+        "median over seeds, and the median (range) over the epochs of one run. "
+        "[What ran beside them](docs/results.md#the-runs)."
     )
 
 
 def seconds_per_epoch(run: CommittedRun) -> str:
     seconds = run.result["epoch_seconds"]
-    return f"{statistics.median(seconds):,.1f} ({min(seconds):,.1f}-{max(seconds):,.1f})"
+    digits = 1 if min(seconds) >= 10 else 3
+    return "{:,.{n}f} ({:,.{n}f}-{:,.{n}f})".format(
+        statistics.median(seconds), min(seconds), max(seconds), n=digits
+    )
 
 
 def runs_table(results: Path, *, current: bool) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.committed import files_of, link, results_of
 from benchmarks.harness import markdown, software
+from benchmarks.layers import PASSES
 from fasttrain.system.machine import hardware_name
 
 
@@ -63,6 +64,81 @@ def ladder_table(results: Path) -> str:
             ),
         },
     )
+
+
+def ways_table(results: Path) -> str:
+    """A preset's epoch on a GPU, step by step or captured, eager or compiled."""
+    parts = []
+    for values in results_of(results, "ways"):
+        body = [
+            [
+                ("eager" if row["compile"] == "off" else "compiled") + ", captured" * row["cuda_graph"],
+                f"{row['seconds']:.3f}",
+                f"{row['images_per_sec']:,.0f}",
+                f"{values['batch_size'] / row['images_per_sec'] * 1000:.2f}",
+                f"{row['epoch_seconds'][0]:.3f}",
+                f"{row['compile_seconds']:.1f}",
+                f"{row['peak_memory_gib']:.2f}",
+            ]
+            for row in values["rows"]
+        ]
+        columns = ["step", "s an epoch", "images/s", "ms a step", "first epoch, s", "set-up, s", "GPU GiB"]
+        parts.append(
+            f"{markdown(columns, body)}\n\n`{values['recipe']}`, batch {values['batch_size']}, "
+            f"{values['precision']}, {values['rows'][0]['loader']}; one run of "
+            f"{len(values['rows'][0]['epoch_seconds'])} epochs a row, the median of all but the first. "
+            f"Set-up: compiling, from a warm cache, and capturing. {machine(values)}"
+        )
+    return "\n\n".join(parts)
+
+
+def layers_table(results: Path) -> str:
+    """Every convolution of a step on a GPU: milliseconds, and TFLOP/s, of its three passes."""
+    parts = []
+    for values in results_of(results, "layers"):
+        batch_size = 512
+        found: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+        for row in values["rows"]:
+            if row["batch_size"] == batch_size:
+                found.setdefault((row["layer"], row["inputs"]), {})[row["pass"]] = row
+        body = []
+        for (layer, inputs), passes in found.items():
+            row = passes["forward"]
+            cells = [f"{passes[name]['ms']:.3f} ({passes[name]['tflops']:.0f})" for name in PASSES]
+            body.append([layer, f"{inputs}-{row['outputs']}", str(row["side"]), *cells])
+        worst = max(row["error"] for row in values["rows"])
+        columns = ["convolution", "channels", "side", *(f"{name}, ms (TFLOP/s)" for name in PASSES)]
+        parts.append(
+            f"{markdown(columns, body)}\n\nBatch {batch_size}, bf16, channels_last. Against float32, no pass "
+            f"at any batch size differs by more than {worst:.1e} of the norm. {machine(values)}"
+        )
+    return "\n\n".join(parts)
+
+
+def trace_table(results: Path) -> str:
+    """What a GPU and the host's threads do in a step, for the training and for DALI, by a trace."""
+    parts = []
+    for values in results_of(results, "trace"):
+        rows = values["rows"]
+        kernels = max((row for row in rows if row["what"] == "kernels"), key=lambda row: row["per_step"])
+        launches = next(row for row in rows if row["what"] == "cudaGraphLaunch")
+        sums: dict[tuple[str, str], list[float]] = {}
+        for row in rows:
+            side = "training" if row["where"] in (kernels["where"], launches["where"]) else "DALI"
+            place = f"{side}, {'GPU' if row['where'].startswith('stream') else 'host'}"
+            found = sums.setdefault((place, row["what"]), [0.0, 0.0])
+            found[0] += row["per_step"]
+            found[1] += row["ms_per_step"]
+        body = [
+            [place, what, f"{count:.2f}", f"{ms:.3f}"] for (place, what), (count, ms) in sorted(sums.items())
+        ]
+        parts.append(
+            f"{markdown(['where', 'what', 'in a step', 'ms in a step'], body)}\n\n{values['steps']} steps of "
+            f"`default`, compiled and captured, under the profiler, the GPU idle for "
+            f"{values['idle_ms_per_step']:.3f} ms of each. A thread's milliseconds include waiting: the host "
+            f"runs ahead, and a full queue holds it back. {machine(values)}"
+        )
+    return "\n\n".join(parts)
 
 
 def start_table(results: Path) -> str:

@@ -31,11 +31,14 @@ from benchmarks.table_speed import (
     designs_table,
     folder_table,
     ladder_table,
+    layers_table,
     loader_table,
     reliability_table,
     scaling_table,
     start_table,
     step_table,
+    trace_table,
+    ways_table,
 )
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -47,6 +50,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "quality": quality_table,
     "published": published_table,
     "airbench": airbench_table,
+    "ways": ways_table,
+    "layers": layers_table,
+    "trace": trace_table,
     "step": step_table,
     "ladder": ladder_table,
     "loader": loader_table,

@@ -83,7 +83,8 @@ def test_a_preset_that_was_renamed_is_shown_under_its_name_of_today() -> None:
     assert preset_name("none, record-batch-256") == "none, speedrun-batch-256"
     assert preset_name("recorded") == "recorded"
     rows = [line.split(" | ")[0] for line in presets_table(RESULTS).splitlines() if line.startswith("| ")]
-    assert rows == ["| preset", "| ---", "| assignment", "| default", "| fast", "| laptop", "| speedrun"]
+    presets = ["| assignment", "| default", "| fast", "| laptop", "| speedrun"]
+    assert list(dict.fromkeys(rows)) == ["| preset", "| ---", *presets]
     texts = [table(RESULTS) for table in tables.TABLES.values()]
     assert not any("record |" in text or "record," in text for text in texts)
 
