@@ -7,12 +7,15 @@ import sys
 def main() -> int:
     """Run the command that the process was started with; returns the exit status."""
     try:
-        from fasttrain.system.signals import leave_on_signals, raise_on_signals
+        from fasttrain.system.signals import ignore_signals, leave_on_signals, raise_on_signals
 
         with raise_on_signals():
             with leave_on_signals():
                 from fasttrain.cli import main
-            return main()
+            try:
+                return main()
+            finally:
+                ignore_signals()
     except KeyboardInterrupt as stop:  # before or after all that
         signum = getattr(stop, "signum", signal.SIGINT)
         print(f"fasttrain: {signal.Signals(signum).name}: stopped", file=sys.stderr)

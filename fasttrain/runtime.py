@@ -114,7 +114,7 @@ def import_in_background(*modules: str) -> None:
 
     def work() -> None:
         for module in modules:
-            with contextlib.suppress(ImportError, OSError):  # reported where it is needed
+            with contextlib.suppress(Exception):  # reported where it is needed, unless the process ends now
                 importlib.import_module(module)
 
     threading.Thread(target=work, name="imports").start()

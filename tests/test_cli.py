@@ -20,7 +20,7 @@ from fasttrain.errors import Interrupted, TrainingInterrupted, UserError
 from fasttrain.recipe import PRESETS, Recipe
 from fasttrain.system import program
 from fasttrain.system.run_log import RunLog
-from fasttrain.system.signals import raise_on_signals
+from fasttrain.system.signals import STOPPING, raise_on_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = {
@@ -132,12 +132,26 @@ def _started(pid: int) -> bool:
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_in_any_command_is_one_line(signum: int, monkeypatch, capsys) -> None:
-    before = signal.getsignal(signum)
+    before = {number: signal.getsignal(number) for number in STOPPING}
     monkeypatch.setitem(cli.COMMANDS, "data", (lambda _: signal.raise_signal(signum), ""))
     monkeypatch.setattr(sys, "argv", ["fasttrain", "data"])
-    assert run_process() == 128 + signum
+    try:
+        assert run_process() == 128 + signum
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert capsys.readouterr().err == f"fasttrain data: {signal.Signals(signum).name}: stopped\n"
-    assert signal.getsignal(signum) is before
+
+
+def test_a_signal_changes_nothing_once_the_command_has_ended() -> None:
+    """Python takes a while to end, and then handlers are gone."""
+    code = (
+        "import atexit, os, signal, sys\nfrom fasttrain.__main__ import main\n"
+        "atexit.register(lambda: [os.kill(os.getpid(), s) for s in (signal.SIGTERM, signal.SIGHUP)])\n"
+        "sys.argv = ['fasttrain', '--version']\nsys.exit(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("fasttrain ")
 
 
 def test_ranks_of_a_job_leave_sigterm_to_torchrun(monkeypatch) -> None:

@@ -40,8 +40,7 @@ def raise_on_signals() -> Iterator[None]:
     def stop(signum: int, _: object) -> None:
         raise Interrupted(f"{signal.Signals(signum).name}: stopped", signum)
 
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
-    with _handlers(stop, [] if several else [signum for signum in STOPPING if signum != signal.SIGINT]):
+    with _handlers(stop, [] if _has_ranks() else [signum for signum in STOPPING if signum != signal.SIGINT]):
         yield
 
 
@@ -98,5 +97,24 @@ def ignore_sigterm() -> None:
 
     SIGTERM stays ignored after catch_signals too. Does nothing outside the main thread.
     """
+    _ignore(getattr(signal, "SIGTERM", None))
+
+
+def ignore_signals() -> None:
+    """Ignore the signals that stop a process whose command has ended: its status is known, and it may end.
+
+    Python takes up to a second to end, and takes handlers away on the way, though it leaves ignored signals.
+    Does nothing under torchrun, which must be able to end a rank that hangs there.
+    """
+    if not _has_ranks():
+        _ignore(*STOPPING)
+
+
+def _has_ranks() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _ignore(*signums: int | None) -> None:
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for signum in filter(None, signums):
+            signal.signal(signum, signal.SIG_IGN)
