@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fasttrain.data.sampler import Shard
-from fasttrain.errors import DivergedError, TrainingInterrupted, UserError
+from fasttrain.errors import DivergedError, LostRankError, TrainingInterrupted, UserError
 from fasttrain.system.console import reader_may_leave
 from fasttrain.system.program import typed
 from fasttrain.system.signals import ignore_sigterm
@@ -50,7 +50,8 @@ class World:
     """The processes that train together, seen from one of them; without arguments, a world of one.
 
     local_rank: the rank within its machine. All ranks must call all methods except `print` and `parallel`, in
-    the same order. As a context manager, it turns the loss of another rank into a UserError.
+    the same order. As a context manager, it turns the loss of another rank into a
+    LostRankError.
     """
 
     rank: int = 0
@@ -262,7 +263,7 @@ class World:
 
     @contextmanager
     def report_lost_rank(self) -> Iterator[None]:
-        """Within the block, a broken connection becomes a UserError; SIGTERM is then ignored."""
+        """Within the block, a broken connection becomes a LostRankError; SIGTERM is then ignored."""
         try:
             yield
         except RuntimeError as error:
@@ -273,10 +274,10 @@ class World:
         text = str(error)
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text.lower()):
             ignore_sigterm()  # torchrun's, which follows: this rank ends by itself, and says why
-            reason = text.splitlines()[0].rpartition("] ")[2] if "] " in text else text.splitlines()[0]
-            raise UserError(
-                f"lost another rank ({reason}): see above, or in torchrun's summary, why it ended; "
-                "to resume from the last checkpoint, use --resume"
+            # Its first sentence, without gloo's place in its sources; more sentences guess at the cause.
+            reason = text.splitlines()[0].rpartition("] ")[2].partition(". ")[0].rstrip(".")
+            raise LostRankError(
+                f"lost another rank ({reason}): see above, or in torchrun's summary, why it ended"
             ) from error
 
 

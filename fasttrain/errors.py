@@ -13,6 +13,14 @@ class DivergedError(UserError):
     """The loss or a weight has become NaN or infinite."""
 
 
+class WriteError(UserError):
+    """A file cannot be written: the disk is full, read-only or broken."""
+
+
+class LostRankError(UserError):
+    """Another rank of a training on several has ended, or does not answer."""
+
+
 class Interrupted(KeyboardInterrupt):
     """SIGINT, SIGTERM or SIGHUP ended the command; the message is for the user.
 

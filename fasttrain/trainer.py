@@ -113,7 +113,7 @@ def train(recipe: Recipe, **options: Unpack[TrainKeywords]) -> Run:
         trainer.prepare(origin)
         with say_how_to_resume(folder, opts):
             test = trainer.fit()
-        run = trainer.finish()
+            run = trainer.finish()
         world.close()
         if test is not None and opts.report and world.is_main:
             log.print(try_report(run, dataset, test, world.device))

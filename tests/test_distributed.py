@@ -277,6 +277,8 @@ def test_a_killed_rank_ends_the_job_with_its_reason(data: Path, tmp_path: Path) 
     assert "Signal 9 (SIGKILL)" in errors  # torchrun's summary, of rank 1
     lines = [line for line in errors.splitlines() if line.startswith("fasttrain train:")]
     assert len(lines) == 1, errors
-    assert "lost another rank" in lines[0] and "Connection" in lines[0]
+    assert "lost another rank" in lines[0] and "Connection" in lines[0] and "typically" not in lines[0]
+    resumes = f"torchrun --nproc-per-node 2 -m fasttrain train --resume {only(out)}"
+    assert f"; continue from the last checkpoint: {resumes}" in lines[0]
     assert "Traceback" not in errors.split("lost another rank")[0]
     assert load_checkpoint(only(out) / "last.pt")["scheduler"]["step"] > 0

@@ -18,7 +18,7 @@ from fasttrain.checkpoint.state import RunState
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.run_images import RunImages
 from fasttrain.distributed import World, command
-from fasttrain.errors import Interrupted, TrainingInterrupted, UserError, one_line
+from fasttrain.errors import Interrupted, LostRankError, TrainingInterrupted, UserError, WriteError, one_line
 from fasttrain.options import TrainOptions, typed_flags
 from fasttrain.recipe import Recipe, flag, load_recipe
 from fasttrain.system.fallbacks import Fallbacks
@@ -137,7 +137,7 @@ def say_how_to_resume(folder: Path, opts: TrainOptions) -> Iterator[None]:
     """Within the block, an error of torch, DALI or the GPU becomes a UserError that says how to resume.
 
     The traceback goes into the run's folder. Out-of-memory errors pass. A signal that did not wait for the
-    state to be saved becomes an Interrupted that says so too.
+    state to be saved becomes an Interrupted that says so too; the disk's errors and a lost rank's get it.
     """
     advice = f"continue from the last checkpoint: {resume_command(folder, opts)}"
     try:
@@ -147,6 +147,8 @@ def say_how_to_resume(folder: Path, opts: TrainOptions) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         signum = stop.signum if isinstance(stop, Interrupted) else signal.SIGINT
         raise Interrupted(f"{signal.Signals(signum).name}; {advice}", signum) from stop
+    except (LostRankError, WriteError) as error:
+        raise UserError(f"{error}; {advice}") from error
     except RuntimeError as error:
         if is_full_memory(error):
             raise

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fasttrain.errors import UserError
+from fasttrain.errors import UserError, WriteError
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call `write` on a temporary file, and rename it to `path` once it is complete and on the disk.
 
-    If anything fails, an older file of that name stays as it was. Raises UserError if the folder cannot be
+    If anything fails, an older file of that name stays as it was. Raises WriteError if the folder cannot be
     written to or the disk is full.
     """
     with _write_errors(path):
@@ -57,7 +57,7 @@ def require_writable(folder: Path, place: str) -> None:
 def link_atomically(source: Path, target: Path) -> None:
     """Make `target` a hard link to `source`, or a copy where the file system has no hard links.
 
-    An older `target` stays until the new one is complete. Raises UserError as write_atomically does.
+    An older `target` stays until the new one is complete. Raises WriteError as write_atomically does.
     """
     temporary = target.with_name(f".{target.name}-link")
     with _write_errors(target):
@@ -141,7 +141,7 @@ def _write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(
+        raise WriteError(
             f"{path}: cannot be written ({reason}); free some space or choose another folder"
         ) from error
 
