@@ -164,7 +164,7 @@ $(bench): $(installed)
 gpu-report: $(dev)  ## run every benchmark where there is a GPU: RESULTS= ARGS="--visit first"
 	$(measure) benchmarks.all --plan gpu$(args)
 
-soak: $(dev)  ## kill and resume trainings, damage and read files, for minutes: RESULTS= ARGS=
+soak: $(dev)  ## kill trainings, send signals, break disks and files, for minutes: RESULTS= ARGS=--minutes=10
 	$(measure) tests.soak$(args)
 
 tables: $(installed)  ## print the documentation's tables from benchmarks/results

@@ -253,25 +253,52 @@ def scaling_table(results: Path) -> str:
 
 
 def reliability_table(results: Path) -> str:
-    """One row per machine that ran the fault campaign."""
-    rows, machines = [], []
+    """What each machine's fault campaign injected, and what came out wrong."""
+    parts = []
     for values in results_of(results, "soak"):
-        machines.append(machine(values))
-        lost, bad = values["lost_seconds"], values["bad_inputs"]
-        rows.append(
-            [
-                f"{values['kills']} SIGKILL, {values['faults'] - values['kills']} SIGTERM",
-                f"{values['recovered']} of {values['runs']}",
-                f"{values['bit_equal']} of {values['runs']}",
-                f"{bad['tried']:,}",
-                str(len(bad["wrong"])),
-                f"{lost['median']:.1f} ({lost['min']:.1f}-{lost['max']:.1f}, n = {lost['n']})",
-                f"{values['memory_mib']['second'] / values['memory_mib']['first'] - 1:+.1%}",
-            ]
+        lost, arguments = values["kill"]["lost_seconds"], f"--minutes {values['minutes']:g}"
+        table = markdown(["faults", "of what kind", "outcome"], _faults(values))
+        parts.append(
+            f'{table}\n\n`make soak ARGS="{arguments} --seed {values["seed"]}"`: trainings of every preset '
+            "in small, on the CPU, that save after every step. A SIGKILL lost "
+            f"{lost['median']:.1f} s (median; {lost['min']:.1f} to {lost['max']:.1f}, n = {lost['n']}), "
+            "starting up included. Memory and open files: the most in the second half of the time, against "
+            f"the first. {machine(values)}"
         )
-    columns = ["faults injected", "runs recovered", "runs bit-equal", "bad inputs tried", "wrong outcomes"]
-    columns += ["seconds lost per SIGKILL", "memory, second half of a run to its first"]
-    return (
-        f"{markdown(columns, rows)}\n\n`make soak`: trainings on the CPU that save after every step, on 64 "
-        f"generated images. Seconds lost: median (range). {' '.join(machines)}"
-    )
+    return "\n\n".join(parts)
+
+
+def _faults(values: dict[str, Any]) -> list[list[str]]:
+    """A row for each kind of faults: how many, of what kind, and the outcome."""
+    kill, signals, disks = values["kill"], values["signals"], values["disks"]
+    files, memory = values["bad-inputs"], values["memory"]
+    rows = [
+        [
+            f"{kill['kills']:,} SIGKILLs and {kill['faults'] - kill['kills']:,} SIGTERMs in trainings",
+            f"of the SIGKILLs {kill['resuming']:,} met a resumed run, {kill['of_ranks']:,} one of some ranks",
+            f"{kill['runs'] - kill['bit_equal']} of {kill['runs']:,} runs not bit-equal",
+        ],
+        [
+            f"{signals['sent']:,} signals to commands",
+            f"SIGTERM, SIGHUP or SIGINT, to {signals['commands']} commands",
+            f"{len(signals['wrong'])} without one true line",
+        ],
+        [
+            f"{disks['failed']:,} failing disks",
+            "full, read-only, broken or over quota, once or for good, at any write",
+            f"{disks['runs'] - disks['bit_equal']} of {disks['runs']:,} runs not bit-equal",
+        ],
+        [
+            f"{files['tried']:,} damaged or lying files",
+            "checkpoints, recipes, a run's files, images, shards, releases, pickles, caches",
+            f"{len(files['wrong'])} tracebacks, hangs or damage taken for good",
+        ],
+    ]
+    for name, what in (("epochs", "of one run"), ("runs", "in one process"), ("resumes", "of one run")):
+        found = memory[name]
+        grown = found["second_mib"] / found["first_mib"] - 1
+        files_more = found["second_files"] - found["first_files"]
+        rows.append(
+            [f"{found['count']:,} {name}", what, f"memory {grown:+.1%}, open files {files_more:+.0f}"]
+        )
+    return rows

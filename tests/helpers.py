@@ -5,7 +5,7 @@ import hashlib
 import io
 import pickle
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -78,6 +78,7 @@ def experienced_network(recipe: Recipe, num_classes: int = 10, **statistics: Any
     model = build_model(recipe, num_classes, **statistics)
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
+            assert layer.running_mean is not None and layer.running_var is not None
             nn.init.uniform_(layer.running_var, 0.5, 1.5)
             nn.init.uniform_(layer.running_mean, -0.5, 0.5)
     return model.eval()
@@ -186,6 +187,9 @@ def tar_gz(members: Mapping[str, bytes]) -> bytes:
 
 class _Pickler2(pickle._Pickler):
     """Writes bytes as Python 2 wrote its strings, which are bytes too."""
+
+    write: Callable[[bytes], object]
+    memoize: Callable[[object], None]
 
     dispatch: ClassVar[dict[Any, Any]] = dict(pickle._Pickler.dispatch)
 

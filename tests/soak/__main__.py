@@ -1,72 +1,110 @@
-"""A fault campaign: training runs are killed and resumed, files are damaged and read, memory is watched.
+"""A fault campaign: runs are killed and resumed, signals sent, disks and files broken, memory watched.
 
-    python -m tests.soak                        # what `make soak` runs, and the reliability table reports
-    python -m tests.soak --faults 5 --bad-inputs 100 --epochs 20
+    python -m tests.soak --minutes 60           # the reliability table reports what an hour found
+    python -m tests.soak --only kill --seed 3 --turn 17      # one turn again, as a wrong outcome names it
 
-Everything is drawn from a fixed seed. Figures go where those of benchmarks go (benchmarks/README.md).
+A seed determines every turn, but not how far a process has come at a given moment. Figures go where those of
+benchmarks go (benchmarks/README.md).
 """
 
-import dataclasses
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from benchmarks.harness import run, save, show
+from benchmarks.harness import extra_memory_gib, run, save, show
 from benchmarks.stats import describe
 from benchmarks.workloads import loader_names
-from fasttrain.data.sources import synthetic
 from fasttrain.errors import UserError
-from tests.soak.corrupt import bad_input_campaign
+from tests.soak.campaign import Campaign, run_for
+from tests.soak.cases import cases
+from tests.soak.corrupt import BadInputCampaign
+from tests.soak.disk import DiskCampaign
 from tests.soak.kill import KillCampaign
 from tests.soak.memory import memory_campaign
+from tests.soak.signals import SignalCampaign
 
 CPU = torch.device("cpu")
+MOST_GIB = 2.0
+"""Memory that reading damaged files may take."""
+
+SHARES = {"kill": 0.45, "signals": 0.25, "disks": 0.1, "bad-inputs": 0.1, "memory": 0.1}
+"""Of the time that each campaign gets. Of memory's, a minute is 200 epochs, 20 runs and 10 resumes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Kill and resume training runs, damage and read files, and count what goes wrong."""
+    """Kill and resume trainings, send signals, break disks and files; count what goes wrong."""
 
-    faults: int = 65
-    """Signals sent to training processes: four SIGKILLs to every SIGTERM."""
-    bad_inputs: int = 1000
-    """Damaged files tried."""
-    epochs: int = 200
-    """Epochs of the run whose memory is watched."""
+    minutes: float = 10
+    """For all campaigns together, about."""
     seed: int = 0
     """Seeds the moments of the signals and the damage."""
+    only: Literal["kill", "signals", "disks", "bad-inputs", "memory"] | None = None
+    """One campaign, which gets all of the time."""
+    turn: int | None = None
+    """With --only, one turn of it."""
 
 
 def main(options: Options) -> None:
+    if options.turn is not None and options.only in (None, "memory"):
+        raise UserError(f"--turn {options.turn}: expected with --only kill, signals, disks or bad-inputs")
     torch.set_num_threads(1)  # a process whose torch has threads must not fork
     loader_names(CPU)  # imports DALI once, for all forks
-    rng = random.Random(options.seed)
+    figures: dict[str, Any] = {"seed": options.seed, "minutes": options.minutes}
     with TemporaryDirectory() as folder:
-        work = Path(folder)
-        synthetic.generate(work / "data", train_count=64, test_count=40)
-        memory = memory_campaign(work / "data", work, options.epochs)
-        killed = dataclasses.asdict(KillCampaign(work / "data", work, options.faults, rng)())
-        damaged = bad_input_campaign(work, options.bad_inputs, rng)
-    figures: dict[str, Any] = {
-        "lost_seconds": describe(killed.pop("lost")),
-        "bad_inputs": damaged,
-        "memory_mib": memory,
-        "seed": options.seed,
-    }
-    figures = killed | figures
+        for name in (options.only,) if options.only else SHARES:
+            share = 1.0 if options.only else SHARES[name]
+            figures[name] = campaign_of(name, Path(folder) / name, 60 * share * options.minutes, options)
     path = save("soak", CPU, figures)
-    show("faults", ["figure", "value"], [[key, str(value)] for key, value in figures.items()])
+    show("faults", ["figure", "value"], rows(figures))
     print(path)
-    if damaged["wrong"] or not killed["runs"] == killed["recovered"] == killed["bit_equal"]:
-        raise UserError(
-            "soak: not every run was recovered bit for bit, or a damaged file was mistaken for a good one"
+    wrong = [line for name in SHARES for line in figures.get(name, {}).get("wrong", [])]
+    if wrong:
+        raise UserError(f"soak: {len(wrong)} wrong outcomes, the first: {wrong[0]}")
+
+
+def campaign_of(name: str, work: Path, seconds: float, options: Options) -> dict[str, Any]:
+    """The results of one campaign."""
+    work.mkdir()
+    everything = cases(work)
+    if name == "memory":
+        length = max(0.2, seconds / 60)
+        return memory_campaign(
+            work / "data",
+            work,
+            epochs=round(200 * length),
+            runs=round(20 * length),
+            resumes=round(10 * length),
         )
-    if memory["second"] > 1.05 * memory["first"]:
-        raise UserError(f"soak: memory grew from {memory['first']:.0f} to {memory['second']:.0f} MiB")
+    campaign: Campaign
+    if name == "kill":
+        campaign = KillCampaign(everything, work)
+    elif name == "signals":
+        campaign = SignalCampaign(everything, work)
+    elif name == "disks":
+        campaign = DiskCampaign(everything, work)
+    else:
+        campaign = BadInputCampaign(work)
+    extra_gib = extra_memory_gib(CPU, lambda: run_for(campaign, seconds, options.seed, only=options.turn))
+    results = campaign.results
+    if name == "kill":
+        results["lost_seconds"] = describe(results.pop("lost"))
+    if name == "bad-inputs":
+        results["extra_gib"] = extra_gib
+        if extra_gib is not None and extra_gib > MOST_GIB:
+            results["wrong"].append(f"reading a damaged file took {extra_gib:.1f} GiB")
+    return results
+
+
+def rows(figures: dict[str, Any]) -> list[list[str]]:
+    found = []
+    for name, value in figures.items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        found += [[f"{name} {key}".strip(), str(part)] for key, part in parts]
+    return found
 
 
 if __name__ == "__main__":

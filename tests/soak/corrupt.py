@@ -4,14 +4,11 @@ import copy
 import json
 import random
 import shutil
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fasttrain import trainer
 from fasttrain.checkpoint.file import LAST
@@ -28,6 +25,8 @@ from fasttrain.report.run import load_run
 from fasttrain.runtime import Runtime
 from fasttrain.step import TrainStep
 from fasttrain.system.machine import describe
+from tests.soak.bad_images import BadImages
+from tests.soak.damage import damage_bytes, damage_value, time_limit
 from tests.soak.kill import same
 
 CPU = torch.device("cpu")
@@ -56,68 +55,16 @@ def tiny_run(dataset: Dataset, recipe: Recipe, steps: int) -> RunState:
     return state
 
 
-def damage_bytes(content: bytes, rng: random.Random) -> bytes:
-    """Flip, cut, blank, repeat or replace a part."""
-    first = rng.randrange(len(content) + 1)
-    last = min(len(content), first + rng.choice((1, 1, 1, 2, 8, 100, 4000)))
-    kind = rng.choice(("flip", "flip", "flip", "cut", "drop", "blank", "repeat", "noise", "nest"))
-    if kind == "flip" and first < len(content):
-        changed = bytearray(content)
-        changed[first] ^= 1 << rng.randrange(8)
-        return bytes(changed)
-    middle = {
-        "blank": bytes(last - first),
-        "repeat": content[first:last] * 2,
-        "noise": rng.randbytes(last - first),
-        "nest": b"[" * 100_000,
-    }.get(kind, b"")
-    return content[:first] + middle + (b"" if kind == "cut" else content[last:])
-
-
-def damage_value(state: Any, rng: random.Random) -> Any:
-    """A copy in which one leaf of nested dicts and lists is gone, or of another type, shape or sign."""
-    if isinstance(state, dict) and state:
-        key = rng.choice(list(state))
-        if rng.random() < 0.15:
-            return {name: value for name, value in state.items() if name != key}
-        return state | {key: damage_value(state[key], rng)}
-    if isinstance(state, list) and state and rng.random() < 0.9:
-        index = rng.randrange(len(state))
-        return [*state[:index], damage_value(state[index], rng), *state[index + 1 :]]
-    if isinstance(state, Tensor) and rng.random() < 0.7:
-        poisoned = state.float().flatten().clone()
-        if len(poisoned):
-            poisoned[rng.randrange(len(poisoned))] = rng.choice((float("nan"), float("inf")))
-        return rng.choice((state[..., None], state.double(), poisoned.reshape(state.shape)))
-    return rng.choice(
-        (None, "text", float("nan"), float("-inf"), -1, -0.5, [], {}, [[]], torch.ones(3), b"\0")
-    )
-
-
-@contextmanager
-def time_limit(seconds: int) -> Iterator[None]:
-    """Raise TimeoutError within the block when it takes longer. For the main thread."""
-
-    def give_up(*_: object) -> None:
-        raise TimeoutError(f"no answer in {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 class BadInputs:
     """Damages one file of a kind at a time; each method returns what a correct program makes of it.
 
     A reader either raises UserError, or returns True where the damage changed nothing that counts.
     """
 
-    def __init__(self, work: Path, rng: random.Random) -> None:
-        self.work, self.rng = work, rng
+    rng: random.Random
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
         synthetic.generate(work / "images", train_count=20, test_count=5)
         self.dataset = cifar.read(work / "images")
         self.recipe = Recipe(name="soak", epochs=2, batch_size=4, width=NARROW, dropout=0.1, loader="tensor")
@@ -194,30 +141,40 @@ def finished_run(work: Path) -> Path:
     return folder
 
 
-def bad_input_campaign(work: Path, count: int, rng: random.Random) -> dict[str, Any]:
-    """Damage `count` files; returns how many were refused, how many changed nothing, and what went wrong."""
-    inputs = BadInputs(work, rng)
-    kinds = (
-        inputs.checkpoint_bytes,
-        inputs.checkpoint_values,
-        inputs.recipe_file,
-        inputs.run_files,
-        inputs.records,
-    )
-    results: dict[str, Any] = {"tried": 0, "refused": 0, "harmless": 0, "wrong": []}
-    for turn in range(count):
-        kind = kinds[turn % len(kinds)]
+class BadInputCampaign:
+    """Each turn damages one file. results: how many were refused, and how many read as if undamaged."""
+
+    name = "bad-inputs"
+
+    def __init__(self, work: Path) -> None:
+        runs, images = BadInputs(work), BadImages(work / "bad-images")
+        self._owners = runs, images
+        self._kinds: list[Callable[[], bool]] = [
+            runs.checkpoint_bytes,
+            runs.checkpoint_values,
+            runs.recipe_file,
+            runs.run_files,
+            runs.records,
+            *images.kinds(),
+        ]
+        self.results: dict[str, Any] = {"tried": 0, "refused": 0, "harmless": 0, "wrong": []}
+
+    def turn(self, number: int, rng: random.Random) -> None:
+        results, kind = self.results, self._kinds[number % len(self._kinds)]
+        for owner in self._owners:
+            owner.rng = rng
         results["tried"] += 1
+        wrong = None
         try:
             with time_limit(HANG_SECONDS):
                 if kind():
                     results["harmless"] += 1
                 else:
-                    results["wrong"].append(f"{kind.__name__} {turn}: accepted in silence")
+                    wrong = "accepted in silence"
         except UserError as error:
-            if "\n" in str(error):
-                results["wrong"].append(f"{kind.__name__} {turn}: more than one line")
+            wrong = "more than one line" if "\n" in str(error) else None
             results["refused"] += 1
         except Exception as error:
-            results["wrong"].append(f"{kind.__name__} {turn}: {type(error).__name__}: {error}")
-    return results
+            wrong = f"{type(error).__name__}: {error}"
+        if wrong:
+            results["wrong"].append(f"{kind.__name__}: {wrong}")

@@ -1,0 +1,108 @@
+"""Disks that fail: each training ends in one line with the command that resumes it, and loses nothing."""
+
+import errno
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fasttrain.checkpoint.file import LAST
+from tests.soak.cases import Case
+from tests.soak.fork import finish
+from tests.soak.kill import HANG_SECONDS, KillCampaign, outcome, same
+
+CALLS: tuple[tuple[Any, str], ...] = (
+    (os, "replace"),
+    (os, "fsync"),
+    (os, "chmod"),
+    (tempfile, "mkstemp"),
+)
+"""What a file needs to be written: each may fail. A failing os.link is replaced by a copy."""
+
+REASONS = (errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT)
+LATEST_CALL = 60
+SLOW_SECONDS = 0.05
+
+
+class DiskCampaign:
+    """Each turn trains one run on a disk that fails at some call, for good or once, or that is slow.
+
+    results: runs, and of them those whose disk failed before they had ended, those that lost nothing.
+    """
+
+    name = "disks"
+
+    def __init__(self, cases: list[Case], work: Path) -> None:
+        self.work = work
+        self._trainings = KillCampaign([case for case in cases if case.ranks == 1], work)
+        self.results: dict[str, Any] = {"runs": 0, "failed": 0, "bit_equal": 0, "wrong": []}
+
+    def turn(self, number: int, rng: random.Random) -> None:
+        results, trainings = self.results, self._trainings
+        reference = trainings.reference(number % len(trainings.cases))
+        out, trainings.log = self.work / f"run-{number}", self.work / f"log-{number}"
+        failure = Failure(rng)
+        begin: Callable[..., list[int]] = partial(trainings.start, reference.case)
+        [process] = begin("--recipe", reference.recipe, out, prepare=failure.install)
+        status = finish(process, time.perf_counter() + HANG_SECONDS)
+        results["runs"] += 1
+        folder = next((path.parent for path in out.glob("*/recipe.json")), None)
+        if status:
+            results["failed"] += 1
+            for fault in wrong_in(trainings.log.read_text(), status, folder):
+                results["wrong"].append(f"{failure}: {fault}")
+            flag, path = ("--resume", folder) if folder else ("--recipe", reference.recipe)
+            [process] = begin(flag, path, out)
+            status = finish(process, time.perf_counter() + HANG_SECONDS)
+            folder = next((path.parent for path in out.glob("*/result.json")), None)
+        if status == 0 and folder is not None and same(outcome(folder), reference.outcome):
+            results["bit_equal"] += 1
+            shutil.rmtree(out)
+        else:
+            results["wrong"].append(f"{failure}: resumed, the run in {out} has status {status} or other bits")
+
+
+class Failure:
+    """A call that fails from its n-th time on, or only then; or a disk on which everything takes long."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.module, self.name = rng.choice(CALLS)
+        self.first = rng.randrange(LATEST_CALL)
+        self.reason, self.lasts = rng.choice(REASONS), rng.random() < 0.5
+        self.is_slow = rng.random() < 0.1
+        self._calls = 0
+
+    def __str__(self) -> str:
+        if self.is_slow:
+            return f"{self.name} is slow"
+        when = "from then on" if self.lasts else "once"
+        return f"{self.name} fails at call {self.first}, {when}: {os.strerror(self.reason)}"
+
+    def install(self) -> None:
+        original = getattr(self.module, self.name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            number, self._calls = self._calls, self._calls + 1
+            if self.is_slow:
+                time.sleep(SLOW_SECONDS)
+            elif number == self.first or (self.lasts and number > self.first):
+                raise OSError(self.reason, os.strerror(self.reason))
+            return original(*args, **kwargs)
+
+        setattr(self.module, self.name, call)
+
+
+def wrong_in(log: str, status: int | None, folder: Path | None) -> list[str]:
+    """What is wrong with how a training ended whose disk had failed."""
+    found = []
+    lines = [line for line in log.splitlines() if line.startswith("fasttrain train:")]
+    if status != 2 or len(lines) != 1 or "Traceback" in log:
+        found.append(f"status {status}, {len(lines)} lines: {log[-500:]!r}")
+    elif folder is not None and (folder / LAST).exists() and f"--resume {folder}" not in lines[0]:
+        found.append(f"the line does not say how to resume: {lines[0]!r}")
+    return found
