@@ -4,6 +4,7 @@ Launching the few hundred kernels of a step one by one takes the host longer tha
 them.
 """
 
+import functools
 import gc
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,12 +28,12 @@ class CaptureError(RuntimeError):
 def capture(
     works: Sequence[Callable[[Tensor, Tensor], object]], images_NCHW: Tensor, labels_N: Tensor
 ) -> list[Callable[[Tensor, Tensor], None]]:
-    """Capture each work on a batch like those to come; returns functions that replay it on any such batch.
+    """Capture functions on a batch like those to come; returns for each one that replays it on any batch.
 
-    Kernels are replayed with the addresses that they were captured with. So a work must write its results to
-    persistent tensors, and read everything that changes from step to step from tensors, never from Python
-    numbers; each batch is copied to where the captured kernels read it. A work is called WARM_UP_CALLS times
-    and then captured, which computes nothing. It must not wait for the GPU.
+    Kernels are replayed with the addresses that they were captured with. So a function must write its results
+    to persistent tensors, and read everything that changes from step to step from tensors, never from Python
+    numbers; each batch is copied to where the captured kernels read it. A function is called WARM_UP_CALLS
+    times and then captured, which computes nothing. It must not wait for the GPU.
     All captures share their memory: a replay writes over whatever another one left there.
     Raises CaptureError if a capture fails twice; errors of the calls before it pass.
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html, "Whole-network capture".
@@ -42,27 +43,26 @@ def capture(
     images, labels = torch.empty_like(images_NCHW), torch.empty_like(labels_N)  # keeps channels_last
     images.copy_(images_NCHW)
     labels.copy_(labels_N)
-    device, pool = images.device, torch.cuda.graph_pool_handle()
-
-    def capture_one(work: Callable[[Tensor, Tensor], object]) -> Callable[[Tensor, Tensor], None]:
-        aside = torch.cuda.Stream(device)
+    device = images.device
+    aside = torch.cuda.Stream(device)
+    graphs: list[torch.cuda.CUDAGraph] = []
+    for work in works:
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP_CALLS):
                 work(images, labels)
         torch.cuda.current_stream(device).wait_stream(aside)
-        graph = _capture_safely(lambda: work(images, labels), device, pool)
+        shared = graphs[-1].pool() if graphs else None
+        graphs.append(_capture_safely(functools.partial(work, images, labels), device, shared))
 
-        def replay(images_NCHW: Tensor, labels_N: Tensor) -> None:
-            require_like(images_NCHW, images)
-            require_like(labels_N, labels)
-            images.copy_(images_NCHW, non_blocking=True)
-            labels.copy_(labels_N, non_blocking=True)
-            graph.replay()
+    def replay(graph: torch.cuda.CUDAGraph, images_NCHW: Tensor, labels_N: Tensor) -> None:
+        require_like(images_NCHW, images)
+        require_like(labels_N, labels)
+        images.copy_(images_NCHW, non_blocking=True)
+        labels.copy_(labels_N, non_blocking=True)
+        graph.replay()
 
-        return replay
-
-    return [capture_one(work) for work in works]
+    return [functools.partial(replay, graph) for graph in graphs]
 
 
 def _capture_safely(work: Callable[[], object], device: torch.device, pool: Any) -> torch.cuda.CUDAGraph:
@@ -71,6 +71,9 @@ def _capture_safely(work: Callable[[], object], device: torch.device, pool: Any)
     A call that waits for the whole device fails the capture, from any thread: DALI's makes one when it frees
     a batch (its tensors are freed on a thread of their own, which synchronises the device). So drop all
     garbage first, wait until the device is idle, keep the collector off, and try once more.
+    pool: the memory of an earlier capture, to share; None for memory of its own. The second attempt has its
+    own too: torch goes on to count a pool in which a capture failed as being recorded to (CUDAGraph.cpp,
+    capture_end).
     """
     failure = ""
     for _ in range(ATTEMPTS):
@@ -90,6 +93,7 @@ def _capture_safely(work: Callable[[], object], device: torch.device, pool: Any)
             return graph
         except RuntimeError as error:
             failure = one_line(error)  # not the error: its traceback would keep the attempt's tensors
+            pool = None
         finally:
             if collects:
                 gc.enable()

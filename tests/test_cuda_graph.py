@@ -19,18 +19,22 @@ class FakeCuda:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
         self.failures, self.events, self.replays = failures, list[str](), 0
         self.pools: list[object] = []
+        self.spoiled: list[object] = []
         self.stream = SimpleNamespace(wait_stream=lambda _: None)
         for name, value in {
             "Stream": lambda *_: SimpleNamespace(wait_stream=lambda _: None),
             "current_stream": lambda *_: self.stream,
             "stream": self._on,
             "synchronize": lambda *_: self.events.append("synchronize"),
-            "CUDAGraph": lambda: SimpleNamespace(replay=self._replay),
+            "CUDAGraph": self._new_graph,
             "graph": self._graph,
-            "graph_pool_handle": object,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(gc, "collect", lambda *_: self.events.append("collect"))
+
+    def _new_graph(self) -> SimpleNamespace:
+        memory = object()
+        return SimpleNamespace(replay=self._replay, pool=lambda: memory)
 
     def _replay(self) -> None:
         self.replays += 1
@@ -46,12 +50,14 @@ class FakeCuda:
     @contextlib.contextmanager
     def _graph(self, graph: object, pool: object, capture_error_mode: str) -> Iterator[None]:
         assert capture_error_mode == "thread_local" and not gc.isenabled()
+        assert pool is None or pool not in self.spoiled, "torch refuses to record to it"
         self.pools.append(pool)
         self.events.append("capture")
         before, self.stream = self.stream, SimpleNamespace()
         yield
         if self.failures:  # as torch's own does: it ends the capture, and only then leaves its stream
             self.failures -= 1
+            self.spoiled.append(pool)
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nline 2")
         self.stream = before
 
@@ -69,16 +75,27 @@ def test_a_capture_begins_without_garbage_and_with_nothing_under_way(monkeypatch
     assert cuda.replays == 1
 
 
-def test_captures_of_several_works_share_memory_and_the_batch(monkeypatch) -> None:
+def test_captures_share_memory_and_the_batch(monkeypatch) -> None:
     cuda, calls = FakeCuda(monkeypatch, failures=0), []
-    first, second = capture(
-        [lambda *given: calls.append(given), lambda *given: calls.append(given)], *batch()
-    )
-    assert len(cuda.pools) == 2 and cuda.pools[0] is cuda.pools[1]
+    replays = capture([lambda *given: calls.append(given)] * 3, *batch())
+    first, second, third = cuda.pools
+    assert first is None and second is not None and third is not None
     assert len({images.data_ptr() for images, _ in calls}) == 1
-    first(*batch())
-    second(*batch())
-    assert cuda.replays == 2
+    for replay in replays:
+        replay(*batch())
+    assert cuda.replays == 3
+
+
+def test_the_memory_of_a_capture_that_failed_is_not_used_again(monkeypatch) -> None:
+    cuda = FakeCuda(monkeypatch, failures=0)
+
+    def disturb(*_: torch.Tensor) -> None:
+        cuda.failures = 1 if len(cuda.pools) == 2 and not gc.isenabled() else cuda.failures
+
+    assert len(capture([lambda *_: None, lambda *_: None, lambda *_: None], *batch())) == 3
+    cuda.pools.clear()
+    assert len(capture([lambda *_: None, disturb, lambda *_: None], *batch())) == 3
+    assert [pool is None for pool in cuda.pools] == [True, False, True, False]
 
 
 def test_a_disturbed_capture_is_tried_once_more(monkeypatch) -> None:
