@@ -199,7 +199,8 @@ class TrainStep:
         with self._preserve_state(), warnings.catch_warnings():
             # A capturable optimizer warns about the calls before the capture.
             warnings.filterwarnings("ignore", message=".*capturable=True")
-            # Backwards, to end where the next step begins. Several ranks keep averaging the same gradients.
+            # Backwards, to end where the next step begins. A phase in which several ranks would average other
+            # gradients has to wait until they get there.
             captured = phases[: self._phases_at_once][::-1] if self.captures else []
             for phase in reversed(phases):
                 if phase not in captured and (phase == self.phase or not self._parallel_changes(phase)):
@@ -252,7 +253,7 @@ class TrainStep:
         self._sums.copy_(state["metrics"]["sums"])
         self._images, self._since = state["metrics"]["images"], state["metrics"]["since"]
         self._peek.forget()
-        self._forget_captures()  # it refers to the optimizer's former tensors
+        self._forget_captures()  # they refer to the optimizer's former tensors
 
     def _parallel_changes(self, phase: Phase) -> bool:
         """Return whether several ranks average other gradients in this phase than until now."""
@@ -307,7 +308,7 @@ class TrainStep:
     @contextmanager
     def _preserve_state(self) -> Iterator[None]:
         """After the block, put back everything that a step changes, in the same tensors."""
-        is_new = not self.optimizer.state
+        known = set(map(id, self._optimizer_tensors()))
         kept = [*self.model.parameters(), *self.model.buffers(), self._sums, *self._optimizer_tensors()]
         kept += self.average.tensors if self.average else []
         kept += [self._table.step] if self._table else []
@@ -319,8 +320,9 @@ class TrainStep:
             with torch.no_grad():
                 for tensor, copy in zip(kept, copies, strict=True):
                     tensor.copy_(copy)
-                for tensor in self._optimizer_tensors() if is_new else []:
-                    tensor.zero_()  # as the optimizer initialises it in its first step
+                for tensor in self._optimizer_tensors():
+                    if id(tensor) not in known:  # made in the block: as the optimizer initialises it
+                        tensor.zero_()
             self.scaler.load_state_dict(scaler)
             if not self._replays:
                 self.optimizer.zero_grad(set_to_none=True)
