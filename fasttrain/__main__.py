@@ -7,7 +7,7 @@ import sys
 def main() -> int:
     """Run the command that the process was started with; returns the exit status."""
     try:
-        from fasttrain.system.signals import ignore_signals, leave_on_signals, raise_on_signals
+        from fasttrain.system.signals import leave_from_now_on, leave_on_signals, raise_on_signals
 
         with raise_on_signals():
             with leave_on_signals():
@@ -15,7 +15,7 @@ def main() -> int:
             try:
                 return main()
             finally:
-                ignore_signals()
+                leave_from_now_on()
     except KeyboardInterrupt as stop:  # before or after all that
         signum = getattr(stop, "signum", signal.SIGINT)
         print(f"fasttrain: {signal.Signals(signum).name}: stopped", file=sys.stderr)

@@ -19,8 +19,11 @@ from fasttrain.system.compiler import RUNNING_EAGER
 from fasttrain.system.files import write_atomically, write_json
 from fasttrain.system.memory import is_full_memory
 
-COLD_SECONDS, WARM_SECONDS = 40.0, 4.0
-"""Assumed cost of compiling until this machine has shown it: from scratch, and from the cache."""
+COLD_SECONDS, WARM_SECONDS = 35.0, 2.3
+"""Assumed cost of compiling until this machine has shown it: from scratch, and from the cache.
+
+Measured on an H200 (docs/lab-notebook.md, 2026-11-29): speedrun from scratch; default, above capturing alone.
+"""
 
 COMPILER_SHARE = 0.39
 """Share that a compiler saves of an eager step's time above its matrix products.

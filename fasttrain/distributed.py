@@ -50,8 +50,8 @@ class World:
     """The processes that train together, seen from one of them; without arguments, a world of one.
 
     local_rank: the rank within its machine. All ranks must call all methods except `print` and `parallel`, in
-    the same order. As a context manager, it turns the loss of another rank into a
-    LostRankError.
+    the same order. As a context manager, it turns the loss of another rank into
+    a LostRankError.
     """
 
     rank: int = 0

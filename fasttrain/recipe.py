@@ -279,7 +279,8 @@ _SPEEDRUN = dataclasses.replace(
     test_views="shifts",
 )
 
-# For a machine without a GPU: `speedrun` with fewer epochs, and smaller batches for as many steps.
+# For a machine without a GPU: `speedrun` with fewer epochs of smaller batches and the rates for those; the
+# biases of its first layer always learn.
 _LAPTOP = dataclasses.replace(
     _SPEEDRUN,
     name="laptop",

@@ -25,7 +25,7 @@ from fasttrain.system.fallbacks import Fallbacks
 from fasttrain.system.files import quarantine, write_atomically
 from fasttrain.system.memory import is_full_memory
 from fasttrain.system.precision import fails_in, pick_precision
-from fasttrain.system.run_folder import ERROR_FILE, RECIPE_FILE
+from fasttrain.system.run_folder import ERROR_FILE, RECIPE_FILE, RESULT_FILE
 
 
 @dataclass(frozen=True)
@@ -137,27 +137,36 @@ def say_how_to_resume(folder: Path, opts: TrainOptions) -> Iterator[None]:
     """Within the block, an error of torch, DALI or the GPU becomes a UserError that says how to resume.
 
     The traceback goes into the run's folder. Out-of-memory errors pass. A signal that did not wait for the
-    state to be saved becomes an Interrupted that says so too; the disk's errors and a lost rank's get it.
+    state to be saved becomes an Interrupted that says so too; the disk's errors and a lost rank's get the
+    same advice. Once the run has its result, there is nothing to resume, and everything passes as it is.
     """
     advice = f"continue from the last checkpoint: {resume_command(folder, opts)}"
     try:
         yield
     except TrainingInterrupted:
         raise
-    except KeyboardInterrupt as stop:
-        signum = stop.signum if isinstance(stop, Interrupted) else signal.SIGINT
-        raise Interrupted(f"{signal.Signals(signum).name}; {advice}", signum) from stop
-    except (LostRankError, WriteError) as error:
-        raise UserError(f"{error}; {advice}") from error
-    except RuntimeError as error:
-        if is_full_memory(error):
+    except BaseException as error:
+        shown = error if (folder / RESULT_FILE).exists() else _with_advice(error, advice, folder)
+        if shown is error:
             raise
-        text, where = traceback.format_exc().encode(errors="replace"), "has its traceback"
-        try:
-            write_atomically(folder / ERROR_FILE, lambda file: file.write(text))
-        except UserError as unwritable:
-            where = f"could not be written ({unwritable})"
-        raise UserError(f"{one_line(error)} ({folder / ERROR_FILE} {where}); {advice}") from error
+        raise shown from error
+
+
+def _with_advice(error: BaseException, advice: str, folder: Path) -> BaseException:
+    """Return the error as the user should see it; the traceback of one from torch goes into the folder."""
+    if isinstance(error, KeyboardInterrupt):
+        signum = error.signum if isinstance(error, Interrupted) else signal.SIGINT
+        return Interrupted(f"{signal.Signals(signum).name}; {advice}", signum)
+    if isinstance(error, LostRankError | WriteError):
+        return UserError(f"{error}; {advice}")
+    if not isinstance(error, RuntimeError) or is_full_memory(error):
+        return error
+    text, where = "".join(traceback.format_exception(error)).encode(errors="replace"), "has its traceback"
+    try:
+        write_atomically(folder / ERROR_FILE, lambda file: file.write(text))
+    except UserError as unwritable:
+        where = f"could not be written ({unwritable})"
+    return UserError(f"{one_line(error)} ({folder / ERROR_FILE} {where}); {advice}")
 
 
 def find_checkpoints(folder: Path, resume: str | Path) -> tuple[Path, ...]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fasttrain.errors import UserError
+from fasttrain.errors import UserError, WriteError
 from fasttrain.system.console import Console, reader_may_leave
 from fasttrain.system.files import write_atomically, write_json
 
@@ -108,16 +108,14 @@ class RunLog:
     def epoch(self, metrics: dict[str, float]) -> None:
         """Append an epoch's metrics to metrics.jsonl, and print them as a row of the table.
 
-        A loss of NaN or infinity is written as null, since JSON has neither. Raises UserError on a full disk.
+        A loss of NaN or infinity is written as null: JSON has neither. Raises WriteError on a full disk.
         """
         path = self.folder / "metrics.jsonl"
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write(_line(metrics))
         except OSError as error:
-            raise UserError(
-                f"{path}: cannot be written ({error.strerror}); free some space and start again"
-            ) from error
+            raise WriteError(f"{path}: cannot be written ({error.strerror}); free some space") from error
         if self._board is not None:
             for key in metrics.keys() - {"epoch"}:
                 self._board.add_scalar(key, metrics[key], metrics["epoch"])

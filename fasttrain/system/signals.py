@@ -1,5 +1,6 @@
 """Signals: they end a command with one line; a training, which the first asks to stop, with the second."""
 
+import atexit
 import faulthandler
 import os
 import signal
@@ -21,13 +22,28 @@ def leave_on_signals() -> Iterator[None]:
 
     For imports, which hold nothing that needs to be finished, and in which an exception can get lost.
     """
-
-    def leave(signum: int, _: object) -> None:
-        os.write(2, f"fasttrain: {signal.Signals(signum).name}: stopped\n".encode())
-        os._exit(128 + signum)
-
-    with _handlers(leave, STOPPING):
+    with _handlers(_leave, STOPPING):
         yield
+
+
+def _leave(signum: int, _: object) -> None:
+    os.write(2, f"fasttrain: {signal.Signals(signum).name}: stopped\n".encode())
+    os._exit(128 + signum)
+
+
+def leave_from_now_on() -> None:
+    """After the command: a signal ends the process as in leave_on_signals, until Python itself ends.
+
+    Python waits for threads first, then takes handlers away, and then needs up to a second to end: signals
+    are ignored meanwhile, since it leaves that as it is. Does nothing under torchrun, which must be able to
+    end a rank that hangs there.
+    """
+    if _has_ranks() or threading.current_thread() is not threading.main_thread():
+        return
+    for signum in STOPPING:
+        if signal.getsignal(signum) not in (None, signal.SIG_IGN):
+            signal.signal(signum, _leave)
+    atexit.register(_ignore, *STOPPING)
 
 
 @contextmanager
@@ -56,7 +72,7 @@ def _handlers(handler: Callable[[int, object], None], signums: list[int]) -> Ite
         yield
     finally:
         for signum, earlier in before.items():
-            if signal.getsignal(signum) is handler:  # not if ignore_sigterm has been called
+            if signal.getsignal(signum) is handler:  # not if it has been replaced since
                 signal.signal(signum, earlier)
 
 
@@ -66,7 +82,7 @@ def catch_signals() -> Iterator[Callable[[], int | None]]:
 
     It returns the number of the first signal, or None. A second signal does what it would have done without
     the block. SIGUSR1, where it exists, prints the stacks of all threads. The previous handlers are restored
-    after the block, except one that ignore_sigterm has replaced. Python allows signal handlers only in the
+    after the block, except one that was replaced within it. Python allows signal handlers only in the
     main thread; in any other the block does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -97,24 +113,14 @@ def ignore_sigterm() -> None:
 
     SIGTERM stays ignored after catch_signals too. Does nothing outside the main thread.
     """
-    _ignore(getattr(signal, "SIGTERM", None))
+    if threading.current_thread() is threading.main_thread():
+        _ignore(signal.SIGTERM)
 
 
-def ignore_signals() -> None:
-    """Ignore the signals that stop a process whose command has ended: its status is known, and it may end.
-
-    Python takes up to a second to end, and takes handlers away on the way, though it leaves ignored signals.
-    Does nothing under torchrun, which must be able to end a rank that hangs there.
-    """
-    if not _has_ranks():
-        _ignore(*STOPPING)
+def _ignore(*signums: int) -> None:
+    for signum in signums:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def _has_ranks() -> bool:
     return os.environ.get("WORLD_SIZE", "1") != "1"
-
-
-def _ignore(*signums: int | None) -> None:
-    if threading.current_thread() is threading.main_thread():
-        for signum in filter(None, signums):
-            signal.signal(signum, signal.SIG_IGN)
