@@ -76,13 +76,15 @@ def ways_table(results: Path) -> str:
                 f"{row['seconds']:.3f}",
                 f"{row['images_per_sec']:,.0f}",
                 f"{values['batch_size'] / row['images_per_sec'] * 1000:.2f}",
+                f"{row['mfu']:.0%}",
                 f"{row['epoch_seconds'][0]:.3f}",
                 f"{row['compile_seconds']:.1f}",
-                f"{row['peak_memory_gib']:.2f}",
+                "-" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.2f}",
             ]
             for row in values["rows"]
         ]
-        columns = ["step", "s an epoch", "images/s", "ms a step", "first epoch, s", "set-up, s", "GPU GiB"]
+        columns = ["step", "s an epoch", "images/s", "ms a step", "of matmul rate"]
+        columns += ["first epoch, s", "set-up, s", "GPU GiB"]
         parts.append(
             f"{markdown(columns, body)}\n\n`{values['recipe']}`, batch {values['batch_size']}, "
             f"{values['precision']}, {values['rows'][0]['loader']}; one run of "
@@ -127,16 +129,17 @@ def trace_table(results: Path) -> str:
             side = "training" if row["where"] in (kernels["where"], launches["where"]) else "DALI"
             place = f"{side}, {'GPU' if row['where'].startswith('stream') else 'host'}"
             found = sums.setdefault((place, row["what"]), [0.0, 0.0])
-            found[0] += row["per_step"]
+            found[0] += row["per_step"] * values["steps"]
             found[1] += row["ms_per_step"]
         body = [
-            [place, what, f"{count:.2f}", f"{ms:.3f}"] for (place, what), (count, ms) in sorted(sums.items())
+            [place, what, f"{count:.0f}", f"{ms:.3f}"] for (place, what), (count, ms) in sorted(sums.items())
         ]
+        columns = ["where", "what", f"in {values['steps']} steps", "ms a step"]
         parts.append(
-            f"{markdown(['where', 'what', 'in a step', 'ms in a step'], body)}\n\n{values['steps']} steps of "
-            f"`default`, compiled and captured, under the profiler, the GPU idle for "
-            f"{values['idle_ms_per_step']:.3f} ms of each. A thread's milliseconds include waiting: the host "
-            f"runs ahead, and a full queue holds it back. {machine(values)}"
+            f"{markdown(columns, body)}\n\n`default`, compiled and captured, under the profiler. Between "
+            f"kernels the GPU was idle for {values['idle_ms_per_step']:.3f} ms a step. The host's "
+            "milliseconds are mostly waiting: it runs ahead, and a full queue holds it back. "
+            f"{machine(values)}"
         )
     return "\n\n".join(parts)
 
@@ -275,7 +278,7 @@ def _faults(values: dict[str, Any]) -> list[list[str]]:
     rows = [
         [
             f"{kill['kills']:,} SIGKILLs and {kill['faults'] - kill['kills']:,} SIGTERMs in trainings",
-            f"of the SIGKILLs {kill['resuming']:,} met a resumed run, {kill['of_ranks']:,} one of some ranks",
+            f"{kill['resuming']:,} of the SIGKILLs hit a resumed run, {kill['of_ranks']:,} a rank of several",
             f"{kill['runs'] - kill['bit_equal']} of {kill['runs']:,} runs not bit-equal",
         ],
         [
@@ -286,7 +289,8 @@ def _faults(values: dict[str, Any]) -> list[list[str]]:
         [
             f"{disks['failed']:,} failing disks",
             "full, read-only, broken or over quota, once or for good, at any write",
-            f"{disks['runs'] - disks['bit_equal']} of {disks['runs']:,} runs not bit-equal",
+            f"{disks['runs'] - disks['bit_equal']} of {disks['runs']:,} runs not bit-equal, "
+            f"{len(disks['wrong'])} wrong outcomes in all",
         ],
         [
             f"{files['tried']:,} damaged or lying files",

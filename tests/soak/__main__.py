@@ -3,8 +3,8 @@
     python -m tests.soak --minutes 60           # the reliability table reports what an hour found
     python -m tests.soak --only kill --seed 3 --turn 17      # one turn again, as a wrong outcome names it
 
-A seed determines every turn, but not how far a process has come at a given moment. Figures go where those of
-benchmarks go (benchmarks/README.md).
+A seed determines every turn, but not how far a process has come at a given moment. The figures of all
+campaigns together go where those of benchmarks go (benchmarks/README.md).
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ MOST_GIB = 2.0
 """Memory that reading damaged files may take."""
 
 SHARES = {"kill": 0.45, "signals": 0.25, "disks": 0.1, "bad-inputs": 0.1, "memory": 0.1}
-"""Of the time that each campaign gets. Of memory's, a minute is 200 epochs, 20 runs and 10 resumes."""
+"""The share of the time that each campaign gets. A minute of memory's is 200 epochs, 20 runs, 10 resumes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,9 @@ def main(options: Options) -> None:
         for name in (options.only,) if options.only else SHARES:
             share = 1.0 if options.only else SHARES[name]
             figures[name] = campaign_of(name, Path(folder) / name, 60 * share * options.minutes, options)
-    path = save("soak", CPU, figures)
     show("faults", ["figure", "value"], rows(figures))
-    print(path)
+    if not options.only:
+        print(save("soak", CPU, figures))
     wrong = [line for name in SHARES for line in figures.get(name, {}).get("wrong", [])]
     if wrong:
         raise UserError(f"soak: {len(wrong)} wrong outcomes, the first: {wrong[0]}")
@@ -91,7 +91,8 @@ def campaign_of(name: str, work: Path, seconds: float, options: Options) -> dict
     extra_gib = extra_memory_gib(CPU, lambda: run_for(campaign, seconds, options.seed, only=options.turn))
     results = campaign.results
     if name == "kill":
-        results["lost_seconds"] = describe(results.pop("lost"))
+        lost = results.pop("lost")
+        results["lost_seconds"] = describe(lost) if lost else None
     if name == "bad-inputs":
         results["extra_gib"] = extra_gib
         if extra_gib is not None and extra_gib > MOST_GIB:

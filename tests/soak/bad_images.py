@@ -74,7 +74,7 @@ class BadImages:
     def hostile_shard(self) -> bool:
         """Members that are links, devices, or lie outside; names that escape; sizes beyond the file."""
         info = tarfile.TarInfo(
-            self.rng.choice(("../../escaped.png", "/tmp/escaped.png", "4.png", "a/../4.png"))
+            self.rng.choice(("../../escaped.png", str(self.work / "escaped.png"), "4.png", "a/../4.png"))
         )
         info.type = self.rng.choice((tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE))
         info.linkname = self.rng.choice(("/etc/passwd", "0.png", "../0.png"))
@@ -102,7 +102,7 @@ class BadImages:
     def hostile_pickle(self) -> bool:
         """A program in place of a value. Nothing that it asks for may happen."""
         marker = self.work / "executed"
-        program = Program(self.rng.choice((os.mkdir, os.system)), str(marker))
+        program = self.rng.choice((Program(os.mkdir, str(marker)), Program(os.system, f"touch '{marker}'")))
         key = self.rng.choice((b"labels", b"data", b"other"))
         try:
             self._reads_pickle(pickle.dumps(batch() | {key: program}, protocol=self.rng.randrange(6)))

@@ -107,9 +107,8 @@ class BadInputs:
         shutil.copytree(self.folder, damaged)
         path = damaged / self.rng.choice(names)
         path.write_bytes(damage_bytes(path.read_bytes(), self.rng))
-        images = RunImages.of_run(
-            damaged
-        )  # damaged, it says nothing, or of other images, which nothing matches
+        # Damaged, it says nothing, or it speaks of other images, which nothing matches.
+        images = RunImages.of_run(damaged)
         read = load_run(damaged)
         known = images is None or images.are(self.dataset) == (images.sha256 == self.dataset.content_hash)
         return known and read.steps_per_epoch >= 0 and bool(read.hardware)

@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,10 +18,8 @@ from tests.soak.fork import finish
 from tests.soak.kill import HANG_SECONDS, KillCampaign, outcome, same
 
 CALLS: tuple[tuple[Any, str], ...] = (
-    (os, "replace"),
-    (os, "fsync"),
-    (os, "chmod"),
-    (tempfile, "mkstemp"),
+    *((os, "replace"), (os, "fsync"), (os, "chmod"), (tempfile, "mkstemp")),
+    (Path, "open"),  # as metrics.jsonl is appended to
 )
 """What a file needs to be written: each may fail. A failing os.link is replaced by a copy."""
 
@@ -32,7 +31,7 @@ SLOW_SECONDS = 0.05
 class DiskCampaign:
     """Each turn trains one run on a disk that fails at some call, for good or once, or that is slow.
 
-    results: runs, and of them those whose disk failed before they had ended, those that lost nothing.
+    results: runs; how many of them the disk ended; and how many lost nothing in the end.
     """
 
     name = "disks"
@@ -49,7 +48,7 @@ class DiskCampaign:
         failure = Failure(rng)
         begin: Callable[..., list[int]] = partial(trainings.start, reference.case)
         [process] = begin("--recipe", reference.recipe, out, prepare=failure.install)
-        status = finish(process, time.perf_counter() + HANG_SECONDS)
+        status = finish_or_kill(process)
         results["runs"] += 1
         folder = next((path.parent for path in out.glob("*/recipe.json")), None)
         if status:
@@ -58,7 +57,7 @@ class DiskCampaign:
                 results["wrong"].append(f"{failure}: {fault}")
             flag, path = ("--resume", folder) if folder else ("--recipe", reference.recipe)
             [process] = begin(flag, path, out)
-            status = finish(process, time.perf_counter() + HANG_SECONDS)
+            status = finish_or_kill(process)
             folder = next((path.parent for path in out.glob("*/result.json")), None)
         if status == 0 and folder is not None and same(outcome(folder), reference.outcome):
             results["bit_equal"] += 1
@@ -67,12 +66,21 @@ class DiskCampaign:
             results["wrong"].append(f"{failure}: resumed, the run in {out} has status {status} or other bits")
 
 
+def finish_or_kill(process: int) -> int | None:
+    """Wait for a process; returns its status, or kills it and returns that if it hangs."""
+    status = finish(process, time.perf_counter() + HANG_SECONDS)
+    if status is None:
+        os.kill(process, signal.SIGKILL)
+        status = finish(process)
+    return status
+
+
 class Failure:
     """A call that fails from its n-th time on, or only then; or a disk on which everything takes long."""
 
     def __init__(self, rng: random.Random) -> None:
         self.module, self.name = rng.choice(CALLS)
-        self.first = rng.randrange(LATEST_CALL)
+        self.first = rng.randrange(3 if self.name == "open" else LATEST_CALL)
         self.reason, self.lasts = rng.choice(REASONS), rng.random() < 0.5
         self.is_slow = rng.random() < 0.1
         self._calls = 0
@@ -87,6 +95,8 @@ class Failure:
         original = getattr(self.module, self.name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            if self.name == "open" and args[1:2] != ("a",):
+                return original(*args, **kwargs)  # reading
             number, self._calls = self._calls, self._calls + 1
             if self.is_slow:
                 time.sleep(SLOW_SECONDS)

@@ -133,7 +133,7 @@ class KillCampaign:
             folder = next((path.parent for path in out.glob("*/recipe.json")), None)
             is_finished = folder is not None and (folder / "result.json").exists()
             if is_finished or signum is None or not is_good:
-                return outcome(folder) if folder is not None and is_finished else None
+                return outcome(folder) if folder is not None and is_finished and is_good else None
             lived += time.perf_counter() - begun
             kept = 0.0
             if folder is not None and (folder / LAST).exists():
@@ -156,7 +156,7 @@ class KillCampaign:
             os.kill(processes[chosen], signal.SIGKILL)
             status = finish(processes[chosen])
         elif status is None:
-            signum = signal.SIGTERM if results["faults"] % 5 == 4 else signal.SIGKILL
+            signum = signal.SIGTERM if rng.random() < 0.2 else signal.SIGKILL
             os.kill(processes[chosen], signum)
             results["faults"] += 1
             if signum == signal.SIGKILL:
@@ -173,16 +173,16 @@ class KillCampaign:
         return signum, is_good
 
     def _ended_as_by_torchrun(self, process: int, *, has_failed: bool) -> bool:
-        """Wait for a rank, with SIGTERM once another has failed; returns False if that does not end it."""
-        if has_failed:
-            if finish(process, time.perf_counter() + 1) is not None:
-                return True
+        """Wait for a rank, with SIGTERM once another has failed; returns whether it ended as it should."""
+        status = finish(process, time.perf_counter() + 1) if has_failed else None
+        if has_failed and status is None:
             os.kill(process, signal.SIGTERM)
-        if finish(process, time.perf_counter() + ENDED_SECONDS) is not None:
-            return True
-        os.kill(process, signal.SIGKILL)
-        finish(process)
-        return False
+        if status is None:
+            status = finish(process, time.perf_counter() + ENDED_SECONDS)
+        if status is None:
+            os.kill(process, signal.SIGKILL)
+            finish(process)
+        return status in ((0, 2, *LOSSES) if has_failed else (0,))  # 2: it has lost the other
 
 
 def free_port() -> int:

@@ -25,7 +25,10 @@ ENDED_SECONDS = 20.0
 """A command that takes longer to end after a signal hangs: it may finish a step, an evaluation, a file."""
 
 BOOT_SECONDS = 0.3
-"""Python itself starts for about 0.05 s, on busy cores for longer, and nothing can be said before."""
+"""Python itself takes about 0.05 s to start, on busy cores more, and nothing can be said before."""
+
+ENDING_SECONDS = 4.0
+"""A command that had done its work when the signal came, and was ending, may take so long on busy cores."""
 
 NAMED = re.compile(r"(?:resume with|continue from the last checkpoint): (.*)$")
 
@@ -119,8 +122,12 @@ def disturbed(
     process = start(command.words)
     try:
         process.communicate(timeout=moment)
+        results["ended_before"] += 1
+        return
     except subprocess.TimeoutExpired:
         process.send_signal(signum)
+    sent = time.perf_counter()
+    results["sent"] += 1
     try:
         _, errors = process.communicate(timeout=ENDED_SECONDS)
     except subprocess.TimeoutExpired:
@@ -128,9 +135,9 @@ def disturbed(
         _, errors = process.communicate()
         yield f"still there after {ENDED_SECONDS:.0f} s: {errors!r}"
         return
-    results["sent"] += 1
     if process.returncode == 0:
-        results["ended_before"] += 1
+        if time.perf_counter() - sent > ENDING_SECONDS:
+            yield f"went on for {time.perf_counter() - sent:.1f} s"
         return
     if process.returncode != 128 + signum:
         yield f"status {process.returncode}, expected {128 + signum}: {errors!r}"
@@ -140,7 +147,7 @@ def disturbed(
         return
     named = NAMED.search(lines[0])
     if named:
-        resumed = subprocess.run(shlex.split(named[1]), capture_output=True, text=True)
+        resumed = subprocess.run(shlex.split(named[1]), capture_output=True, text=True, timeout=300)
         if resumed.returncode:
             yield f"{named[1]}: status {resumed.returncode}: {resumed.stderr!r}"
     elif command.out and (left := unfinished(command.out)):
