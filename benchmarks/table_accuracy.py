@@ -17,24 +17,41 @@ NOT_MEASURED = "Not measured yet."
 
 def presets_table(results: Path) -> str:
     """The presets at a glance, by machine: the accuracy over seeds, and the pace of the committed run."""
-    rows, datasets = [], set()
+    rows, datasets, compiled = [], set(), []
     paces = {(r.preset, r.result["epochs"], r.hardware): r for r in committed.runs(results, current=True)}
     for values in results_of(results, "final"):
         for row in values["rows"]:
             name = preset_name(row["recipe"])
-            found = [paces.get((name, row["epochs"], hardware)) for hardware in row["hardware"]]
+            [hardware] = row["hardware"]
+            run = paces.get((name, row["epochs"], hardware))
+            if run is None:
+                continue
             accuracy = f"{points(row['accuracy'])}, n = {row['accuracy']['n']}"
-            for run in filter(None, found):
-                datasets.add(values["dataset"])
-                cells = [name, str(row["epochs"]), accuracy, f"{row['train_seconds']:,.1f}"]
-                rows.append([*cells, seconds_per_epoch(run), run.hardware])
+            datasets.add(values["dataset"])
+            cells = [name, str(row["epochs"]), accuracy, f"{row['train_seconds']:,.1f}"]
+            rows.append([*cells, seconds_per_epoch(run), run.hardware])
+            if run.result["compile"] != "off":
+                compiled.append(compiling(run))
     rows.sort(key=lambda cells: cells[0])
     columns = ["preset", "epochs", "test accuracy, %", "training, s", "an epoch, s", "machine"]
+    caption = (
+        f"{', '.join(sorted(datasets))}, not the original images. Accuracy: mean (95% confidence interval) "
+        "over n seeds; one seed shows no spread. Seconds: training only; the median over seeds, and the "
+        "median (range) over the epochs of one run. [What ran beside them](docs/results.md#the-runs)."
+    )
+    notes = [f"Compiled, which `--compile auto` may find not worth it: {'; '.join(compiled)}."] * bool(
+        compiled
+    )
+    return "\n\n".join([markdown(columns, rows), caption, *notes])
+
+
+def compiling(run: CommittedRun) -> str:
+    """How a compiled run was started, and what it took besides training."""
+    recipe, result = run.recipe, run.result
     return (
-        f"{markdown(columns, rows)}\n\n{', '.join(sorted(datasets))}, not the original images. Accuracy: "
-        "mean (95% confidence interval) over n seeds; one seed shows no spread. Seconds: training only; the "
-        "median over seeds, and the median (range) over the epochs of one run. "
-        "[What ran beside them](docs/results.md#the-runs)."
+        f"`{run.preset}` on {hardware_name(run.machine)} with `--compile {recipe['compile']} "
+        f"--loader {recipe['loader']}`, {result['compile_seconds']:.1f} s to compile, "
+        f"{result['wall_seconds']:.1f} s in all"
     )
 
 
