@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.committed import files_of, link, results_of
 from benchmarks.harness import markdown, software
 from benchmarks.layers import PASSES
+from benchmarks.table_accuracy import NOT_MEASURED
 from fasttrain.system.machine import hardware_name
 
 
@@ -268,7 +269,7 @@ def reliability_table(results: Path) -> str:
             "starting up included. Memory and open files: the most in the second half of the time, against "
             f"the first. {machine(values)}"
         )
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) or NOT_MEASURED
 
 
 def _faults(values: dict[str, Any]) -> list[list[str]]:

@@ -86,7 +86,10 @@ class World:
         if dist.is_initialized():
             _set_timeout(START_SECONDS)
         else:
-            dist.init_process_group(BACKENDS[device.type], timeout=timedelta(seconds=START_SECONDS))
+            try:
+                dist.init_process_group(BACKENDS[device.type], timeout=timedelta(seconds=START_SECONDS))
+            except dist.DistError as error:
+                raise _lost_rank(error) from error
         return cls(rank, size, local_rank, device)
 
     @property
@@ -273,12 +276,15 @@ class World:
     def _raise_if_lost(self, error: BaseException) -> None:
         text = str(error)
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text.lower()):
-            ignore_sigterm()  # torchrun's, which follows: this rank ends by itself, and says why
-            # Its first sentence, without gloo's place in its sources; more sentences guess at the cause.
-            reason = text.splitlines()[0].rpartition("] ")[2].partition(". ")[0].rstrip(".")
-            raise LostRankError(
-                f"lost another rank ({reason}): see above, or in torchrun's summary, why it ended"
-            ) from error
+            raise _lost_rank(error) from error
+
+
+def _lost_rank(error: BaseException) -> LostRankError:
+    """Return what to raise for torch's or gloo's error; SIGTERM is ignored from now on."""
+    ignore_sigterm()  # torchrun's, which follows: this rank ends by itself, and says why
+    # Its first sentence, without gloo's place in its sources; more sentences guess at the cause.
+    reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0].rstrip(".")
+    return LostRankError(f"lost another rank ({reason}): see above, or in torchrun's summary, why it ended")
 
 
 def _set_timeout(seconds: float) -> None:

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from fasttrain import trainer
+from fasttrain import distributed, trainer
 from fasttrain.checkpoint.file import load_checkpoint
 from fasttrain.checkpoint.manager import Pace
 from fasttrain.data import dataset
 from fasttrain.data.sampler import Shard
 from fasttrain.data.sources import cifar, synthetic
 from fasttrain.distributed import World
-from fasttrain.errors import UserError
+from fasttrain.errors import LostRankError, UserError
 from fasttrain.evaluation import evaluate
 from fasttrain.model import build_model
 from fasttrain.runtime import Runtime
@@ -249,6 +250,20 @@ def test_sigterm_waits_for_what_a_lost_rank_says(data: Path, tmp_path, monkeypat
     finally:
         signal.signal(signal.SIGTERM, before)
     assert handlers == [signal.SIG_IGN]
+
+
+def test_a_rank_that_is_lost_before_the_ranks_have_met_is_one_line(monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise dist.DistNetworkError(
+            "Failed to recv, got 0 bytes. Connection was likely closed. Did it crash?"
+        )
+
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", fail)
+    monkeypatch.setattr(distributed, "ignore_sigterm", lambda: None)
+    with pytest.raises(LostRankError, match=r"^lost another rank \(Failed to recv, got 0 bytes\): see above"):
+        World.join(CPU)
 
 
 def pid_of_rank(rank: int, torchrun: int) -> int:

@@ -171,7 +171,7 @@ def test_auto_compiles_where_it_pays_and_a_resumed_run_keeps_what_was_decided(
     assert result["compile"] == ("default" if pays else "off")
     assert (result["compile_seconds"] > 0) is pays
     out = capsys.readouterr().out
-    assert "about 2.1 s to gain in 4 steps" in out and ("compiled (default)" in out) is pays
+    assert "about 2.3 s to gain in 4 steps" in out and ("compiled (default)" in out) is pays
 
     [folder] = tmp_path.iterdir()
     (folder / "result.json").unlink()  # as if it had been killed behind its last checkpoint

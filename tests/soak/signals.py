@@ -49,6 +49,9 @@ class SignalCampaign:
     name = "signals"
 
     def __init__(self, cases: list[Case], work: Path) -> None:
+        for signum in SIGNALS:
+            if signal.getsignal(signum) is signal.SIG_IGN:  # as under nohup; commands would ignore it too
+                signal.signal(signum, signal.SIG_DFL)
         self._commands = the_commands(cases, work)
         self.results: dict[str, Any] = {
             "sent": 0,
