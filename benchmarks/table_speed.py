@@ -264,10 +264,9 @@ def reliability_table(results: Path) -> str:
         table = markdown(["faults", "of what kind", "outcome"], _faults(values))
         parts.append(
             f'{table}\n\n`make soak ARGS="{arguments} --seed {values["seed"]}"`: trainings of every preset '
-            "in small, on the CPU, that save after every step. A SIGKILL lost "
+            f"in small, on the CPU, that save after every step. {machine(values)}\n\nA SIGKILL lost "
             f"{lost['median']:.1f} s (median; {lost['min']:.1f} to {lost['max']:.1f}, n = {lost['n']}), "
-            "starting up included. Memory and open files: the most in the second half of the time, against "
-            f"the first. {machine(values)}"
+            "starting up included. Memory and open files: the most in the second half, against the first."
         )
     return "\n\n".join(parts) or NOT_MEASURED
 
