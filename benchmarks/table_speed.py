@@ -11,20 +11,37 @@ from benchmarks.layers import PASSES
 from benchmarks.table_accuracy import NOT_MEASURED
 from fasttrain.system.machine import hardware_name
 
+Cell = Callable[[dict[str, Any]], str]
 
-def rows_table(results: Path, benchmark: str, columns: dict[str, Callable[[dict[str, Any]], str]]) -> str:
-    """The rows of every machine's file of one benchmark, each table over its machine and its n."""
-    parts = []
-    for values in results_of(results, benchmark):
-        table = markdown(list(columns), [[cell(row) for cell in columns.values()] for row in values["rows"]])
-        batch = f"Batch {values['batch_size']}. " if "batch_size" in values else ""
-        parts.append(f"{table}\n\n{batch}{caption(values)}")
-    return "\n\n".join(parts)
+
+def each_file(results: Path, benchmark: str, page: Callable[[dict[str, Any]], str]) -> str:
+    """What `page` makes of every machine's file of one benchmark, one below the other."""
+    return "\n\n".join(map(page, results_of(results, benchmark)))
+
+
+def rows_table(results: Path, benchmark: str, columns: dict[str, Cell], below: Cell | None = None) -> str:
+    """The rows of every machine's file of one benchmark, each table over its machine and its n.
+
+    A cell is made of its row's figures and, where the row lacks them, the file's; what stands below of the
+    file's.
+    """
+
+    def page(values: dict[str, Any]) -> str:
+        body = [[cell(values | row) for cell in columns.values()] for row in values["rows"]]
+        return f"{markdown(list(columns), body)}\n\n{(below or with_batch)(values)}"
+
+    return each_file(results, benchmark, page)
 
 
 def caption(values: dict[str, Any]) -> str:
     """n, spread and machine, as they stand under a table."""
     return f"Median of {values['rounds']} rounds taken in turn, ± half the range. {machine(values)}"
+
+
+def with_batch(values: dict[str, Any]) -> str:
+    """The caption, after the batch size if the file has one for all rows."""
+    batch = f"Batch {values['batch_size']}. " if "batch_size" in values else ""
+    return f"{batch}{caption(values)}"
 
 
 def machine(values: dict[str, Any]) -> str:
@@ -69,80 +86,77 @@ def ladder_table(results: Path) -> str:
 
 def ways_table(results: Path) -> str:
     """A preset's epoch on a GPU, step by step or captured, eager or compiled."""
-    parts = []
-    for values in results_of(results, "ways"):
-        body = [
-            [
-                ("eager" if row["compile"] == "off" else "compiled") + ", captured" * row["cuda_graph"],
-                f"{row['seconds']:.3f}",
-                f"{row['images_per_sec']:,.0f}",
-                f"{values['batch_size'] / row['images_per_sec'] * 1000:.2f}",
-                f"{row['mfu']:.0%}",
-                f"{row['epoch_seconds'][0]:.3f}",
-                f"{row['compile_seconds']:.1f}",
-                "-" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.2f}",
-            ]
-            for row in values["rows"]
-        ]
-        columns = ["step", "s an epoch", "images/s", "ms a step", "of matmul rate"]
-        columns += ["first epoch, s", "set-up, s", "GPU GiB"]
-        parts.append(
-            f"{markdown(columns, body)}\n\n`{values['recipe']}`, batch {values['batch_size']}, "
-            f"{values['precision']}, {values['rows'][0]['loader']}; one run of "
-            f"{len(values['rows'][0]['epoch_seconds'])} epochs a row, the median of all but the first. "
+
+    def below(values: dict[str, Any]) -> str:
+        first = values["rows"][0]
+        return (
+            f"`{values['recipe']}`, batch {values['batch_size']}, {values['precision']}, {first['loader']}; "
+            f"one run of {len(first['epoch_seconds'])} epochs a row, the median of all but the first. "
             f"Set-up: compiling, from a warm cache, and capturing. {machine(values)}"
         )
-    return "\n\n".join(parts)
+
+    columns: dict[str, Cell] = {
+        "step": lambda row: (
+            ("eager" if row["compile"] == "off" else "compiled") + ", captured" * row["cuda_graph"]
+        ),
+        "s an epoch": lambda row: f"{row['seconds']:.3f}",
+        "images/s": lambda row: f"{row['images_per_sec']:,.0f}",
+        "ms a step": lambda row: f"{1000 * row['batch_size'] / row['images_per_sec']:.2f}",
+        "of matmul rate": lambda row: f"{row['mfu']:.0%}",
+        "first epoch, s": lambda row: f"{row['epoch_seconds'][0]:.3f}",
+        "set-up, s": lambda row: f"{row['compile_seconds']:.1f}",
+        "GPU GiB": lambda row: "-" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.2f}",
+    }
+    return rows_table(results, "ways", columns, below)
 
 
 def layers_table(results: Path) -> str:
     """Every convolution of a step on a GPU: milliseconds, and TFLOP/s, of its three passes."""
-    parts = []
-    for values in results_of(results, "layers"):
-        batch_size = 512
-        found: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
-        for row in values["rows"]:
-            if row["batch_size"] == batch_size:
-                found.setdefault((row["layer"], row["inputs"]), {})[row["pass"]] = row
-        body = []
-        for (layer, inputs), passes in found.items():
-            row = passes["forward"]
-            cells = [f"{passes[name]['ms']:.3f} ({passes[name]['tflops']:.0f})" for name in PASSES]
-            body.append([layer, f"{inputs}-{row['outputs']}", str(row["side"]), *cells])
-        worst = max(row["error"] for row in values["rows"])
-        columns = ["convolution", "channels", "side", *(f"{name}, ms (TFLOP/s)" for name in PASSES)]
-        parts.append(
-            f"{markdown(columns, body)}\n\nBatch {batch_size}, bf16, channels_last. Against float32, no pass "
-            f"at any batch size differs by more than {worst:.1e} of the norm. {machine(values)}"
-        )
-    return "\n\n".join(parts)
+    return each_file(results, "layers", _layers)
+
+
+def _layers(values: dict[str, Any]) -> str:
+    batch_size = 512
+    found: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for row in values["rows"]:
+        if row["batch_size"] == batch_size:
+            found.setdefault((row["layer"], row["inputs"]), {})[row["pass"]] = row
+    body = []
+    for (layer, inputs), passes in found.items():
+        row = passes["forward"]
+        cells = [f"{passes[name]['ms']:.3f} ({passes[name]['tflops']:.0f})" for name in PASSES]
+        body.append([layer, f"{inputs}-{row['outputs']}", str(row["side"]), *cells])
+    worst = max(row["error"] for row in values["rows"])
+    columns = ["convolution", "channels", "side", *(f"{name}, ms (TFLOP/s)" for name in PASSES)]
+    return (
+        f"{markdown(columns, body)}\n\nBatch {batch_size}, bf16, channels_last. Against float32, no pass "
+        f"at any batch size differs by more than {worst:.1e} of the norm. {machine(values)}"
+    )
 
 
 def trace_table(results: Path) -> str:
     """What a GPU and the host's threads do in a step, for the training and for DALI, by a trace."""
-    parts = []
-    for values in results_of(results, "trace"):
-        rows = values["rows"]
-        kernels = max((row for row in rows if row["what"] == "kernels"), key=lambda row: row["per_step"])
-        launches = next(row for row in rows if row["what"] == "cudaGraphLaunch")
-        sums: dict[tuple[str, str], list[float]] = {}
-        for row in rows:
-            side = "training" if row["where"] in (kernels["where"], launches["where"]) else "DALI"
-            place = f"{side}, {'GPU' if row['where'].startswith('stream') else 'host'}"
-            found = sums.setdefault((place, row["what"]), [0.0, 0.0])
-            found[0] += row["per_step"] * values["steps"]
-            found[1] += row["ms_per_step"]
-        body = [
-            [place, what, f"{count:.0f}", f"{ms:.3f}"] for (place, what), (count, ms) in sorted(sums.items())
-        ]
-        columns = ["where", "what", f"in {values['steps']} steps", "ms a step"]
-        parts.append(
-            f"{markdown(columns, body)}\n\n`default`, compiled and captured, under the profiler. Between "
-            f"kernels the GPU was idle for {values['idle_ms_per_step']:.3f} ms a step. The host's "
-            "milliseconds are mostly waiting: it runs ahead, and a full queue holds it back. "
-            f"{machine(values)}"
-        )
-    return "\n\n".join(parts)
+    return each_file(results, "trace", _trace)
+
+
+def _trace(values: dict[str, Any]) -> str:
+    rows = values["rows"]
+    kernels = max((row for row in rows if row["what"] == "kernels"), key=lambda row: row["per_step"])
+    launches = next(row for row in rows if row["what"] == "cudaGraphLaunch")
+    sums: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        side = "training" if row["where"] in (kernels["where"], launches["where"]) else "DALI"
+        place = f"{side}, {'GPU' if row['where'].startswith('stream') else 'host'}"
+        found = sums.setdefault((place, row["what"]), [0.0, 0.0])
+        found[0] += row["per_step"] * values["steps"]
+        found[1] += row["ms_per_step"]
+    body = [[place, what, f"{count:.0f}", f"{ms:.3f}"] for (place, what), (count, ms) in sorted(sums.items())]
+    columns = ["where", "what", f"in {values['steps']} steps", "ms a step"]
+    return (
+        f"{markdown(columns, body)}\n\n`default`, compiled and captured, under the profiler. Between kernels "
+        f"the GPU was idle for {values['idle_ms_per_step']:.3f} ms a step. The host's milliseconds are "
+        f"mostly waiting: it runs ahead, and a full queue holds it back. {machine(values)}"
+    )
 
 
 def start_table(results: Path) -> str:
@@ -182,14 +196,15 @@ def designs_table(results: Path) -> str:
 
 def loader_table(results: Path) -> str:
     """Every loader on its own and in a step, then ours over batch sizes."""
-    parts = []
-    for values in results_of(results, "loader"):
+
+    def page(values: dict[str, Any]) -> str:
         rows = values["rows"]
-        parts.append(
+        return (
             f"{_loaders(rows, values['missing'])}\n\n{_batch_sizes(rows)}\n\nCrop, flip and cutout of "
             f"{values['images']:,} images, batch {values['batch_size']} unless stated. {caption(values)}"
         )
-    return "\n\n".join(parts)
+
+    return each_file(results, "loader", page)
 
 
 def _loaders(rows: list[dict[str, Any]], missing: list[str]) -> str:
@@ -258,17 +273,18 @@ def scaling_table(results: Path) -> str:
 
 def reliability_table(results: Path) -> str:
     """What each machine's fault campaign injected, and what came out wrong."""
-    parts = []
-    for values in results_of(results, "soak"):
-        lost, arguments = values["kill"]["lost_seconds"], f"--minutes {values['minutes']:g}"
-        table = markdown(["faults", "of what kind", "outcome"], _faults(values))
-        parts.append(
-            f'{table}\n\n`make soak ARGS="{arguments} --seed {values["seed"]}"`: trainings of every preset '
-            f"in small, on the CPU, that save after every step. {machine(values)}\n\nA SIGKILL lost "
-            f"{lost['median']:.1f} s (median; {lost['min']:.1f} to {lost['max']:.1f}, n = {lost['n']}), "
-            "starting up included. Memory and open files: the most in the second half, against the first."
-        )
-    return "\n\n".join(parts) or NOT_MEASURED
+    return each_file(results, "soak", _campaign) or NOT_MEASURED
+
+
+def _campaign(values: dict[str, Any]) -> str:
+    lost, arguments = values["kill"]["lost_seconds"], f"--minutes {values['minutes']:g}"
+    table = markdown(["faults", "of what kind", "outcome"], _faults(values))
+    return (
+        f'{table}\n\n`make soak ARGS="{arguments} --seed {values["seed"]}"`: trainings of every preset '
+        f"in small, on the CPU, that save after every step. {machine(values)}\n\nA SIGKILL lost "
+        f"{lost['median']:.1f} s (median; {lost['min']:.1f} to {lost['max']:.1f}, n = {lost['n']}), "
+        "starting up included. Memory and open files: the most in the second half, against the first."
+    )
 
 
 def _faults(values: dict[str, Any]) -> list[list[str]]:
@@ -283,7 +299,7 @@ def _faults(values: dict[str, Any]) -> list[list[str]]:
         ],
         [
             f"{signals['sent']:,} signals to commands",
-            f"SIGTERM, SIGHUP or SIGINT, to {signals['commands']} commands",
+            f"SIGTERM, SIGHUP or SIGINT, each to one of {signals['commands']} commands",
             f"{len(signals['wrong'])} without one true line",
         ],
         [

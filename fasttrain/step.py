@@ -107,7 +107,7 @@ class TrainStep:
         if self.step >= self.total_steps:
             raise ValueError(f"step {self.step} is past the schedule's {self.total_steps} steps")
         phase = self.phase
-        if (self.captures and not self._is_captured(phase)) or self._parallel_changes(phase):
+        if self._lacks_capture(phase) or self._parallel_changes(phase):
             self.warm_up(images_NCHW, labels_N)
         if self._table is None:
             set_schedule(self.optimizer, *one_cycle(self.step, self.total_steps, self.max_lr, self.recipe))
@@ -155,7 +155,7 @@ class TrainStep:
     def measure_seconds(self, images_NCHW: Tensor, labels_N: Tensor) -> float:
         """Return the seconds of a step like the last, the mean of 20. Restores the state afterwards."""
         repeats, phase = 20, self.recipe.phase(self.total_steps - 1, self.total_steps)
-        if self.captures and not self._is_captured(phase):
+        if self._lacks_capture(phase):
             self.warm_up(images_NCHW, labels_N, [phase])
         work = self._replays.get(phase) or functools.partial(self._work, phase=phase)
         with self._preserve_state():
@@ -209,8 +209,10 @@ class TrainStep:
             self._replays = dict(zip(captured, capture(works, images_NCHW, labels_N), strict=True))
             self._captured_for = self.total_steps, self.max_lr
 
-    def _is_captured(self, phase: Phase) -> bool:
-        return self._captured_for == (self.total_steps, self.max_lr) and phase in self._replays
+    def _lacks_capture(self, phase: Phase) -> bool:
+        """Return whether a step of this phase has yet to be captured, for the schedule as it is now."""
+        is_captured = self._captured_for == (self.total_steps, self.max_lr) and phase in self._replays
+        return self.captures and not is_captured
 
     def _stop_capturing(self, error: CaptureError) -> None:
         self.fallbacks(

@@ -4,7 +4,6 @@ import errno
 import os
 import random
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Any
 
 from fasttrain.checkpoint.file import LAST
 from tests.soak.cases import Case
-from tests.soak.fork import finish
+from tests.soak.fork import finish_or_kill
 from tests.soak.kill import HANG_SECONDS, KillCampaign, outcome, same
 
 CALLS: tuple[tuple[Any, str], ...] = (
@@ -48,31 +47,22 @@ class DiskCampaign:
         failure = Failure(rng)
         begin: Callable[..., list[int]] = partial(trainings.start, reference.case)
         [process] = begin("--recipe", reference.recipe, out, prepare=failure.install)
-        status = finish_or_kill(process)
+        status = finish_or_kill(process, HANG_SECONDS)
         results["runs"] += 1
         folder = next((path.parent for path in out.glob("*/recipe.json")), None)
-        if status:
+        if status != 0:
             results["failed"] += 1
             for fault in wrong_in(trainings.log.read_text(), status, folder):
                 results["wrong"].append(f"{failure}: {fault}")
             flag, path = ("--resume", folder) if folder else ("--recipe", reference.recipe)
             [process] = begin(flag, path, out)
-            status = finish_or_kill(process)
+            status = finish_or_kill(process, HANG_SECONDS)
             folder = next((path.parent for path in out.glob("*/result.json")), None)
         if status == 0 and folder is not None and same(outcome(folder), reference.outcome):
             results["bit_equal"] += 1
             shutil.rmtree(out)
         else:
             results["wrong"].append(f"{failure}: resumed, the run in {out} has status {status} or other bits")
-
-
-def finish_or_kill(process: int) -> int | None:
-    """Wait for a process; returns its status, or kills it and returns that if it hangs."""
-    status = finish(process, time.perf_counter() + HANG_SECONDS)
-    if status is None:
-        os.kill(process, signal.SIGKILL)
-        status = finish(process)
-    return status
 
 
 class Failure:

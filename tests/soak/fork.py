@@ -1,6 +1,7 @@
 """Trainings in forks of this process, which have all imports behind them."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -42,6 +43,15 @@ def finish(process: int, deadline: float | None = None) -> int | None:
         if deadline is not None and time.perf_counter() >= deadline:
             return None
         time.sleep(0.005)
+
+
+def finish_or_kill(process: int, seconds: float) -> int | None:
+    """Wait for a process; returns its status, or None if it took longer and had to be killed."""
+    status = finish(process, time.perf_counter() + seconds)
+    if status is None:
+        os.kill(process, signal.SIGKILL)
+        finish(process)
+    return status
 
 
 def last_line(path: Path) -> str:

@@ -21,7 +21,7 @@ from fasttrain.checkpoint.file import LAST, load_checkpoint
 from fasttrain.errors import UserError
 from fasttrain.system.files import write_json
 from tests.soak.cases import Case
-from tests.soak.fork import finish, last_line, start
+from tests.soak.fork import finish, finish_or_kill, last_line, start
 
 ENDED_SECONDS = 30.0
 """After a signal, a process that takes longer to end counts as hanging."""
@@ -151,11 +151,9 @@ class KillCampaign:
         """
         results, chosen = self.results, rng.randrange(len(processes))
         signum: int | None = None
-        status = finish(processes[chosen], moment or time.perf_counter() + HANG_SECONDS)
-        if status is None and moment is None:
-            os.kill(processes[chosen], signal.SIGKILL)
-            status = finish(processes[chosen])
-        elif status is None:
+        if moment is None:
+            status = finish_or_kill(processes[chosen], HANG_SECONDS)
+        elif (status := finish(processes[chosen], moment)) is None:
             signum = signal.SIGTERM if rng.random() < 0.2 else signal.SIGKILL
             os.kill(processes[chosen], signum)
             results["faults"] += 1
@@ -163,10 +161,7 @@ class KillCampaign:
                 results["kills"] += 1
                 results["resuming"] += is_resumed
                 results["of_ranks"] += len(processes) > 1
-            status = finish(processes[chosen], time.perf_counter() + ENDED_SECONDS)
-            if status is None:
-                os.kill(processes[chosen], signal.SIGKILL)
-                finish(processes[chosen])
+            status = finish_or_kill(processes[chosen], ENDED_SECONDS)
         is_good = status == 0 or (signum is not None and status in LOSSES)
         for other in processes[:chosen] + processes[chosen + 1 :]:
             is_good &= self._ended_as_by_torchrun(other, has_failed=status != 0)
@@ -178,10 +173,7 @@ class KillCampaign:
         if has_failed and status is None:
             os.kill(process, signal.SIGTERM)
         if status is None:
-            status = finish(process, time.perf_counter() + ENDED_SECONDS)
-        if status is None:
-            os.kill(process, signal.SIGKILL)
-            finish(process)
+            status = finish_or_kill(process, ENDED_SECONDS)
         return status in ((0, 2, *LOSSES) if has_failed else (0,))  # 2: it has lost the other
 
 
