@@ -178,7 +178,7 @@ def training_parts(options: Options) -> list[Part]:
     if options.airbench:
         rival = ["--script", str(options.airbench), *data]
         full = "--recipe speedrun --loader tensor --compile default --seeds 5"
-        # Theirs tries kernels out for longer than a minute and a half before its first training.
+        # Theirs tries kernels out for longer than 80 seconds before its first training.
         found.append(Part("airbench", 300, module(options, "benchmarks.airbench", *rival, full=full)))
     images = options.data_dir / "images"
     if images.is_dir():

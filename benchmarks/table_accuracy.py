@@ -39,9 +39,8 @@ def presets_table(results: Path) -> str:
         "over n seeds; one seed shows no spread. Seconds: training only; the median over seeds, and the "
         "median (range) over the epochs of one run. [What ran beside them](docs/results.md#the-runs)."
     )
-    notes = [f"Compiled, which `--compile auto` may find not worth it: {'; '.join(compiled)}."] * bool(
-        compiled
-    )
+    how = f"Compiled: {'; '.join(compiled)}. `--compile auto` may leave so short a training uncompiled."
+    notes = [how] if compiled else []
     return "\n\n".join([markdown(columns, rows), caption, *notes])
 
 
