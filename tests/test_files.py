@@ -26,6 +26,19 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path) -> None:
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_signal_just_after_the_rename_stays_a_signal(tmp_path, monkeypatch) -> None:
+    rename = os.replace
+
+    def rename_and_stop(*paths: object) -> None:
+        rename(*paths)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", rename_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(tmp_path / "machine.json", {})
+    assert os.listdir(tmp_path) == ["machine.json"]
+
+
 def test_a_full_disk_is_one_line(tmp_path) -> None:
     def full(file) -> None:
         raise OSError(28, "No space left on device")

@@ -29,7 +29,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.chmod(temporary, 0o644)  # mkstemp's files are private
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            Path(temporary).unlink(missing_ok=True)  # a signal can come just after the rename
             raise
         _sync_folder(path.parent)
 
