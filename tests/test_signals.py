@@ -42,6 +42,20 @@ def test_a_second_sigterm_ends_the_process() -> None:
     assert (done.stdout, done.returncode) == ("first\n", -signal.SIGTERM)
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_destructor_is_not_lost(signum: signal.Signals) -> None:
+    """Python only prints an exception that a destructor raises, and goes on."""
+    code = (
+        "import time\nfrom fasttrain.system.signals import raise_on_signals\n"
+        f"class Ends:\n    def __del__(self):\n        signal.raise_signal({int(signum)})\n"
+        "try:\n    with raise_on_signals():\n        Ends()\n        time.sleep(10)\n"
+        "except KeyboardInterrupt as stop:\n    print(type(stop).__name__)\n"
+    )
+    done = run_python(code)
+    name = "KeyboardInterrupt" if signum == signal.SIGINT else "Interrupted"
+    assert (done.stdout, done.stderr, done.returncode) == (f"{name}\n", "", 0)
+
+
 def test_an_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as under nohup
     try:

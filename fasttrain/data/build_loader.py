@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import platform
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from fasttrain.errors import UserError, one_line
 from fasttrain.recipe import PRESETS, Recipe
 from fasttrain.system.fallbacks import Fallbacks
 from fasttrain.system.machine import pick_device
+from fasttrain.system.signals import catch_signals
 
 LoaderName = Literal["dali", "tensor"]
 
@@ -56,7 +58,10 @@ def dali_unusable(device: torch.device) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return f"DALI does not run on {device.type}"
     try:
-        alike = all(map(torch.equal, _first_batch("dali", device), _first_batch("tensor", device)))
+        with catch_signals() as noted:  # DALI would turn a signal's exception into an error of its own
+            alike = all(map(torch.equal, _first_batch("dali", device), _first_batch("tensor", device)))
+        if signum := noted():
+            signal.raise_signal(signum)
     except ImportError as error:
         if platform.system() != "Linux":
             return f"DALI has no wheel for {platform.system()}"

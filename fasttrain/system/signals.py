@@ -1,11 +1,13 @@
 """Signals: they end a command with one line; a training, which the first asks to stop, with the second."""
 
+import _thread
 import atexit
 import faulthandler
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -56,8 +58,37 @@ def raise_on_signals() -> Iterator[None]:
     def stop(signum: int, _: object) -> None:
         raise Interrupted(f"{signal.Signals(signum).name}: stopped", signum)
 
-    with _handlers(stop, [] if _has_ranks() else [signum for signum in STOPPING if signum != signal.SIGINT]):
+    with (
+        _handlers(stop, [] if _has_ranks() else [signum for signum in STOPPING if signum != signal.SIGINT]),
+        _repeat_lost_signals(),
+    ):
         yield
+
+
+@contextmanager
+def _repeat_lost_signals() -> Iterator[None]:
+    """Within the block, send a signal again whose exception Python has dropped. Does nothing on Windows.
+
+    It drops what a destructor or a callback of the garbage collector raises, and signals come there too.
+    """
+    before = sys.unraisablehook
+
+    def repeat(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt) or os.name != "posix":
+            before(unraisable)
+            return
+        signum = getattr(unraisable.exc_value, "signum", signal.SIGINT)
+        _thread.start_new_thread(again, (signum,))  # threading's would take a lock, in any place
+
+    def again(signum: int) -> None:
+        time.sleep(0.01)  # the destructor is over by then
+        os.kill(os.getpid(), signum)
+
+    sys.unraisablehook = repeat
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextmanager
