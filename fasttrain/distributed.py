@@ -10,15 +10,17 @@ When a rank dies, torchrun notices within a second, names the rank and the signa
 the others SIGTERM and, 30 s later, SIGKILL. The other ranks do not wait for that. gloo, which transfers
 everything in the host's memory, fails as soon as the connection breaks. NCCL reports nothing, so torch's
 watchdog ends the process after ANSWER_SECONDS. That also covers a rank that hangs and a machine that
-disappears.
+disappears. torchrun knows nothing of a rank that hangs, so the others find out which one it is.
 """
 
 import atexit
 import os
 import shlex
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -36,8 +38,11 @@ from fasttrain.system.signals import ignore_sigterm
 
 T = TypeVar("T")
 
-ANSWER_SECONDS = 20
+ANSWER_SECONDS = 18
 """How long a rank waits for the others during the training."""
+
+ROLL_CALL_SECONDS = 2
+"""How long the ranks have to answer when one calls the roll, to find out which is lost."""
 
 START_SECONDS = 3600
 """How long a rank waits before the training: the first may download images, search a rate, or compile."""
@@ -88,8 +93,11 @@ class World:
         else:
             try:
                 dist.init_process_group(BACKENDS[device.type], timeout=timedelta(seconds=START_SECONDS))
-            except dist.DistError as error:
-                raise _lost_rank(error) from error
+            except RuntimeError as error:
+                if "connect" in str(error).lower():  # gloo also fails over an address that is not there
+                    _raise_if_lost(error)
+                raise
+            _answer_roll_calls(rank)
         return cls(rank, size, local_rank, device)
 
     @property
@@ -262,7 +270,7 @@ class World:
         if isinstance(error, DivergedError | TrainingInterrupted):  # every rank raises these
             self.close()
         elif error is not None:
-            self._raise_if_lost(error)
+            _raise_if_lost(error)
 
     @contextmanager
     def report_lost_rank(self) -> Iterator[None]:
@@ -270,21 +278,56 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            self._raise_if_lost(error)
+            _raise_if_lost(error)
             raise
 
-    def _raise_if_lost(self, error: BaseException) -> None:
-        text = str(error)
-        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text.lower()):
-            raise _lost_rank(error) from error
 
-
-def _lost_rank(error: BaseException) -> LostRankError:
-    """Return what to raise for torch's or gloo's error; SIGTERM is ignored from now on."""
+def _raise_if_lost(error: BaseException) -> None:
+    """Raise LostRankError if this is torch's or gloo's error for one; SIGTERM is ignored from then on."""
+    is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    if not isinstance(error, dist.DistError) and not is_gloo:
+        return
     ignore_sigterm()  # torchrun's, which follows: this rank ends by itself, and says why
     # Its first sentence, without gloo's place in its sources; more sentences guess at the cause.
     reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0].rstrip(".")
-    return LostRankError(f"lost another rank ({reason}): see above, or in torchrun's summary, why it ended")
+    lost = _missing_ranks()
+    names = f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}" if lost else "another rank"
+    raise LostRankError(
+        f"lost {names} ({reason}): see above, or in torchrun's summary, why it ended"
+    ) from error
+
+
+def _answer_roll_calls(rank: int) -> None:
+    """Answer, from a thread, once any rank calls the roll: also while this rank waits in gloo.
+
+    It goes through the store at which the ranks met, since connections are broken then.
+    """
+    store: Any = dist.distributed_c10d._get_default_store()  # no public function returns it
+    own = store.clone()  # a store that waits does nothing else
+
+    def answer() -> None:
+        with suppress(RuntimeError):  # the store is gone: nobody will call
+            own.wait(["roll call"], timedelta(days=365))
+            own.set(f"present/{rank}", "")
+
+    threading.Thread(target=answer, name="roll call", daemon=True).start()
+
+
+def _missing_ranks() -> list[int]:
+    """Call the roll; returns the ranks that do not answer, [] where it cannot be called."""
+    missing: list[int] = []
+
+    def call() -> None:
+        with suppress(RuntimeError, ValueError):  # the store is gone as well, or the ranks had not met
+            store, ranks = dist.distributed_c10d._get_default_store(), range(dist.get_world_size())
+            store.set("roll call", "")
+            time.sleep(ROLL_CALL_SECONDS)
+            missing.extend(rank for rank in ranks if not store.check([f"present/{rank}"]))
+
+    caller = threading.Thread(target=call, daemon=True)  # it may hang, if the store's own process does
+    caller.start()
+    caller.join(ROLL_CALL_SECONDS + 1)
+    return missing
 
 
 def _set_timeout(seconds: float) -> None:

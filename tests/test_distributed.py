@@ -41,10 +41,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(*arguments: object) -> subprocess.Popen:
-    """These words under torchrun, on two ranks."""
+def start(*arguments: object, ranks: int = 2) -> subprocess.Popen:
+    """These words under torchrun."""
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         + [str(argument) for argument in arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -252,18 +252,53 @@ def test_sigterm_waits_for_what_a_lost_rank_says(data: Path, tmp_path, monkeypat
     assert handlers == [signal.SIG_IGN]
 
 
-def test_a_rank_that_is_lost_before_the_ranks_have_met_is_one_line(monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."),
+            "Failed to recv, got 0 bytes",
+        ),
+        (
+            RuntimeError("Gloo connectFullMesh failed with [gloo/pair.cc:152] timed out connecting: refused"),
+            "timed out connecting: refused",
+        ),
+    ],
+)
+def test_a_rank_that_is_lost_before_the_ranks_have_met_is_one_line(error, reason, monkeypatch) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise dist.DistNetworkError(
-            "Failed to recv, got 0 bytes. Connection was likely closed. Did it crash?"
-        )
+        raise error
 
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(dist, "init_process_group", fail)
     monkeypatch.setattr(distributed, "ignore_sigterm", lambda: None)
-    with pytest.raises(LostRankError, match=r"^lost another rank \(Failed to recv, got 0 bytes\): see above"):
+    with pytest.raises(LostRankError, match=rf"^lost another rank \({reason}\): see above"):
         World.join(CPU)
+
+
+LOSE_RANK_2 = """
+import os, signal, torch
+from fasttrain.distributed import World
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+world = World.join(torch.device("cpu"))
+world.barrier()
+if world.rank == 2:
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    while True:
+        world.barrier()
+except Exception as error:
+    print(f"{type(error).__name__} {error}", flush=True)
+"""
+
+
+def test_all_ranks_name_the_one_that_is_lost() -> None:
+    """gloo tells only the two beside it: the others learn of it when these end."""
+    process = start("--no-python", sys.executable, "-c", LOSE_RANK_2, ranks=4)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert printed.count("LostRankError lost rank 2 (") == printed.count("Error") == 3, printed + errors
 
 
 def pid_of_rank(rank: int, torchrun: int) -> int:
@@ -292,8 +327,8 @@ def test_a_killed_rank_ends_the_job_with_its_reason(data: Path, tmp_path: Path) 
     assert "Signal 9 (SIGKILL)" in errors  # torchrun's summary, of rank 1
     lines = [line for line in errors.splitlines() if line.startswith("fasttrain train:")]
     assert len(lines) == 1, errors
-    assert "lost another rank" in lines[0] and "Connection" in lines[0] and "typically" not in lines[0]
+    assert "lost rank 1 (" in lines[0] and "connection" in lines[0].lower() and "typically" not in lines[0]
     resumes = f"torchrun --nproc-per-node 2 -m fasttrain train --resume {only(out)}"
     assert f"; continue from the last checkpoint: {resumes}" in lines[0]
-    assert "Traceback" not in errors.split("lost another rank")[0]
+    assert "Traceback" not in errors.split("lost rank 1")[0]
     assert load_checkpoint(only(out) / "last.pt")["scheduler"]["step"] > 0
