@@ -110,8 +110,8 @@ def train(recipe: Recipe, **options: Unpack[TrainKeywords]) -> Run:
             remove_temporaries(folder)  # what a killed process left half-written
         origin.require_unchanged(world)
         trainer = Trainer(recipe, opts, world, runtime, dataset, train_loader, test_loader, log)
-        trainer.prepare(origin)
-        with say_how_to_resume(folder, opts):
+        with say_how_to_resume(folder, opts), world.report_lost_rank():
+            trainer.prepare(origin)
             test = trainer.fit()
             run = trainer.finish()
         world.close()

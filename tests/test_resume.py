@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from fasttrain.cli import main
 from fasttrain.data import build_loader as build_loader_module
 from fasttrain.data.build_loader import build_loader
 from fasttrain.data.dataset import Dataset
+from fasttrain.data.loader import Loader
 from fasttrain.data.sources import cifar
 from fasttrain.errors import DivergedError, Interrupted, UserError
 from fasttrain.evaluation import evaluate
@@ -33,6 +35,7 @@ from fasttrain.runtime import Runtime
 from fasttrain.step import TrainStep
 from fasttrain.system import precision
 from fasttrain.system.files import hold_folder
+from fasttrain.system.run_folder import find_unfinished
 from fasttrain.tools.evaluate_checkpoint import evaluate_checkpoint
 from tests.soak.kill import outcome, same
 
@@ -101,6 +104,19 @@ def test_a_stopped_run_ends_with_the_same_bits(number, whole, dataset_dir, tmp_p
     assert train(dataset_dir, tmp_path, resume="auto") == folder
     assert same(outcome(folder), outcome(whole))
     assert json.loads((folder / "result.json").read_text())["resumed"] == 1
+
+
+def test_auto_takes_the_run_that_began_last_even_if_the_clock_was_set_back(tmp_path) -> None:
+    """At the end of summer time, 02:10 comes after 02:50; and names of the same second say nothing."""
+    names = ["20261025-025000-default", "20261025-021000-default", "20261025-021000-default-10"]
+    names += ["20261025-021000-default-2", "20261025-021000-assignment"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.json").touch()
+        assert find_unfinished("auto", tmp_path) == tmp_path / name
+        time.sleep(0.02)  # some file systems count in hundredths of a second
+    (tmp_path / names[-1] / "result.json").touch()
+    assert find_unfinished("auto", tmp_path) == tmp_path / names[-2]
 
 
 def test_a_batch_that_was_fitted_to_few_images_is_kept_by_the_run(dataset_dir, tmp_path, monkeypatch) -> None:
@@ -173,6 +189,21 @@ def test_an_error_in_the_middle_leaves_the_last_checkpoint_and_one_line_that_res
     assert load_checkpoint(folder / "last.pt")["scheduler"]["step"] == 4
     train(dataset_dir, tmp_path, resume=folder)
     assert same(outcome(folder), outcome(whole))
+
+
+def test_an_error_before_the_first_step_is_one_line_too(dataset_dir, tmp_path, monkeypatch) -> None:
+    """It names a command only where there is something to resume."""
+    folder = stop_at(dataset_dir, tmp_path / "begun", 6, monkeypatch)
+
+    def fail(_: Loader) -> None:
+        raise RuntimeError("Critical error when building pipeline")
+
+    monkeypatch.setattr(Loader, "start", fail)
+    with pytest.raises(UserError, match=rf"^Critical error .*; continue from .* --resume {folder}"):
+        train(dataset_dir, tmp_path / "begun", resume=folder)
+    with pytest.raises(UserError, match=r"^Critical error when building pipeline \(.*has its traceback\)$"):
+        train(dataset_dir, tmp_path / "new")
+    assert "in fail" in (only(tmp_path / "new") / "error.txt").read_text()
 
 
 def test_a_run_with_muon_and_shrunk_images_ends_with_the_same_bits(
@@ -416,14 +447,14 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(
 
 def test_auto_takes_the_newest_unfinished_run(whole, dataset_dir, tmp_path, monkeypatch, capsys) -> None:
     folder = stop_at(dataset_dir, tmp_path, 1, monkeypatch)
-    newer = tmp_path / "99991231-235959-tiny"
-    folder.rename(newer)
+    older = tmp_path / "older"
+    older.mkdir()
+    shutil.copy(folder / "recipe.json", older)
+    os.utime(older / "recipe.json", (0, 0))
     train_data = ["train", "--out", str(tmp_path), "--data-dir", str(dataset_dir), "--device", "cpu"]
-    (tmp_path / "20000101-000000-tiny").mkdir()
-    (tmp_path / "20000101-000000-tiny" / "recipe.json").write_text((newer / "recipe.json").read_text())
     assert main([*train_data, "--resume", "auto"]) == 0
-    assert same(outcome(newer), outcome(whole))
-    assert main([*train_data, "--resume", str(newer)]) == 2
+    assert same(outcome(folder), outcome(whole))
+    assert main([*train_data, "--resume", str(folder)]) == 2
     assert "has finished" in capsys.readouterr().err
 
 

@@ -138,15 +138,20 @@ def say_how_to_resume(folder: Path, opts: TrainOptions) -> Iterator[None]:
 
     The traceback goes into the run's folder. Out-of-memory errors pass. A signal that did not wait for the
     state to be saved becomes an Interrupted that says so too; the disk's errors and a lost rank's get the
-    same advice. Once the run has its result, there is nothing to resume, and everything passes as it is.
+    same advice. Before the first checkpoint no line names a command; once the run has its result, everything
+    passes as it is.
     """
-    advice = f"continue from the last checkpoint: {resume_command(folder, opts)}"
     try:
         yield
     except TrainingInterrupted:
         raise
     except BaseException as error:
-        shown = error if (folder / RESULT_FILE).exists() else _with_advice(error, advice, folder)
+        if (folder / RESULT_FILE).exists():
+            raise
+        advice = ""
+        if find_checkpoints(folder, folder):
+            advice = f"; continue from the last checkpoint: {resume_command(folder, opts)}"
+        shown = _with_advice(error, advice, folder)
         if shown is error:
             raise
         raise shown from error
@@ -156,9 +161,9 @@ def _with_advice(error: BaseException, advice: str, folder: Path) -> BaseExcepti
     """Return the error as the user should see it; the traceback of one from torch goes into the folder."""
     if isinstance(error, KeyboardInterrupt):
         signum = error.signum if isinstance(error, Interrupted) else signal.SIGINT
-        return Interrupted(f"{signal.Signals(signum).name}; {advice}", signum)
+        return Interrupted(f"{signal.Signals(signum).name}{advice or ': stopped'}", signum)
     if isinstance(error, LostRankError | WriteError):
-        return UserError(f"{error}; {advice}")
+        return UserError(f"{error}{advice}")
     if not isinstance(error, RuntimeError) or is_full_memory(error):
         return error
     text, where = "".join(traceback.format_exception(error)).encode(errors="replace"), "has its traceback"
@@ -166,7 +171,7 @@ def _with_advice(error: BaseException, advice: str, folder: Path) -> BaseExcepti
         write_atomically(folder / ERROR_FILE, lambda file: file.write(text))
     except UserError as unwritable:
         where = f"could not be written ({unwritable})"
-    return UserError(f"{one_line(error)} ({folder / ERROR_FILE} {where}); {advice}")
+    return UserError(f"{one_line(error)} ({folder / ERROR_FILE} {where}){advice}")
 
 
 def find_checkpoints(folder: Path, resume: str | Path) -> tuple[Path, ...]:

@@ -90,7 +90,15 @@ def run_folder(path: Path, marked_by: str = RESULT_FILE) -> Path:
     if not runs:
         kind = "finished run" if marked_by == RESULT_FILE else "run"
         raise UserError(f"latest: no {kind} in runs/; name a run's folder, or train one")
-    return max(runs)  # the names begin with the time
+    return _newest(runs, marked_by)
+
+
+def _newest(folders: list[Path], marked_by: str) -> Path:
+    """Return the folder whose file of this name was written last.
+
+    The names begin with the local time, which is set back once a year, and on journeys.
+    """
+    return max(folders, key=lambda folder: ((folder / marked_by).stat().st_mtime_ns, folder.name))
 
 
 def find_unfinished(resume: str | Path, out: Path) -> Path:
@@ -100,13 +108,13 @@ def find_unfinished(resume: str | Path, out: Path) -> Path:
     Raises UserError if there is no such run, or if it has finished.
     """
     if str(resume) == "auto":
-        started = {path.parent for path in out.glob(f"*/{RECIPE_FILE}")}
+        started = [path.parent for path in out.glob(f"*/{RECIPE_FILE}")]
         unfinished = [folder for folder in started if not (folder / RESULT_FILE).exists()]
         if not unfinished:
             raise UserError(
                 f"--resume auto: no unfinished run under {out}; name its folder, or start a new run"
             )
-        return max(unfinished)  # the names begin with the time
+        return _newest(unfinished, RECIPE_FILE)
     folder = Path(resume).parent if Path(resume).is_file() else Path(resume)
     if not (folder / RECIPE_FILE).is_file():
         raise UserError(
