@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from fasttrain.checkpoint.file import REQUIRED
@@ -183,6 +184,26 @@ def tar_gz(members: Mapping[str, bytes]) -> bytes:
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def parquet(contents: list[bytes], labels: tuple[str, ...] = ("label",)) -> bytes:
+    """A Parquet file of PNGs, as on Hugging Face, with these files of the release one after another."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, len(labels) + 3072)
+    pictures = []
+    for row in rows:
+        png = io.BytesIO()
+        Image.fromarray(row[len(labels) :].reshape(3, 32, 32).transpose(1, 2, 0)).save(png, "PNG")
+        pictures.append({"bytes": png.getvalue(), "path": None})
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    table = {"img": pyarrow.array(pictures, kind)}
+    for column, label in enumerate(labels):
+        table[label] = pyarrow.array(rows[:, column].astype(np.int64))
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(table), file, row_group_size=3)
+    return file.getvalue()
 
 
 class _Pickler2(pickle._Pickler):

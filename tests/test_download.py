@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
-from PIL import Image
 
 from fasttrain.data.load_dataset import load_dataset
 from fasttrain.data.run_images import RunImages, find_dataset
@@ -22,7 +23,7 @@ from fasttrain.data.sources import archives, cifar, download, releases, transfer
 from fasttrain.data.sources.releases import Archive, Release, RemoteFile, Source
 from fasttrain.errors import UserError
 from fasttrain.tools.show_data import show_dataset
-from tests.helpers import pickle_of, records, small_files, small_release, tar_gz, write_release
+from tests.helpers import parquet, pickle_of, records, small_files, small_release, tar_gz, write_release
 
 FOLDER = cifar.CIFAR10.folder
 
@@ -598,26 +599,6 @@ def test_the_sources_are_complete_and_of_known_archives() -> None:
 
 
 # Parquet
-def parquet(contents: list[bytes], labels: tuple[str, ...] = ("label",)) -> bytes:
-    """A Parquet file of PNGs, as on Hugging Face, with these files of the release one after another."""
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, len(labels) + 3072)
-    pictures = []
-    for row in rows:
-        png = io.BytesIO()
-        Image.fromarray(row[len(labels) :].reshape(3, 32, 32).transpose(1, 2, 0)).save(png, "PNG")
-        pictures.append({"bytes": png.getvalue(), "path": None})
-    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
-    table = {"img": pyarrow.array(pictures, kind)}
-    for column, label in enumerate(labels):
-        table[label] = pyarrow.array(rows[:, column].astype(np.int64))
-    file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(table), file, row_group_size=3)
-    return file.getvalue()
-
-
 def offer_parquet(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, train: list[bytes], test: list[bytes]
 ) -> tuple[Mirror, Mirror]:
@@ -656,11 +637,28 @@ def test_a_parquet_release_of_other_rows_is_refused(
     else:
         train[4], test = test[:3073] + train[4][3073:], test
     offer_parquet(serve, monkeypatch, train, [test])
-    with pytest.raises(
-        download.DownloadError, match=r"rows \d+ to \d+ of .*parquet.part are no file of the rel"
-    ):
+    reason = r"rows \d+ to \d+ of .*parquet.part are no file of the rel"
+    if damage == "short":
+        reason = r"cifar-10-train.parquet.part has 19 rows, expected 20"
+    with pytest.raises(download.DownloadError, match=reason):
         download.download(tmp_path, [])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("column", ["label", "img"])
+@pytest.mark.parametrize("values", ["gone", ["cat"] * 20, [float("nan")] * 20, [{"bytes": 7}] * 20])
+def test_parquet_columns_of_another_kind_are_refused(tmp_path: Path, column: str, values: Any) -> None:
+    *train, test = small_files().values()
+    paths = tmp_path / "train.parquet", tmp_path / "test.parquet"
+    table = pyarrow.parquet.read_table(io.BytesIO(parquet(train)))
+    table = table.drop_columns([column])
+    if values != "gone":
+        table = table.append_column(column, pyarrow.array(values))
+    pyarrow.parquet.write_table(table, paths[0])
+    paths[1].write_bytes(parquet([test]))
+    with pytest.raises(ValueError, match=r"^train\.parquet: expected img.bytes, of bytes, and label"):
+        archives.unpack(releases.CIFAR10.parquet, paths, tmp_path / "out", small_release(), verify=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_that_is_no_parquet_is_refused(

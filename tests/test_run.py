@@ -67,6 +67,28 @@ def test_fallbacks_that_are_no_lines_are_refused(fallbacks: object, tmp_path) ->
         fasttrain.load_run(write_run(tmp_path / "run", fallbacks=fallbacks))
 
 
+@pytest.mark.parametrize(
+    ("file", "key", "value", "shown"),
+    [
+        ("result.json", "train_seconds", 10**400, "10000"),
+        ("result.json", "images_per_sec", float("inf"), "inf"),
+        ("result.json", "best_epoch", True, "True"),
+        ("result.json", "mfu", -1, "-1"),
+        ("machine.json", "ranks", None, "None"),
+        ("machine.json", "cpu_model", 3, "3"),
+        ("machine.json", "torch", {"a": []}, "{'a': []}"),
+        ("metrics.jsonl", "seconds", float("nan"), "nan"),
+    ],
+)
+def test_values_that_no_training_writes_are_refused_by_name(file, key, value, shown, tmp_path) -> None:
+    path = write_run(tmp_path / "run") / file
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(first) | {key: value}), *others]))
+    with pytest.raises(UserError, match=rf"{file}.*: {key} is {re.escape(shown)}") as refused:
+        fasttrain.load_run(path.parent)
+    assert len(str(refused.value)) < 400 + len(str(path))
+
+
 def test_a_plot_shows_loss_accuracy_and_seconds(run: Run) -> None:
     loss, accuracy, seconds = run.plot().axes
     assert [axes.get_ylabel() for axes in (loss, accuracy, seconds)] == [

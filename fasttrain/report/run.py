@@ -1,6 +1,7 @@
 """A run, read from its folder: for the report, the comparison, and notebooks."""
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,9 @@ RESULT_FIGURES = (
 RESULT_UNKNOWNS = ("mfu", "matmul_tflops_measured", "peak_memory_gib", "peak_resident_gib")
 RESULT_OPTIONS = ("test_accuracy_views", "setup_seconds")  # if the recipe asked for it; in newer runs
 RESULT_NAMES = ("dataset", "device", "loader", "precision", "compile")
+
+MACHINE_FIGURES = ("ranks", "cpu_cores")
+MACHINE_NAMES = ("gpu_name", "cpu_model", "git_commit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +154,7 @@ def load_run(folder: Path | str) -> Run:
     return Run(
         folder=folder,
         recipe=_read_recipe(folder),
-        machine=read_object(folder / MACHINE_FILE),
+        machine=_read_machine(folder),
         result=result,
         epochs=epochs,
         lr_find=read_object(folder / "lr_find.json") if (folder / "lr_find.json").exists() else None,
@@ -164,7 +168,7 @@ def load_unfinished(folder: Path) -> UnfinishedRun:
     return UnfinishedRun(
         folder=folder,
         recipe=_read_recipe(folder),
-        machine=read_object(folder / MACHINE_FILE),
+        machine=_read_machine(folder),
         epochs=_read_epochs(metrics, is_growing=True) if metrics.exists() else [],
     )
 
@@ -179,6 +183,18 @@ def _read_recipe(folder: Path) -> Recipe:
         return Recipe.from_dict(read_object(folder / RECIPE_FILE))
     except UserError as error:
         raise UserError(f"{folder / RECIPE_FILE}: {error}") from error
+
+
+def _read_machine(folder: Path) -> dict[str, Any]:
+    path = folder / MACHINE_FILE
+    machine = read_object(path)
+    _require(path, machine, [key for key in MACHINE_FIGURES if key in machine])
+    for key, value in machine.items():
+        if not isinstance(value, str | int | float | None) or (
+            key in MACHINE_NAMES and not isinstance(value, str | None)
+        ):
+            raise _unexpected(path, key, repr(value))
+    return machine
 
 
 def _read_epochs(path: Path, *, is_growing: bool = False) -> list[dict[str, Any]]:
@@ -201,11 +217,22 @@ def _require(
     nullable: Sequence[str] = (),
     names: Sequence[str] = (),
 ) -> None:
-    """Raise UserError unless all these keys hold numbers, numbers or null (nullable), or text (names)."""
-    kinds: dict[str, Any] = dict.fromkeys(figures, (int, float))
-    kinds |= dict.fromkeys(nullable, (int, float, type(None)))
-    kinds |= dict.fromkeys(names, str)
-    for key, kind in kinds.items():
-        if key not in values or not isinstance(values[key], kind):
-            found = repr(values[key]) if key in values else "missing"
-            raise UserError(f"{place}: {key} is {found}; expected the value that fasttrain train wrote")
+    """Raise UserError unless these keys hold finite numbers, 0 or more, such or null (nullable), or text."""
+    for key in (*figures, *nullable, *names):
+        value = values.get(key)
+        is_good = (
+            isinstance(value, str)
+            if key in names
+            else _is_figure(value) or (value is None and key in nullable)
+        )
+        if key not in values or not is_good:
+            raise _unexpected(place, key, repr(value) if key in values else "missing")
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether it is a finite number, 0 or more, that a float can hold; JSON's may be longer."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+
+
+def _unexpected(place: object, key: str, found: str) -> UserError:
+    return UserError(f"{place}: {key} is {found:.100}; expected the value that fasttrain train wrote")

@@ -8,6 +8,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -76,9 +77,9 @@ def _parquet(archive: Archive, paths: Sequence[Path], release: Release) -> Files
     Which file comes where, the SHA-256 of its rows tells: on Hugging Face it is 4, 3, 2, 5 and 1.
     """
     names = {sha256: name for name, sha256 in release.sha256.items()}
-    for path, first in zip(paths, (release.train_files[0], release.test_file), strict=True):
-        records = _parquet_records(path, release)
-        images = release.file_images(first)
+    for path, files in zip(paths, (release.train_files, (release.test_file,)), strict=True):
+        images = release.file_images(files[0])
+        records = _parquet_records(path, images * len(files), release)
         for start in range(0, len(records), images):
             content = records[start : start + images].tobytes()
             sha256 = hashlib.sha256(content).hexdigest()
@@ -89,14 +90,18 @@ def _parquet(archive: Archive, paths: Sequence[Path], release: Release) -> Files
             yield names.pop(sha256), content
 
 
-def _parquet_records(path: Path, release: Release) -> np.ndarray:
+def _parquet_records(path: Path, rows: int, release: Release) -> np.ndarray:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            records = np.empty((table.metadata.num_rows, release.record_bytes), np.uint8)
-            start = 0
+            if table.metadata.num_rows != rows:
+                raise ValueError(f"{path.name} has {table.metadata.num_rows} rows, expected {rows}")
+            if not _has_release_columns(table.schema_arrow, release):
+                labels = " and ".join(release.labels)
+                raise ValueError(f"{path.name}: expected img.bytes, of bytes, and {labels}, of integers")
+            records, start = np.empty((rows, release.record_bytes), np.uint8), 0
             for batch in table.iter_batches(1000, columns=["img.bytes", *release.labels]):
                 here = slice(start, start + batch.num_rows)
                 for column, label in enumerate(release.labels):
@@ -108,6 +113,20 @@ def _parquet_records(path: Path, release: Release) -> np.ndarray:
     except (pyarrow.ArrowException, OSError, KeyError) as error:
         raise ValueError(f"{path.name}: {one_line(error)}") from error
     return records
+
+
+def _has_release_columns(schema: Any, release: Release) -> bool:
+    """Whether a pyarrow schema has an integer column for each label, and the pictures' bytes."""
+    from pyarrow import types
+
+    kinds = {field.name: field.type for field in schema}
+    pictures = kinds.get("img")
+    if pictures is None or not types.is_struct(pictures) or pictures.get_field_index("bytes") < 0:
+        return False
+    labels = [kinds.get(label) for label in release.labels]
+    return types.is_binary(pictures.field("bytes").type) and all(
+        kind and types.is_integer(kind) for kind in labels
+    )
 
 
 READERS: dict[str, Callable[[Archive, Sequence[Path], Release], Files]] = {
