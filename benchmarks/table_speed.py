@@ -290,7 +290,14 @@ def _campaign(values: dict[str, Any]) -> str:
 def _faults(values: dict[str, Any]) -> list[list[str]]:
     """A row for each kind of faults: how many, of what kind, and the outcome."""
     kill, signals, disks = values["kill"], values["signals"], values["disks"]
-    files, memory = values["bad-inputs"], values["memory"]
+    ranks, host, files, memory = (values[name] for name in ("ranks", "host", "bad-inputs", "memory"))
+    jobs = ranks["jobs"] - ranks["ended_before"]
+    kinds = {
+        "stopped": "SIGSTOP",
+        "address_space": "ulimit -v",
+        "out_of_memory": "a full cgroup",
+        "clock": "a clock that jumps",
+    }
     rows = [
         [
             f"{kill['kills']:,} SIGKILLs and {kill['faults'] - kill['kills']:,} SIGTERMs in trainings",
@@ -298,8 +305,15 @@ def _faults(values: dict[str, Any]) -> list[list[str]]:
             f"{kill['runs'] - kill['bit_equal']} of {kill['runs']:,} runs not bit-equal",
         ],
         [
-            f"{signals['sent']:,} signals to commands",
-            f"SIGTERM, SIGHUP or SIGINT, each to one of {signals['commands']} commands",
+            f"{jobs:,} jobs of torchrun",
+            f"a rank killed ({ranks['kill']}), frozen ({ranks['freeze']}) or told to stop "
+            f"({ranks['stop a rank']}), the job told to stop ({ranks['stop the job']})",
+            f"{len(ranks['wrong'])} wrong lines, hangs or runs not bit-equal",
+        ],
+        [
+            f"{signals['sent']:,} commands with a signal",
+            f"SIGTERM, SIGHUP or SIGINT to one of {signals['commands']} commands, {signals['twice']:,} times "
+            "a second one within half a second",
             f"{len(signals['wrong'])} without one true line",
         ],
         [
@@ -309,8 +323,15 @@ def _faults(values: dict[str, Any]) -> list[list[str]]:
             f"{len(disks['wrong'])} wrong outcomes in all",
         ],
         [
+            f"{host['runs']:,} trainings on a bad host",
+            ", ".join(f"{text} ({host[key]})" for key, text in kinds.items() if key in host),
+            f"{host['ended']:,} ended, {host['runs'] - host['bit_equal']} not bit-equal after a resume, "
+            f"{len(host['wrong'])} wrong outcomes in all",
+        ],
+        [
             f"{files['tried']:,} damaged or lying files",
-            "checkpoints, recipes, a run's files, images, shards, releases, pickles, caches",
+            "checkpoints, recipes, runs, images, shards, releases, pickles, Parquet, caches; by bytes "
+            "and by structure",
             f"{len(files['wrong'])} tracebacks, hangs or damage taken for good",
         ],
     ]

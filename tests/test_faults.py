@@ -87,7 +87,9 @@ def test_a_small_fault_campaign(tmp_path: Path) -> None:
     [path] = tmp_path.glob("*/soak.json")
     figures = json.loads(path.read_text())
     assert figures["kill"]["kills"] > 0 and figures["kill"]["runs"] == figures["kill"]["bit_equal"] > 0
-    assert figures["disks"]["runs"] == figures["disks"]["bit_equal"] > 0
+    for name in ("disks", "host"):
+        assert figures[name]["runs"] == figures[name]["bit_equal"] > 0
+    assert figures["ranks"]["jobs"] > 0
     assert figures["signals"]["sent"] > 0 and figures["bad-inputs"]["tried"] > 50
     assert figures["bad-inputs"]["refused"] > figures["bad-inputs"]["tried"] // 3
     assert set(figures["memory"]) == {"epochs", "runs", "resumes", "wrong"}

@@ -7,6 +7,8 @@ A seed determines every turn, but not how far a process has come at a given mome
 campaigns together go where those of benchmarks go (benchmarks/README.md).
 """
 
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,22 +18,43 @@ import torch
 
 from benchmarks.harness import extra_memory_gib, run, save, show
 from benchmarks.stats import describe
-from benchmarks.workloads import loader_names
 from fasttrain.errors import UserError
 from tests.soak.campaign import Campaign, run_for
-from tests.soak.cases import cases
+from tests.soak.cases import Case, cases
 from tests.soak.corrupt import BadInputCampaign
 from tests.soak.disk import DiskCampaign
+from tests.soak.host import HostCampaign
 from tests.soak.kill import KillCampaign
 from tests.soak.memory import memory_campaign
+from tests.soak.ranks import RankCampaign
 from tests.soak.signals import SignalCampaign
 
 CPU = torch.device("cpu")
 MOST_GIB = 2.0
 """Memory that reading damaged files may take."""
 
-SHARES = {"kill": 0.45, "signals": 0.25, "disks": 0.1, "bad-inputs": 0.1, "memory": 0.1}
+CAMPAIGNS: dict[str, Callable[[list[Case], Path], Campaign]] = {
+    "kill": KillCampaign,
+    "ranks": RankCampaign,
+    "signals": SignalCampaign,
+    "disks": DiskCampaign,
+    "host": HostCampaign,
+    "bad-inputs": BadInputCampaign,
+}
+"""Memory's is not of turns."""
+
+SHARES = {
+    "kill": 0.36,
+    "ranks": 0.18,
+    "signals": 0.15,
+    "disks": 0.07,
+    "host": 0.07,
+    "bad-inputs": 0.04,
+    "memory": 0.13,
+}
 """The share of the time that each campaign gets. A minute of memory's is 200 epochs, 20 runs, 10 resumes."""
+
+Name = Literal["kill", "ranks", "signals", "disks", "host", "bad-inputs", "memory"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +65,7 @@ class Options:
     """For all campaigns together, about."""
     seed: int = 0
     """Seeds the moments of the signals and the damage."""
-    only: Literal["kill", "signals", "disks", "bad-inputs", "memory"] | None = None
+    only: Name | None = None
     """One campaign, which gets all of the time."""
     turn: int | None = None
     """With --only, one turn of it."""
@@ -50,9 +73,10 @@ class Options:
 
 def main(options: Options) -> None:
     if options.turn is not None and options.only in (None, "memory"):
-        raise UserError(f"--turn {options.turn}: expected with --only kill, signals, disks or bad-inputs")
+        raise UserError(f"--turn {options.turn}: expected with --only, and not with its memory")
     torch.set_num_threads(1)  # a process whose torch has threads must not fork
-    loader_names(CPU)  # imports DALI once, for all forks
+    for slow in ("nvidia.dali", "torch._dynamo"):
+        importlib.import_module(slow)  # once, for all forks
     figures: dict[str, Any] = {"seed": options.seed, "minutes": options.minutes}
     with TemporaryDirectory() as folder:
         for name in (options.only,) if options.only else SHARES:
@@ -79,15 +103,7 @@ def campaign_of(name: str, work: Path, seconds: float, options: Options) -> dict
             runs=round(20 * length),
             resumes=round(10 * length),
         )
-    campaign: Campaign
-    if name == "kill":
-        campaign = KillCampaign(everything, work)
-    elif name == "signals":
-        campaign = SignalCampaign(everything, work)
-    elif name == "disks":
-        campaign = DiskCampaign(everything, work)
-    else:
-        campaign = BadInputCampaign(work)
+    campaign = CAMPAIGNS[name](everything, work)
     extra_gib = extra_memory_gib(CPU, lambda: run_for(campaign, seconds, options.seed, only=options.turn))
     results = campaign.results
     if name == "kill":

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 from PIL import Image
 
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.sources import archives, folder, image, python_release, webdataset
+from fasttrain.data.sources.releases import Archive
 from fasttrain.errors import UserError
-from tests.helpers import pickle2, small_files, small_release, tar_gz
+from tests.helpers import parquet, pickle2, small_files, small_release, tar_gz
 from tests.soak.damage import damage_bytes
 
 SIDE = 32
@@ -40,6 +42,8 @@ class BadImages:
     def __init__(self, work: Path) -> None:
         self.work = work
         self.release = small_release()
+        *train, test = small_files().values()
+        self.parquet = parquet(train), parquet([test])
         self.folder, self.shards, self.cache = work / "pets", work / "shards", work / "cache"
         for split, name, seed in (("train", "cat", 0), ("train", "dog", 1), ("test", "cat", 2)):
             path = self.folder / split / name / f"{seed}.png"
@@ -53,6 +57,7 @@ class BadImages:
         return [
             *(self.picture, self.lying_picture, self.shard_bytes, self.hostile_shard, self.release_archive),
             *(self.pickle_bytes, self.hostile_pickle, self.pixel_cache),
+            *(self.parquet_bytes, self.hostile_parquet),
         ]
 
     def picture(self) -> bool:
@@ -85,11 +90,26 @@ class BadImages:
 
     def release_archive(self) -> bool:
         members = {f"{self.release.binary.folder}/{name}": content for name, content in small_files().items()}
-        path, target = self.work / "release.tar.gz", self.work / "release"
-        path.write_bytes(damage_bytes(tar_gz(members), self.rng))
+        return self._unpacks(self.release.binary, damage_bytes(tar_gz(members), self.rng))
+
+    def parquet_bytes(self) -> bool:
+        train, test = self.parquet
+        return self._unpacks(self.release.parquet, damage_bytes(train, self.rng), test)
+
+    def hostile_parquet(self) -> bool:
+        """Columns that are missing, of another type or another length; pictures that lie."""
+        train, test = self.parquet
+        return self._unpacks(self.release.parquet, changed_parquet(train, self.rng), test)
+
+    def _unpacks(self, archive: Archive, *contents: bytes) -> bool:
+        """Whether these files of the release give its images, and nothing else."""
+        target, paths = self.work / "release", []
+        for number, content in enumerate(contents):
+            paths.append(self.work / f"archive-{number}")
+            paths[-1].write_bytes(content)
         shutil.rmtree(target, ignore_errors=True)
         try:
-            archives.unpack(self.release.binary, [path], target, self.release, verify=True)
+            archives.unpack(archive, paths, target, self.release, verify=True)
         except ValueError as error:
             if target.exists():
                 return False
@@ -139,6 +159,29 @@ class Program:
 
     def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
         return self.function, (self.argument,)
+
+
+def changed_parquet(content: bytes, rng: random.Random) -> bytes:
+    """The same file with one of its two columns, img and label, gone or of another kind."""
+    table = pyarrow.parquet.read_table(io.BytesIO(content))
+    rows, name = table.num_rows, rng.choice(table.column_names)
+    columns = {column: table[column] for column in table.column_names}
+    pictures = [{"bytes": png_of_side(rng.choice(HUGE)), "path": "../../escaped"}] * rows
+    changes: list[Any] = [
+        *([[]] * rows, [None] * rows, ["7"] * rows, [float("nan")] * rows, [2**40] * rows, [-1] * rows),
+        *([{"bytes": None}] * rows, [{"bytes": b""}] * rows, [{"bytes": 7}] * rows, pictures),
+    ]
+    if (place := rng.randrange(len(changes) + 3)) < len(changes):
+        columns[name] = pyarrow.array(changes[place])
+    elif place == len(changes):
+        del columns[name]
+    elif place == len(changes) + 1:
+        columns = {column: values[: rows // 2] for column, values in columns.items()}
+    else:
+        columns = {column: pyarrow.nulls(10**7, values.type) for column, values in columns.items()}
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return file.getvalue()
 
 
 def decoded(content: bytes) -> np.ndarray:

@@ -21,12 +21,14 @@ from fasttrain.data.sources import cifar, synthetic
 from fasttrain.errors import UserError
 from fasttrain.model import build_model
 from fasttrain.recipe import Recipe, load_recipe
+from fasttrain.report.compare import compare
 from fasttrain.report.run import load_run
 from fasttrain.runtime import Runtime
 from fasttrain.step import TrainStep
 from fasttrain.system.machine import describe
 from tests.soak.bad_images import BadImages
-from tests.soak.damage import damage_bytes, damage_value, time_limit
+from tests.soak.cases import Case
+from tests.soak.damage import JSON_VALUES, damage_bytes, damage_value, time_limit
 from tests.soak.kill import same
 
 CPU = torch.device("cpu")
@@ -100,16 +102,37 @@ class BadInputs:
         read = load_recipe(str(path))  # another value may be a recipe too, but then a valid one
         return Recipe(**read.to_dict()) == read
 
+    def recipe_values(self) -> bool:
+        path = self.work / "recipe.json"
+        path.write_text(json.dumps(damage_value(self.recipe.to_dict(), self.rng, JSON_VALUES)))
+        read = load_recipe(str(path))
+        return Recipe(**read.to_dict()) == read
+
     def run_files(self) -> bool:
+        return self._reads_run(lambda content: damage_bytes(content, self.rng))
+
+    def run_values(self) -> bool:
+        def damage(content: bytes) -> bytes:
+            *others, line = (
+                content.splitlines() if b"\n{" in content else [content]
+            )  # metrics.jsonl has lines
+            line = json.dumps(damage_value(json.loads(line), self.rng, JSON_VALUES)).encode()
+            return b"\n".join([*others, line]) + b"\n"
+
+        return self._reads_run(damage)
+
+    def _reads_run(self, damage: Callable[[bytes], bytes]) -> bool:
         names = ("recipe.json", "machine.json", "data.json", "metrics.jsonl", "result.json")
         damaged = self.work / "damaged"
         shutil.rmtree(damaged, ignore_errors=True)
         shutil.copytree(self.folder, damaged)
         path = damaged / self.rng.choice(names)
-        path.write_bytes(damage_bytes(path.read_bytes(), self.rng))
+        path.write_bytes(damage(path.read_bytes()))
         # Damaged, it says nothing, or it speaks of other images, which nothing matches.
         images = RunImages.of_run(damaged)
         read = load_run(damaged)
+        if self.rng.random() < 0.1:  # drawing takes a second
+            compare([damaged, self.folder], self.work / "compare.html")
         known = images is None or images.are(self.dataset) == (images.sha256 == self.dataset.content_hash)
         return known and read.steps_per_epoch >= 0 and bool(read.hardware)
 
@@ -145,14 +168,16 @@ class BadInputCampaign:
 
     name = "bad-inputs"
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, _: list[Case], work: Path) -> None:
         runs, images = BadInputs(work), BadImages(work / "bad-images")
         self._owners = runs, images
         self._kinds: list[Callable[[], bool]] = [
             runs.checkpoint_bytes,
             runs.checkpoint_values,
             runs.recipe_file,
+            runs.recipe_values,
             runs.run_files,
+            runs.run_values,
             runs.records,
             *images.kinds(),
         ]

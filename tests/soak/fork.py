@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,10 +29,14 @@ def start(action: Callable[[], int], log: Path) -> int:
         trainer.try_report = lambda *_: "no report"
         command_line.STARTED = time.perf_counter()
         status = action()
-        sys.stdout.flush()
-        sys.stderr.flush()
+    except BaseException:
+        traceback.print_exc()
     finally:
-        os._exit(status)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
 
 
 def finish(process: int, deadline: float | None = None) -> int | None:

@@ -1,5 +1,6 @@
 """Signals at random moments of every command: each ends it with one true line, and what that names works."""
 
+import dataclasses
 import os
 import random
 import re
@@ -18,6 +19,7 @@ from fasttrain.checkpoint.file import LAST
 from fasttrain.errors import UserError
 from fasttrain.system.files import write_json
 from tests.soak.cases import Case
+from tests.soak.kill import HANG_SECONDS
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
@@ -30,21 +32,35 @@ BOOT_SECONDS = 0.3
 ENDING_SECONDS = 4.0
 """A command that had done its work when the signal came, and was ending, may take so long on busy cores."""
 
-NAMED = re.compile(r"(?:resume with|continue from the last checkpoint): (.*)$")
+NAMED = re.compile(r"(?:resume with|continue from the last checkpoint): (.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command and the seconds that it takes undisturbed; out: where a training writes its runs."""
+    """A command and the seconds that it takes undisturbed.
+
+    out: where a training writes its runs. before: what lies there when it starts.
+    """
 
     name: str
     words: tuple[str, ...]
     seconds: float = 0.0
     out: Path | None = None
+    before: Path | None = None
+
+    def begin(self) -> subprocess.Popen[str]:
+        if self.out:
+            shutil.rmtree(self.out, ignore_errors=True)
+        if self.out and self.before:
+            shutil.copytree(self.before, self.out)
+        return start(self.words)
 
 
 class SignalCampaign:
-    """Each turn sends one signal to one command. results: how many, and how many ended before it came."""
+    """Each turn sends a signal to one command, or two in a row.
+
+    results: how many commands were sent some, how many of them two, and how many had ended before.
+    """
 
     name = "signals"
 
@@ -55,6 +71,7 @@ class SignalCampaign:
         self._commands = the_commands(cases, work)
         self.results: dict[str, Any] = {
             "sent": 0,
+            "twice": 0,
             "ended_before": 0,
             "commands": len(self._commands),
             "wrong": [],
@@ -64,10 +81,12 @@ class SignalCampaign:
         place = number % len(self._commands)
         if not self._commands[place].seconds:
             self._commands[place] = measured(self._commands[place])
-        command, signum = self._commands[place], rng.choice(SIGNALS)
-        moment = rng.uniform(min(BOOT_SECONDS, command.seconds), command.seconds)
-        for fault in disturbed(command, signum, moment, self.results):
-            self.results["wrong"].append(f"{command.name}, {signum.name} after {moment:.2f} s: {fault}")
+        command = self._commands[place]
+        signums = rng.choices(SIGNALS, k=rng.choice((1, 1, 2)))
+        moment, pause = rng.uniform(min(BOOT_SECONDS, command.seconds), command.seconds), rng.uniform(0, 0.5)
+        names = " and ".join(signum.name for signum in signums)
+        for fault in disturbed(command, signums, moment, pause, self.results):
+            self.results["wrong"].append(f"{command.name}, {names} after {moment:.2f} s: {fault}")
 
 
 def the_commands(cases: list[Case], work: Path) -> list[Command]:
@@ -80,12 +99,19 @@ def the_commands(cases: list[Case], work: Path) -> list[Command]:
         if start([*train, "--out", str(finished)]).wait():
             raise UserError("signals: the undisturbed training failed")
     run, other = sorted(finished.iterdir())
+    stopped = stopped_run([*train, "--out", str(work / "stopped")], work / "stopped")
     out, files, picture = work / "signalled", work / "files", next((work / "folder").rglob("*.png"))
     files.mkdir()
     search = ["find-lr", "--recipe", str(recipe), *data, "--num-iter", "40", "--repeats", "2"]
     searches = [*train, "--max-lr", "auto", "--width", "2", "--batch-size", "4"]
     return [
         Command("train", (*train, "--out", str(out)), out=out),
+        Command(
+            "train --resume",
+            ("train", "--resume", str(out / stopped.name), "--device", "cpu"),
+            out=out,
+            before=stopped.parent,
+        ),
         Command("train with the LR finder", (*searches, "--out", str(out)), out=out),
         Command("evaluate", ("evaluate", str(run), "--device", "cpu")),
         Command("report", ("report", str(run), "--device", "cpu")),
@@ -99,6 +125,20 @@ def the_commands(cases: list[Case], work: Path) -> list[Command]:
     ]
 
 
+def stopped_run(words: list[str], out: Path) -> Path:
+    """The folder of a training that was stopped in the middle."""
+    process = start(words)
+    while not list(out.glob("*/previous.pt")):
+        if process.poll() is not None:
+            raise UserError(f"signals: the undisturbed training ended with {process.returncode}")
+        time.sleep(0.01)
+    process.terminate()
+    if process.wait() != 128 + signal.SIGTERM:
+        raise UserError(f"signals: a training could not be stopped: {process.returncode}")
+    [folder] = out.iterdir()
+    return folder
+
+
 def start(words: list[str] | tuple[str, ...]) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "fasttrain", *words]
     quiet = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -108,30 +148,32 @@ def start(words: list[str] | tuple[str, ...]) -> subprocess.Popen[str]:
 def measured(command: Command) -> Command:
     """The command with the seconds that it takes."""
     begun = time.perf_counter()
-    process = start(command.words)
+    process = command.begin()
     _, errors = process.communicate()
     if process.returncode:
         raise UserError(f"signals: undisturbed, {command.name} ended with {process.returncode}: {errors}")
     seconds = time.perf_counter() - begun
-    return Command(command.name, command.words, seconds, command.out)
+    return dataclasses.replace(command, seconds=seconds)
 
 
 def disturbed(
-    command: Command, signum: signal.Signals, moment: float, results: dict[str, Any]
+    command: Command, signums: list[signal.Signals], moment: float, pause: float, results: dict[str, Any]
 ) -> Iterator[str]:
-    """Send one signal after so many seconds; yields what is wrong with how the command ended."""
-    if command.out:
-        shutil.rmtree(command.out, ignore_errors=True)
-    process = start(command.words)
+    """Send signals after so many seconds, with a pause between; yields what is wrong with how it ended."""
+    process = command.begin()
     try:
         process.communicate(timeout=moment)
         results["ended_before"] += 1
         return
     except subprocess.TimeoutExpired:
-        process.send_signal(signum)
+        process.send_signal(signums[0])
     sent = time.perf_counter()
     results["sent"] += 1
+    results["twice"] += len(signums) > 1
     try:
+        for signum in signums[1:]:
+            time.sleep(pause)
+            process.send_signal(signum)
         _, errors = process.communicate(timeout=ENDED_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
@@ -142,19 +184,33 @@ def disturbed(
         if time.perf_counter() - sent > ENDING_SECONDS:
             yield f"went on for {time.perf_counter() - sent:.1f} s"
         return
-    if process.returncode != 128 + signum:
-        yield f"status {process.returncode}, expected {128 + signum}: {errors!r}"
+    told = [signum for signum in signums if 128 + signum == process.returncode]
+    if not told:
+        yield f"status {process.returncode}, expected {128 + signums[0]}: {errors!r}"
     lines = [line for line in errors.splitlines() if line.startswith("fasttrain")]
-    if len(lines) != 1 or "Traceback" in errors or signum.name not in errors:
+    is_short = 1 <= len(lines) <= len(signums)  # the second may come once the first has had its line
+    if not is_short or "Traceback" in errors or not any(signum.name in errors for signum in told):
         yield f"not one line that names the signal: {errors!r}"
         return
     named = NAMED.search(lines[0])
     if named:
-        resumed = subprocess.run(shlex.split(named[1]), capture_output=True, text=True, timeout=300)
-        if resumed.returncode:
-            yield f"{named[1]}: status {resumed.returncode}: {resumed.stderr!r}"
-    elif command.out and (left := unfinished(command.out)):
+        if failure := run_named(named[1]):
+            yield failure
+    elif command.out and not command.before and (left := unfinished(command.out)):
         yield f"{left} can be resumed, and the line does not say so: {lines[0]!r}"
+
+
+def run_named(command: str) -> str | None:
+    """Run a command that a line named; returns how it failed, or None."""
+    beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # torchrun's
+    environment = os.environ | {"PATH": beside, "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            shlex.split(command), capture_output=True, text=True, timeout=HANG_SECONDS, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        return f"{command}: not done after {HANG_SECONDS:.0f} s"
+    return f"{command}: status {done.returncode}: {done.stderr!r}" if done.returncode else None
 
 
 def unfinished(out: Path) -> list[Path]:
