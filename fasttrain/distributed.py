@@ -16,11 +16,9 @@ disappears. torchrun knows nothing of a rank that hangs, so the others find out 
 import atexit
 import os
 import shlex
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -32,6 +30,7 @@ from torch import Tensor, nn
 
 from fasttrain.data.sampler import Shard
 from fasttrain.errors import DivergedError, LostRankError, TrainingInterrupted, UserError
+from fasttrain.system import roll_call
 from fasttrain.system.console import reader_may_leave
 from fasttrain.system.program import typed
 from fasttrain.system.signals import ignore_sigterm
@@ -40,9 +39,6 @@ T = TypeVar("T")
 
 ANSWER_SECONDS = 18
 """How long a rank waits for the others during the training."""
-
-ROLL_CALL_SECONDS = 2
-"""How long the ranks have to answer when one calls the roll, to find out which is lost."""
 
 START_SECONDS = 3600
 """How long a rank waits before the training: the first may download images, search a rate, or compile."""
@@ -54,15 +50,16 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 class World:
     """The processes that train together, seen from one of them; without arguments, a world of one.
 
-    local_rank: the rank within its machine. All ranks must call all methods except `print` and `parallel`, in
-    the same order. As a context manager, it turns the loss of another rank into
-    a LostRankError.
+    local_rank: the rank within its machine. end_answering: ends this rank's answers to a roll call.
+    All ranks must call all methods except `print` and `parallel`, in the same order. As a context manager, it
+    turns the loss of another rank into a LostRankError.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    end_answering: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     @classmethod
     def join(cls, device: torch.device) -> "World":
@@ -97,8 +94,7 @@ class World:
                 if "connect" in str(error).lower():  # gloo also fails over an address that is not there
                     _raise_if_lost(error)
                 raise
-            _answer_roll_calls(rank)
-        return cls(rank, size, local_rank, device)
+        return cls(rank, size, local_rank, device, roll_call.answer(rank))
 
     @property
     def is_main(self) -> bool:
@@ -257,6 +253,7 @@ class World:
         it.
         """
         if self.size > 1:
+            self.end_answering()  # the store is in the first rank, if torchrun has not started them
             self.barrier()
             atexit.unregister(dist.destroy_process_group)
             atexit.register(dist.destroy_process_group)
@@ -290,44 +287,11 @@ def _raise_if_lost(error: BaseException) -> None:
     ignore_sigterm()  # torchrun's, which follows: this rank ends by itself, and says why
     # Its first sentence, without gloo's place in its sources; more sentences guess at the cause.
     reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0].rstrip(".")
-    lost = _missing_ranks()
+    lost = roll_call.missing_ranks()
     names = f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}" if lost else "another rank"
     raise LostRankError(
         f"lost {names} ({reason}): see above, or in torchrun's summary, why it ended"
     ) from error
-
-
-def _answer_roll_calls(rank: int) -> None:
-    """Answer, from a thread, once any rank calls the roll: also while this rank waits in gloo.
-
-    It goes through the store at which the ranks met, since connections are broken then.
-    """
-    store: Any = dist.distributed_c10d._get_default_store()  # no public function returns it
-    own = store.clone()  # a store that waits does nothing else
-
-    def answer() -> None:
-        with suppress(RuntimeError):  # the store is gone: nobody will call
-            own.wait(["roll call"], timedelta(days=365))
-            own.set(f"present/{rank}", "")
-
-    threading.Thread(target=answer, name="roll call", daemon=True).start()
-
-
-def _missing_ranks() -> list[int]:
-    """Call the roll; returns the ranks that do not answer, [] where it cannot be called."""
-    missing: list[int] = []
-
-    def call() -> None:
-        with suppress(RuntimeError, ValueError):  # the store is gone as well, or the ranks had not met
-            store, ranks = dist.distributed_c10d._get_default_store(), range(dist.get_world_size())
-            store.set("roll call", "")
-            time.sleep(ROLL_CALL_SECONDS)
-            missing.extend(rank for rank in ranks if not store.check([f"present/{rank}"]))
-
-    caller = threading.Thread(target=call, daemon=True)  # it may hang, if the store's own process does
-    caller.start()
-    caller.join(ROLL_CALL_SECONDS + 1)
-    return missing
 
 
 def _set_timeout(seconds: float) -> None:

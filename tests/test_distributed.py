@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -299,6 +300,29 @@ def test_all_ranks_name_the_one_that_is_lost() -> None:
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert printed.count("LostRankError lost rank 2 (") == printed.count("Error") == 3, printed + errors
+
+
+def test_ranks_that_torchrun_has_not_started_end_in_silence() -> None:
+    """As under srun: the store is in the first rank, and is gone before the others end."""
+    code = (
+        "import torch, time\nfrom fasttrain.distributed import World\n"
+        "with World.join(torch.device('cpu')) as world:\n    world.begin()\n    world.close()\n"
+        "time.sleep(1.5 * world.rank)\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=os.environ | where | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    ended = [(rank.communicate(timeout=60)[1], rank.returncode) for rank in ranks]
+    assert ended == [("", 0), ("", 0)]
 
 
 def pid_of_rank(rank: int, torchrun: int) -> int:

@@ -45,12 +45,12 @@ CAMPAIGNS: dict[str, Callable[[list[Case], Path], Campaign]] = {
 
 SHARES = {
     "kill": 0.36,
-    "ranks": 0.18,
+    "ranks": 0.17,
     "signals": 0.15,
     "disks": 0.07,
     "host": 0.07,
     "bad-inputs": 0.04,
-    "memory": 0.13,
+    "memory": 0.14,
 }
 """The share of the time that each campaign gets. A minute of memory's is 200 epochs, 20 runs, 10 resumes."""
 

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from fasttrain.checkpoint.file import LAST
-from fasttrain.distributed import ANSWER_SECONDS, ROLL_CALL_SECONDS
+from fasttrain.distributed import ANSWER_SECONDS
 from fasttrain.errors import UserError
+from fasttrain.system import roll_call
 from tests.soak.cases import Case
 from tests.soak.kill import HANG_SECONDS, KillCampaign, Reference, outcome, same
 from tests.soak.signals import NAMED, SIGNALS, run_named
 
-FROZEN_SECONDS = ANSWER_SECONDS + ROLL_CALL_SECONDS + 3.0
+FROZEN_SECONDS = ANSWER_SECONDS + roll_call.SECONDS + 3.0
 """So long a rank is stopped: the others must have named it by then, and have ended."""
 
 ENDED_SECONDS = 60.0
