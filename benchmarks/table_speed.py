@@ -314,11 +314,11 @@ def _faults(values: dict[str, Any]) -> list[list[str]]:
             f"{signals['sent']:,} commands with a signal",
             f"SIGTERM, SIGHUP or SIGINT to one of {signals['commands']} commands, {signals['twice']:,} times "
             "a second one within half a second",
-            f"{len(signals['wrong'])} without one true line",
+            f"{len(signals['wrong'])} without exactly one true line",
         ],
         [
             f"{disks['failed']:,} failing disks",
-            "full, read-only, broken or over quota, once or for good, at any write",
+            "full, read-only, broken or over quota, once or for good: rename, fsync, chmod, append, new file",
             f"{disks['runs'] - disks['bit_equal']} of {disks['runs']:,} runs not bit-equal, "
             f"{len(disks['wrong'])} wrong outcomes in all",
         ],
@@ -329,10 +329,10 @@ def _faults(values: dict[str, Any]) -> list[list[str]]:
             f"{len(host['wrong'])} wrong outcomes in all",
         ],
         [
-            f"{files['tried']:,} damaged or lying files",
+            f"{files['tried']:,} damaged files, or with false headers",
             "checkpoints, recipes, runs, images, shards, releases, pickles, Parquet, caches; by bytes "
             "and by structure",
-            f"{len(files['wrong'])} tracebacks, hangs or damage taken for good",
+            f"{len(files['wrong'])} tracebacks, hangs or damaged contents accepted as valid",
         ],
     ]
     for name, what in (("epochs", "of one run"), ("runs", "in one process"), ("resumes", "of one run")):

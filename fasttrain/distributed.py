@@ -253,8 +253,8 @@ class World:
         it.
         """
         if self.size > 1:
-            self.end_answering()  # the store is in the first rank, if torchrun has not started them
             self.barrier()
+            self.end_answering()  # the store is in the first rank, if torchrun has not started them
             atexit.unregister(dist.destroy_process_group)
             atexit.register(dist.destroy_process_group)
 

@@ -27,7 +27,7 @@ from fasttrain.model import build_model
 from fasttrain.runtime import Runtime
 from tests.distributed_job import FOUND_LR, RUN_RECIPE, STEP_RECIPE, steps
 from tests.helpers import CPU, loader_of
-from tests.soak.kill import outcome, same
+from tests.soak.trainings import outcome, same
 
 ROOT = Path(__file__).resolve().parents[1]
 TEST_IMAGES = 41  # no two ranks can have equally many

@@ -37,7 +37,7 @@ from fasttrain.system import precision
 from fasttrain.system.files import hold_folder
 from fasttrain.system.run_folder import find_unfinished
 from fasttrain.tools.evaluate_checkpoint import evaluate_checkpoint
-from tests.soak.kill import outcome, same
+from tests.soak.trainings import outcome, same
 
 RECIPE = Recipe(
     name="tiny", epochs=3, batch_size=16, width=2, dropout=0.1, compute_dtype="fp32", loader="tensor"
@@ -204,6 +204,29 @@ def test_an_error_before_the_first_step_is_one_line_too(dataset_dir, tmp_path, m
     with pytest.raises(UserError, match=r"^Critical error when building pipeline \(.*has its traceback\)$"):
         train(dataset_dir, tmp_path / "new")
     assert "in fail" in (only(tmp_path / "new") / "error.txt").read_text()
+
+
+def test_choices_made_by_measuring_are_kept_from_before_the_first_checkpoint(
+    dataset_dir, tmp_path, monkeypatch
+) -> None:
+    """Killed before it has one, and resumed when the measurement comes out differently."""
+    recipe = dataclasses.replace(RECIPE, compute_dtype="auto")
+
+    def choose(precision: str) -> None:
+        monkeypatch.setattr(trainer, "agree_on_precision", lambda *_: precision)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    choose("bf16")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer.Trainer, "fit", stop)
+        train(dataset_dir, tmp_path, recipe)
+    folder = only(tmp_path)
+    assert not (folder / "last.pt").exists()
+    choose("fp32")
+    train(dataset_dir, tmp_path, recipe, resume=folder)
+    assert json.loads((folder / "result.json").read_text())["precision"] == "bf16"
 
 
 def test_a_run_with_muon_and_shrunk_images_ends_with_the_same_bits(

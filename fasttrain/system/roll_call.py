@@ -1,6 +1,6 @@
 """A roll call: which rank of a distributed training is lost, when gloo only says that one is.
 
-It goes through the store at which the ranks met, since their connections are broken then. In a ring only the
+It goes through torch's rendezvous store, since the ranks' connections are broken then. In a ring only the
 two beside a lost rank notice, so each rank answers from a thread, also while it waits in gloo.
 """
 
@@ -25,7 +25,7 @@ def answer(rank: int) -> Callable[[], None]:
 
     It ends with the process as well, and when the store is gone.
     """
-    store, is_over = _store().clone(), threading.Event()  # a clone for each thread
+    store, is_over = _store().clone(), threading.Event()  # each thread has to have its own
 
     def watch() -> None:
         with suppress(RuntimeError):
@@ -51,7 +51,7 @@ def missing_ranks() -> list[int]:
 
     def call() -> None:
         with suppress(RuntimeError, ValueError):  # the store is gone as well, or the ranks had not met
-            store, ranks = _store(), range(dist.get_world_size())
+            store, ranks = _store().clone(), range(dist.get_world_size())
             store.set(CALL, "")
             time.sleep(SECONDS)
             missing.extend(rank for rank in ranks if not store.check([f"present/{rank}"]))
@@ -59,7 +59,7 @@ def missing_ranks() -> list[int]:
     caller = threading.Thread(target=call, daemon=True)  # it may hang, if the store's own process does
     caller.start()
     caller.join(SECONDS + 1)
-    return missing
+    return [*missing]
 
 
 def _store() -> Any:

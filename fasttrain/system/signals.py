@@ -1,4 +1,4 @@
-"""Signals: they end a command with one line; a training, which the first asks to stop, with the second."""
+"""A signal ends a command with one line; a training stops in order at the first, at once at the second."""
 
 import _thread
 import atexit
@@ -37,8 +37,8 @@ def leave_from_now_on() -> None:
     """After the command: a signal ends the process as in leave_on_signals, until Python itself ends.
 
     Python waits for threads first, then takes handlers away, and then needs up to a second to end: signals
-    are ignored meanwhile, since it leaves that as it is. Does nothing under torchrun, which must be able to
-    end a rank that hangs there.
+    are ignored meanwhile, since it does not reset ignored ones. Does nothing under torchrun, which must be
+    able to end a rank that hangs there.
     """
     if _has_ranks() or threading.current_thread() is not threading.main_thread():
         return
@@ -67,7 +67,7 @@ def raise_on_signals() -> Iterator[None]:
 
 @contextmanager
 def _repeat_lost_signals() -> Iterator[None]:
-    """Within the block, send a signal again whose exception Python has dropped. Does nothing on Windows.
+    """Within the block, if Python drops the exception of a signal, send the signal again; not on Windows.
 
     It drops what a destructor or a callback of the garbage collector raises, and signals come there too.
     """

@@ -1,6 +1,7 @@
 """What the fault campaign trains: every preset in small, both loaders, every kind of images, and ranks."""
 
 import dataclasses
+import functools
 import io
 import tarfile
 from dataclasses import dataclass
@@ -8,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.sources import cifar, synthetic
 from fasttrain.recipe import PRESETS, Recipe
+from fasttrain.system.precision import pick_precision
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,17 @@ def cases(work: Path) -> list[Case]:
 
 
 def small(preset: str, **fields: Any) -> Recipe:
-    """The preset as three epochs of a narrow network in batches that 2 and 3 ranks can share."""
-    shape = {"name": "soak", "epochs": 3, "batch_size": 12, "width": 4}
+    """The preset as three epochs of a narrow network in batches that 2 and 3 ranks can share.
+
+    In this machine's precision, measured once: each run would measure it, and on busy cores choose another.
+    """
+    shape = {"name": "soak", "epochs": 3, "batch_size": 12, "width": 4, "compute_dtype": precision_here()}
     return dataclasses.replace(PRESETS[preset], **{**shape, **fields})
+
+
+@functools.cache
+def precision_here() -> str:
+    return pick_precision("auto", torch.device("cpu"))
 
 
 def write_folder(dataset: Dataset, folder: Path) -> None:

@@ -29,7 +29,7 @@ from fasttrain.system.machine import describe
 from tests.soak.bad_images import BadImages
 from tests.soak.cases import Case
 from tests.soak.damage import JSON_VALUES, damage_bytes, damage_value, time_limit
-from tests.soak.kill import same
+from tests.soak.trainings import same
 
 CPU = torch.device("cpu")
 RUNTIME = Runtime(device=CPU, precision="fp32", loader="tensor")

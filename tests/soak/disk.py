@@ -3,18 +3,15 @@
 import errno
 import os
 import random
-import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fasttrain.checkpoint.file import LAST
 from tests.soak.cases import Case
 from tests.soak.fork import finish_or_kill
-from tests.soak.kill import HANG_SECONDS, KillCampaign, outcome, same
+from tests.soak.trainings import HANG_SECONDS, Trainings, begun_run
 
 CALLS: tuple[tuple[Any, str], ...] = (
     *((os, "replace"), (os, "fsync"), (os, "chmod"), (tempfile, "mkstemp")),
@@ -37,32 +34,27 @@ class DiskCampaign:
 
     def __init__(self, cases: list[Case], work: Path) -> None:
         self.work = work
-        self._trainings = KillCampaign([case for case in cases if case.ranks == 1], work)
+        self._trainings = Trainings([case for case in cases if case.ranks == 1], work)
         self.results: dict[str, Any] = {"runs": 0, "failed": 0, "bit_equal": 0, "wrong": []}
 
     def turn(self, number: int, rng: random.Random) -> None:
         results, trainings = self.results, self._trainings
-        reference = trainings.reference(number % len(trainings.cases))
+        reference = trainings.reference(number)
         out, trainings.log = self.work / f"run-{number}", self.work / f"log-{number}"
         failure = Failure(rng)
-        begin: Callable[..., list[int]] = partial(trainings.start, reference.case)
-        [process] = begin("--recipe", reference.recipe, out, prepare=failure.install)
+        [process] = trainings.start(
+            reference.case, "--recipe", reference.recipe, out, prepare=failure.install
+        )
         status = finish_or_kill(process, HANG_SECONDS)
         results["runs"] += 1
-        folder = next((path.parent for path in out.glob("*/recipe.json")), None)
         if status != 0:
             results["failed"] += 1
-            for fault in wrong_in(trainings.log.read_text(), status, folder):
+            for fault in wrong_in(trainings.log.read_text(), status, begun_run(out)):
                 results["wrong"].append(f"{failure}: {fault}")
-            flag, path = ("--resume", folder) if folder else ("--recipe", reference.recipe)
-            [process] = begin(flag, path, out)
-            status = finish_or_kill(process, HANG_SECONDS)
-            folder = next((path.parent for path in out.glob("*/result.json")), None)
-        if status == 0 and folder is not None and same(outcome(folder), reference.outcome):
-            results["bit_equal"] += 1
-            shutil.rmtree(out)
+        if wrong := trainings.wrong_end(reference, out, status):
+            results["wrong"].append(f"{failure}: {wrong}")
         else:
-            results["wrong"].append(f"{failure}: resumed, the run in {out} has status {status} or other bits")
+            results["bit_equal"] += 1
 
 
 class Failure:

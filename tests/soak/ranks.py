@@ -20,8 +20,8 @@ from fasttrain.distributed import ANSWER_SECONDS
 from fasttrain.errors import UserError
 from fasttrain.system import roll_call
 from tests.soak.cases import Case
-from tests.soak.kill import HANG_SECONDS, KillCampaign, Reference, outcome, same
 from tests.soak.signals import NAMED, SIGNALS, run_named
+from tests.soak.trainings import HANG_SECONDS, Reference, Trainings, begun_run, outcome, same
 
 FROZEN_SECONDS = ANSWER_SECONDS + roll_call.SECONDS + 3.0
 """So long a rank is stopped: the others must have named it by then, and have ended."""
@@ -71,22 +71,22 @@ class RankCampaign:
 
     def __init__(self, cases: list[Case], work: Path) -> None:
         self.work = work
-        self._trainings = KillCampaign([case for case in cases if case.ranks > 1], work)
-        self._seconds: dict[int, float] = {}
+        self._trainings = Trainings([case for case in cases if case.ranks > 1], work)
+        self._seconds: dict[Path, float] = {}
         counts = ("jobs", "ended_before", *FAULTS, "resumed", "bit_equal")
         self.results: dict[str, Any] = dict.fromkeys(counts, 0) | {"wrong": []}
 
     def turn(self, number: int, rng: random.Random) -> None:
-        index = number % len(self._trainings.cases)
-        reference = self._trainings.reference(index)
-        if index not in self._seconds:
-            self._seconds[index] = self._undisturbed_seconds(reference, self.work / f"undisturbed-{index}")
+        reference = self._trainings.reference(number)
+        if reference.recipe not in self._seconds:
+            logs = self.work / f"undisturbed-{reference.recipe.stem}"
+            self._seconds[reference.recipe] = self._undisturbed_seconds(reference, logs)
         job, begun = self._start(reference, self.work / f"job-{number}"), time.perf_counter()
-        fault, moment = rng.choice(FAULTS), rng.uniform(0.3, self._seconds[index])
+        fault, moment = rng.choice(FAULTS), rng.uniform(0.3, self._seconds[reference.recipe])
         if rng.random() < 0.6:  # most of the time is the start, and most of a real run is not
             moment = self._seconds_to_training(job) + rng.uniform(0, 1)
         for wrong in self._disturbed(job, reference, fault, begun + moment, rng):
-            self.results["wrong"].append(f"{fault} after {moment:.2f} s, logs in {job.logs}: {wrong}")
+            self.results["wrong"].append(f"{wrong}; {moment:.2f} s after the start, logs in {job.logs}")
 
     def _undisturbed_seconds(self, reference: Reference, logs: Path) -> float:
         job, begun = self._start(reference, logs), time.perf_counter()
@@ -139,13 +139,14 @@ class RankCampaign:
             process.wait()
             yield f"still there after {ENDED_SECONDS:.0f} s: {job.errors()}"
             return
-        if status:
-            yield from wrong_lines(job, fault, rank)
-        yield from self._resumed(job, reference)
+        for wrong in wrong_lines(job, fault, rank) if status else ():
+            yield f"{fault}, rank {rank}: {wrong}"
+        for wrong in self._resumed(job, reference):
+            yield f"{fault}, rank {rank}, resumed: {wrong}"
 
     def _resumed(self, job: Job, reference: Reference) -> Iterator[str]:
         """Run what the job said resumes it; yields what is wrong with the run."""
-        folder = next((path.parent for path in (self.work / "out").glob("*/recipe.json")), None)
+        folder = begun_run(self.work / "out")
         if folder is None:
             return  # it had not begun
         if not (folder / "result.json").exists():

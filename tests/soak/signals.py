@@ -19,7 +19,7 @@ from fasttrain.checkpoint.file import LAST
 from fasttrain.errors import UserError
 from fasttrain.system.files import write_json
 from tests.soak.cases import Case
-from tests.soak.kill import HANG_SECONDS
+from tests.soak.trainings import HANG_SECONDS
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
@@ -59,7 +59,8 @@ class Command:
 class SignalCampaign:
     """Each turn sends a signal to one command, or two in a row.
 
-    results: how many commands were sent some, how many of them two, and how many had ended before.
+    results: how many commands were sent some; of them, how many were sent two, and how many had done their
+    work, and ended as if nothing had come; and how many had ended before.
     """
 
     name = "signals"
@@ -68,10 +69,11 @@ class SignalCampaign:
         for signum in SIGNALS:
             if signal.getsignal(signum) is signal.SIG_IGN:  # as under nohup; commands would ignore it too
                 signal.signal(signum, signal.SIG_DFL)
-        self._commands = the_commands(cases, work)
+        self._commands = every_command(cases, work)
         self.results: dict[str, Any] = {
             "sent": 0,
             "twice": 0,
+            "done": 0,
             "ended_before": 0,
             "commands": len(self._commands),
             "wrong": [],
@@ -89,14 +91,14 @@ class SignalCampaign:
             self.results["wrong"].append(f"{command.name}, {names} after {moment:.2f} s: {fault}")
 
 
-def the_commands(cases: list[Case], work: Path) -> list[Command]:
+def every_command(cases: list[Case], work: Path) -> list[Command]:
     """Every command that takes time, on a small finished run and small images."""
     recipe, finished = work / "signals.json", work / "finished"
     write_json(recipe, cases[0].recipe.to_dict())
     data = [*cases[0].data, "--device", "cpu"]
     train = ["train", "--recipe", str(recipe), *data, "--save-every", "1"]
     for _ in range(2):
-        if start([*train, "--out", str(finished)]).wait():
+        if start([*train, "--out", str(finished)]).wait(HANG_SECONDS):
             raise UserError("signals: the undisturbed training failed")
     run, other = sorted(finished.iterdir())
     stopped = stopped_run([*train, "--out", str(work / "stopped")], work / "stopped")
@@ -133,7 +135,7 @@ def stopped_run(words: list[str], out: Path) -> Path:
             raise UserError(f"signals: the undisturbed training ended with {process.returncode}")
         time.sleep(0.01)
     process.terminate()
-    if process.wait() != 128 + signal.SIGTERM:
+    if process.wait(ENDED_SECONDS) != 128 + signal.SIGTERM:
         raise UserError(f"signals: a training could not be stopped: {process.returncode}")
     [folder] = out.iterdir()
     return folder
@@ -149,7 +151,7 @@ def measured(command: Command) -> Command:
     """The command with the seconds that it takes."""
     begun = time.perf_counter()
     process = command.begin()
-    _, errors = process.communicate()
+    _, errors = process.communicate(timeout=HANG_SECONDS)
     if process.returncode:
         raise UserError(f"signals: undisturbed, {command.name} ended with {process.returncode}: {errors}")
     seconds = time.perf_counter() - begun
@@ -181,6 +183,7 @@ def disturbed(
         yield f"still there after {ENDED_SECONDS:.0f} s: {errors!r}"
         return
     if process.returncode == 0:
+        results["done"] += 1
         if time.perf_counter() - sent > ENDING_SECONDS:
             yield f"went on for {time.perf_counter() - sent:.1f} s"
         return
