@@ -142,7 +142,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.options, self.world, self.runtime = recipe, options, world, runtime
         self.dataset, self.train_loader, self.test_loader, self.log = dataset, train_loader, test_loader, log
-        self.machine = describe(world.device) | {"ranks": world.size}
+        self.machine = describe(world.device) | {"ranks": world.size, "precision": runtime.precision}
         self.callbacks = CallbackList(options.callbacks if world.is_main else ())
 
     def prepare(self, origin: ResumePoint) -> None:

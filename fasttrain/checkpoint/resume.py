@@ -24,8 +24,8 @@ from fasttrain.recipe import Recipe, flag, load_recipe
 from fasttrain.system.fallbacks import Fallbacks
 from fasttrain.system.files import quarantine, write_atomically
 from fasttrain.system.memory import is_full_memory
-from fasttrain.system.precision import fails_in, pick_precision
-from fasttrain.system.run_folder import ERROR_FILE, RECIPE_FILE, RESULT_FILE
+from fasttrain.system.precision import DTYPES, fails_in, pick_precision
+from fasttrain.system.run_folder import ERROR_FILE, MACHINE_FILE, RECIPE_FILE, RESULT_FILE, read_object
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ResumePoint:
                     compile_mode = fingerprint.get("compile")
                     compile_mode = compile_mode if isinstance(compile_mode, str) else None
                     return cls(folder, resume, checkpoints, images, saved_precision(state), compile_mode)
-        return cls(folder, resume, checkpoints, images)
+        return cls(folder, resume, checkpoints, images, *_noted_choices(folder))
 
     def options(self, typed: TrainOptions) -> TrainOptions:
         """Return the options with the run's own images, unless these name a place for them."""
@@ -130,6 +130,22 @@ class ResumePoint:
         if now == self.precision:
             return None
         return f"resumed in {self.precision}, as started; a new run would use {now} here, which is faster"
+
+
+def _noted_choices(folder: Path) -> tuple[str | None, str | None]:
+    """Return the precision and compile mode of a run without a checkpoint; None where it does not say.
+
+    Both are chosen by measurements, which may come out differently the next time.
+    """
+    try:
+        machine = read_object(folder / MACHINE_FILE)
+    except UserError:
+        return None, None
+    precision, compile_mode = machine.get("precision"), machine.get("compile", False) or "off"
+    return (
+        precision if precision in DTYPES else None,
+        compile_mode if "compile" in machine and isinstance(compile_mode, str) else None,
+    )
 
 
 @contextlib.contextmanager

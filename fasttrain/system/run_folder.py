@@ -12,7 +12,7 @@ RECIPE_FILE, RESULT_FILE = "recipe.json", "result.json"
 """A run without the first has not begun; one without the second, which is written last, is unfinished."""
 
 MACHINE_FILE = "machine.json"
-"""The machine that the run was started on, and its compile mode."""
+"""The machine that the run was started on, and the precision and compile mode that were chosen there."""
 
 DATA_FILE = "data.json"
 """Which images the run was trained on, and where they were."""
