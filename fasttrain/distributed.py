@@ -85,16 +85,16 @@ class World:
                 )
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
-        if dist.is_initialized():
-            _set_timeout(START_SECONDS)
-        else:
-            try:
+        try:
+            if dist.is_initialized():
+                _set_timeout(START_SECONDS)
+            else:
                 dist.init_process_group(BACKENDS[device.type], timeout=timedelta(seconds=START_SECONDS))
-            except RuntimeError as error:
-                if "connect" in str(error).lower():  # gloo also fails over an address that is not there
-                    _raise_if_lost(error)
-                raise
-        return cls(rank, size, local_rank, device, roll_call.answer(rank))
+            return cls(rank, size, local_rank, device, roll_call.answer(rank))
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or "connect" in str(error).lower():
+                _raise_if_lost(error)
+            raise  # gloo also fails over an address that is not there
 
     @property
     def is_main(self) -> bool:
@@ -289,9 +289,10 @@ def _raise_if_lost(error: BaseException) -> None:
     reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0].rstrip(".")
     lost = roll_call.missing_ranks()
     names = f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}" if lost else "another rank"
-    raise LostRankError(
-        f"lost {names} ({reason}): see above, or in torchrun's summary, why it ended"
-    ) from error
+    why = "see above, or in torchrun's summary, why it ended"
+    if "timed out" in reason.lower():
+        why = "it does not answer, and may be stopped or hang"
+    raise LostRankError(f"lost {names} ({reason}): {why}") from error
 
 
 def _set_timeout(seconds: float) -> None:

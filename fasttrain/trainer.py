@@ -50,7 +50,7 @@ from fasttrain.system.run_folder import (
     RECIPE_FILE,
     RESULT_FILE,
     find_unfinished,
-    is_lost,
+    machine_is_lost,
     new_run_folder,
 )
 from fasttrain.system.run_log import RunLog, SilentLog, require_tensorboard
@@ -79,7 +79,7 @@ def train(recipe: Recipe, **options: Unpack[TrainKeywords]) -> Run:
     if opts.tensorboard:
         require_tensorboard()
     world = World.join(pick_device(opts.device))
-    origin = world.broadcast(lambda: ResumePoint.find(unfinished, opts.resume))
+    origin = world.broadcast(lambda: ResumePoint.find(unfinished, opts.resume, world.device))
     recipe, opts = origin.recipe(recipe), origin.options(opts)
     world.share(recipe.batch_size)  # refuse a batch that cannot be divided
     fallbacks = Fallbacks(world.print, allowed=opts.fallback)
@@ -142,7 +142,9 @@ class Trainer:
     ) -> None:
         self.recipe, self.options, self.world, self.runtime = recipe, options, world, runtime
         self.dataset, self.train_loader, self.test_loader, self.log = dataset, train_loader, test_loader, log
-        self.machine = describe(world.device) | {"ranks": world.size, "precision": runtime.precision}
+        self.machine = describe(world.device) | {"ranks": world.size}
+        if not runtime.fallbacks.lines:  # the next process has to say its own
+            self.machine["precision"] = runtime.precision
         self.callbacks = CallbackList(options.callbacks if world.is_main else ())
 
     def prepare(self, origin: ResumePoint) -> None:
@@ -165,7 +167,7 @@ class Trainer:
         kept, wanted = origin.compile_mode, runtime.compile_mode
         compile_mode = pick_final_mode(step, wanted, cache, matmul_tflops, example, kept=kept, log=log.print)
         self.runtime = dataclasses.replace(runtime, compile_mode=compile_mode)
-        if not origin.checkpoints or is_lost(log.folder / MACHINE_FILE, log.print):
+        if not origin.checkpoints or machine_is_lost(log.folder, log.print):
             log.write(MACHINE_FILE, self.machine | {"compile": compile_mode})
         identity = fingerprint(recipe, self.dataset, self.runtime, self.world.size)
         self.world.require_same(identity)
@@ -175,8 +177,8 @@ class Trainer:
         if origin.checkpoints:
             restore_latest(origin.checkpoints, self.state, log.print)
             log.write(DATA_FILE, images)  # they may have moved
-            if note := origin.precision_note(recipe.compute_dtype, runtime.device):
-                log.print(note)
+        if note := origin.precision_note(recipe.compute_dtype, runtime.device):
+            log.print(note)
         log.rewind(self.state.progress.epochs)
         found_mode, compile_seconds = compile_step(step, compile_mode, cache, *example)
         if found_mode != compile_mode:

@@ -17,6 +17,7 @@ from fasttrain import trainer
 from fasttrain.checkpoint import manager
 from fasttrain.checkpoint import resume as resume_module
 from fasttrain.checkpoint.file import load_checkpoint, save_checkpoint
+from fasttrain.checkpoint.resume import ResumePoint
 from fasttrain.checkpoint.state import Progress
 from fasttrain.checkpoint.writer import CheckpointWriter
 from fasttrain.cli import main
@@ -206,7 +207,7 @@ def test_an_error_before_the_first_step_is_one_line_too(dataset_dir, tmp_path, m
     assert "in fail" in (only(tmp_path / "new") / "error.txt").read_text()
 
 
-def test_choices_made_by_measuring_are_kept_from_before_the_first_checkpoint(
+def test_a_measured_precision_is_kept_from_before_the_first_checkpoint(
     dataset_dir, tmp_path, monkeypatch
 ) -> None:
     """Killed before it has one, and resumed when the measurement comes out differently."""
@@ -227,6 +228,15 @@ def test_choices_made_by_measuring_are_kept_from_before_the_first_checkpoint(
     choose("fp32")
     train(dataset_dir, tmp_path, recipe, resume=folder)
     assert json.loads((folder / "result.json").read_text())["precision"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    "noted", [{}, {"precision": []}, {"precision": "fp64"}, {"precision": "bf16", "device": "cuda:0"}]
+)
+def test_a_precision_of_another_device_or_none_is_chosen_anew(noted: dict[str, Any], tmp_path) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps(RECIPE.to_dict()))
+    (tmp_path / "machine.json").write_text(json.dumps({"device": "cpu"} | noted))
+    assert ResumePoint.find(tmp_path, tmp_path, torch.device("cpu")).precision is None
 
 
 def test_a_run_with_muon_and_shrunk_images_ends_with_the_same_bits(

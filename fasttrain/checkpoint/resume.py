@@ -25,7 +25,7 @@ from fasttrain.system.fallbacks import Fallbacks
 from fasttrain.system.files import quarantine, write_atomically
 from fasttrain.system.memory import is_full_memory
 from fasttrain.system.precision import DTYPES, fails_in, pick_precision
-from fasttrain.system.run_folder import ERROR_FILE, MACHINE_FILE, RECIPE_FILE, RESULT_FILE, read_object
+from fasttrain.system.run_folder import ERROR_FILE, RECIPE_FILE, RESULT_FILE, read_machine
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class ResumePoint:
     compile_mode: str | None = None
 
     @classmethod
-    def find(cls, folder: Path | None, resume: str | Path | None) -> "ResumePoint":
+    def find(cls, folder: Path | None, resume: str | Path | None, device: torch.device) -> "ResumePoint":
         """Find the checkpoints of an unfinished run, and take the settings from the first readable one.
 
-        folder: None for a new run.
+        folder: None for a new run. device: where it is going to train.
         """
         if folder is None or resume is None:
             return cls()
@@ -63,7 +63,7 @@ class ResumePoint:
                     compile_mode = fingerprint.get("compile")
                     compile_mode = compile_mode if isinstance(compile_mode, str) else None
                     return cls(folder, resume, checkpoints, images, saved_precision(state), compile_mode)
-        return cls(folder, resume, checkpoints, images, *_noted_choices(folder))
+        return cls(folder, resume, checkpoints, images, _noted_precision(folder, device))
 
     def options(self, typed: TrainOptions) -> TrainOptions:
         """Return the options with the run's own images, unless these name a place for them."""
@@ -132,20 +132,18 @@ class ResumePoint:
         return f"resumed in {self.precision}, as started; a new run would use {now} here, which is faster"
 
 
-def _noted_choices(folder: Path) -> tuple[str | None, str | None]:
-    """Return the precision and compile mode of a run without a checkpoint; None where it does not say.
+def _noted_precision(folder: Path, device: torch.device) -> str | None:
+    """Return the precision that machine.json notes; None if it notes none, or another kind of device.
 
-    Both are chosen by measurements, which may come out differently the next time.
+    A run that has no checkpoint has it from there: auto measures, and might choose another the next time.
     """
     try:
-        machine = read_object(folder / MACHINE_FILE)
+        machine = read_machine(folder)
     except UserError:
-        return None, None
-    precision, compile_mode = machine.get("precision"), machine.get("compile", False) or "off"
-    return (
-        precision if precision in DTYPES else None,
-        compile_mode if "compile" in machine and isinstance(compile_mode, str) else None,
-    )
+        return None
+    precision = machine.get("precision")
+    is_same_kind = str(machine.get("device")).partition(":")[0] == device.type
+    return precision if is_same_kind and precision in DTYPES else None
 
 
 @contextlib.contextmanager

@@ -57,11 +57,16 @@ def dali_unusable(device: torch.device) -> str | None:
     """
     if device.type not in ("cpu", "cuda"):
         return f"DALI does not run on {device.type}"
+    with catch_signals() as noted:  # DALI would turn a signal's exception into an error of its own
+        reason = _why_unusable(device)
+    if signum := noted():
+        signal.raise_signal(signum)
+    return reason
+
+
+def _why_unusable(device: torch.device) -> str | None:
     try:
-        with catch_signals() as noted:  # DALI would turn a signal's exception into an error of its own
-            alike = all(map(torch.equal, _first_batch("dali", device), _first_batch("tensor", device)))
-        if signum := noted():
-            signal.raise_signal(signum)
+        alike = all(map(torch.equal, _first_batch("dali", device), _first_batch("tensor", device)))
     except ImportError as error:
         if platform.system() != "Linux":
             return f"DALI has no wheel for {platform.system()}"

@@ -53,7 +53,7 @@ FILES = {
     "result.json": "the figures",
     "metrics.jsonl": "a line per epoch",
     "recipe.json": "every setting",
-    "machine.json": "hardware, versions and commit",
+    "machine.json": "hardware, versions, commit, precision and compile mode",
     "data.json": "the images, and where they were",
     "lr_find.json": "the LR finder's curves",
     "trace.json": "the profiler's trace, for ui.perfetto.dev",

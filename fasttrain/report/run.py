@@ -1,9 +1,7 @@
 """A run, read from its folder: for the report, the comparison, and notebooks."""
 
 import math
-import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,13 @@ from fasttrain.report.plots import Curve, Draw, Picture
 from fasttrain.system.machine import hardware_name
 from fasttrain.system.program import typed
 from fasttrain.system.run_folder import (
-    MACHINE_FILE,
     RECIPE_FILE,
     RESULT_FILE,
     parse_object,
+    read_machine,
     read_object,
     read_text,
+    require_values,
     run_folder,
 )
 
@@ -36,9 +35,6 @@ RESULT_FIGURES = (
 RESULT_UNKNOWNS = ("mfu", "matmul_tflops_measured", "peak_memory_gib", "peak_resident_gib")
 RESULT_OPTIONS = ("test_accuracy_views", "setup_seconds")  # if the recipe asked for it; in newer runs
 RESULT_NAMES = ("dataset", "device", "loader", "precision", "compile")
-
-MACHINE_FIGURES = ("ranks", "cpu_cores")
-MACHINE_NAMES = ("gpu_name", "cpu_model", "git_commit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +139,7 @@ def load_run(folder: Path | str) -> Run:
     if "test_accuracy_flip" in result:  # its name until there was more than one view
         result["test_accuracy_views"] = result.pop("test_accuracy_flip")
     figures = [*RESULT_FIGURES, *(key for key in RESULT_OPTIONS if key in result)]
-    _require(folder / "result.json", result, figures, nullable=RESULT_UNKNOWNS, names=RESULT_NAMES)
+    require_values(folder / "result.json", result, figures, nullable=RESULT_UNKNOWNS, names=RESULT_NAMES)
     fallbacks = result.get("fallbacks", [])  # older runs have none
     if not isinstance(fallbacks, list) or not all(isinstance(line, str) for line in fallbacks):
         raise UserError(f"{folder / 'result.json'}: fallbacks is {fallbacks!r}; expected a list of lines")
@@ -154,7 +150,7 @@ def load_run(folder: Path | str) -> Run:
     return Run(
         folder=folder,
         recipe=_read_recipe(folder),
-        machine=_read_machine(folder),
+        machine=read_machine(folder),
         result=result,
         epochs=epochs,
         lr_find=read_object(folder / "lr_find.json") if (folder / "lr_find.json").exists() else None,
@@ -168,7 +164,7 @@ def load_unfinished(folder: Path) -> UnfinishedRun:
     return UnfinishedRun(
         folder=folder,
         recipe=_read_recipe(folder),
-        machine=_read_machine(folder),
+        machine=read_machine(folder),
         epochs=_read_epochs(metrics, is_growing=True) if metrics.exists() else [],
     )
 
@@ -185,18 +181,6 @@ def _read_recipe(folder: Path) -> Recipe:
         raise UserError(f"{folder / RECIPE_FILE}: {error}") from error
 
 
-def _read_machine(folder: Path) -> dict[str, Any]:
-    path = folder / MACHINE_FILE
-    machine = read_object(path)
-    _require(path, machine, [key for key in MACHINE_FIGURES if key in machine])
-    for key, value in machine.items():
-        if not isinstance(value, str | int | float | None) or (
-            key in MACHINE_NAMES and not isinstance(value, str | None)
-        ):
-            raise _unexpected(path, key, repr(value))
-    return machine
-
-
 def _read_epochs(path: Path, *, is_growing: bool = False) -> list[dict[str, Any]]:
     """Read the rows of metrics.jsonl; is_growing: leave out a line that is being written."""
     text, rows = read_text(path), []
@@ -205,34 +189,5 @@ def _read_epochs(path: Path, *, is_growing: bool = False) -> list[dict[str, Any]
     for number, line in enumerate(text.splitlines(), start=1):
         place = f"{path} line {number}"
         rows.append(parse_object(line, place))
-        _require(place, rows[-1], EPOCH_FIGURES, nullable=EPOCH_LOSSES)
+        require_values(place, rows[-1], EPOCH_FIGURES, nullable=EPOCH_LOSSES)
     return rows
-
-
-def _require(
-    place: object,
-    values: dict[str, Any],
-    figures: Sequence[str],
-    *,
-    nullable: Sequence[str] = (),
-    names: Sequence[str] = (),
-) -> None:
-    """Raise UserError unless these keys hold finite numbers, 0 or more, such or null (nullable), or text."""
-    for key in (*figures, *nullable, *names):
-        value = values.get(key)
-        is_good = (
-            isinstance(value, str)
-            if key in names
-            else _is_figure(value) or (value is None and key in nullable)
-        )
-        if key not in values or not is_good:
-            raise _unexpected(place, key, repr(value) if key in values else "missing")
-
-
-def _is_figure(value: Any) -> bool:
-    """Whether it is a finite number, 0 or more, that a float can hold; JSON's may be longer."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
-
-
-def _unexpected(place: object, key: str, found: str) -> UserError:
-    return UserError(f"{place}: {key} is {found:.100}; expected the value that fasttrain train wrote")

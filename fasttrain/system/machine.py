@@ -1,6 +1,6 @@
 """The device to use, and a description of the machine and its software.
 
-A run's `machine.json` is `describe(device)`: a speed means nothing without the machine it was measured on.
+A run's `machine.json` begins with `describe(device)`: a speed means nothing without its machine.
 """
 
 import importlib

@@ -51,10 +51,11 @@ def missing_ranks() -> list[int]:
 
     def call() -> None:
         with suppress(RuntimeError, ValueError):  # the store is gone as well, or the ranks had not met
-            store, ranks = _store().clone(), range(dist.get_world_size())
+            store, own, size = _store().clone(), dist.get_rank(), dist.get_world_size()
             store.set(CALL, "")
             time.sleep(SECONDS)
-            missing.extend(rank for rank in ranks if not store.check([f"present/{rank}"]))
+            silent = [rank for rank in range(size) if not store.check([f"present/{rank}"])]
+            missing.extend(rank for rank in silent if rank != own)
 
     caller = threading.Thread(target=call, daemon=True)  # it may hang, if the store's own process does
     caller.start()

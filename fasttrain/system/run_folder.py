@@ -1,8 +1,9 @@
 """A run's folder: its name, its files, and which folder --resume refers to."""
 
 import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ RECIPE_FILE, RESULT_FILE = "recipe.json", "result.json"
 
 MACHINE_FILE = "machine.json"
 """The machine that the run was started on, and the precision and compile mode that were chosen there."""
+
+MACHINE_FIGURES = ("ranks", "cpu_cores")
+MACHINE_NAMES = ("gpu_name", "cpu_model", "git_commit", "device", "precision", "compile")
+"""Its keys that hold numbers, where it has them, and its keys that hold text or null."""
 
 DATA_FILE = "data.json"
 """Which images the run was trained on, and where they were."""
@@ -47,14 +52,55 @@ def read_object(path: Path) -> dict[str, Any]:
     return parse_object(read_text(path), path)
 
 
-def is_lost(path: Path, log: Callable[[str], object]) -> bool:
-    """Return whether one of the run's JSON files is missing or corrupt, and log it if so."""
+def read_machine(folder: Path) -> dict[str, Any]:
+    """Read a run's machine.json. Raises UserError if it is missing, corrupt or not what a training writes."""
+    path = folder / MACHINE_FILE
+    machine = read_object(path)
+    require_values(path, machine, [key for key in MACHINE_FIGURES if key in machine])
+    for key, value in machine.items():
+        kinds = str | None if key in MACHINE_NAMES else str | int | float | None
+        if not isinstance(value, kinds):
+            raise _unexpected(path, key, repr(value))
+    return machine
+
+
+def machine_is_lost(folder: Path, log: Callable[[str], object]) -> bool:
+    """Return whether the run's machine.json is missing or damaged, and log it if so."""
     try:
-        read_object(path)
+        read_machine(folder)
     except UserError as error:
         log(f"{error}; writing a new one that describes this machine")
         return True
     return False
+
+
+def require_values(
+    place: object,
+    values: dict[str, Any],
+    figures: Sequence[str],
+    *,
+    nullable: Sequence[str] = (),
+    names: Sequence[str] = (),
+) -> None:
+    """Raise UserError unless these keys hold finite numbers, 0 or more, such or null (nullable), or text."""
+    for key in (*figures, *nullable, *names):
+        value = values.get(key)
+        is_good = (
+            isinstance(value, str)
+            if key in names
+            else _is_figure(value) or (value is None and key in nullable)
+        )
+        if key not in values or not is_good:
+            raise _unexpected(place, key, repr(value) if key in values else "missing")
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether it is a finite number, 0 or more, that a float can hold; JSON's may be longer."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+
+
+def _unexpected(place: object, key: str, found: str) -> UserError:
+    return UserError(f"{place}: {key} is {found:.100}; expected the value that fasttrain train wrote")
 
 
 def new_run_folder(out: Path, recipe_name: str) -> Path:
@@ -79,7 +125,7 @@ def new_run_folder(out: Path, recipe_name: str) -> Path:
 
 
 def run_folder(path: Path, marked_by: str = RESULT_FILE) -> Path:
-    """Return the folder that a path to a run means: latest is the newest in runs/ that has this file.
+    """Return the folder that a path to a run means: latest is the one in runs/ that got this file last.
 
     marked_by: RESULT_FILE for a finished run, RECIPE_FILE for one that has begun.
     Raises UserError if there is none.
@@ -98,7 +144,14 @@ def _newest(folders: list[Path], marked_by: str) -> Path:
 
     The names begin with the local time, which is set back once a year, and on journeys.
     """
-    return max(folders, key=lambda folder: ((folder / marked_by).stat().st_mtime_ns, folder.name))
+
+    def age(folder: Path) -> tuple[int, str]:
+        try:
+            return (folder / marked_by).stat().st_mtime_ns, folder.name
+        except OSError:  # it has been deleted meanwhile
+            return 0, folder.name
+
+    return max(folders, key=age)
 
 
 def find_unfinished(resume: str | Path, out: Path) -> Path:
