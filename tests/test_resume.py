@@ -358,7 +358,7 @@ def test_a_machine_without_the_runs_precision_emulates_it(
     assert (result.loss, result.accuracy) == (row["test_loss"], row["test_accuracy"])
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[1]"])
+@pytest.mark.parametrize("content", [None, "", "{", "[1]", '{"ranks": null}'])
 def test_a_lost_or_torn_machine_file_stops_no_resume(
     content: str | None, whole, dataset_dir, tmp_path, monkeypatch, capsys
 ) -> None:
