@@ -135,12 +135,28 @@ def test_a_signal_in_any_command_is_one_line(signum: int, monkeypatch, capsys) -
     before = {number: signal.getsignal(number) for number in STOPPING}
     monkeypatch.setitem(cli.COMMANDS, "data", (lambda _: signal.raise_signal(signum), ""))
     monkeypatch.setattr(sys, "argv", ["fasttrain", "data"])
+    monkeypatch.setattr(os, "_exit", sys.exit)
     try:
-        assert run_process() == 128 + signum
+        with pytest.raises(SystemExit) as end:
+            run_process()
+        assert end.value.code == 128 + signum
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     assert capsys.readouterr().err == f"fasttrain data: {signal.Signals(signum).name}: stopped\n"
+
+
+def test_a_signal_ends_a_process_whose_threads_wait(tmp_path) -> None:
+    """As one that imports torch in the background may, for seconds or, with a broken lock, for ever."""
+    code = (
+        "import os, signal, sys, threading, time\nfrom fasttrain import cli\n"
+        "def wait(_):\n    threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n"
+        "cli.COMMANDS['data'] = wait, ''\nsys.argv = ['fasttrain', 'data']\n"
+        "from fasttrain.__main__ import main\nsys.exit(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (143, "fasttrain data: SIGTERM: stopped\n")
 
 
 def test_a_signal_changes_nothing_once_the_command_has_ended() -> None:

@@ -90,8 +90,10 @@ class Trainings:
 
         status: how its process has ended. The run's folder is removed where nothing is wrong.
         """
+        begun = begun_run(out)
+        if begun is not None and (begun / "result.json").exists():
+            status = 0  # what came later, perhaps while the page was drawn, costs no result
         if status != 0:
-            begun = begun_run(out)
             flag, path = ("--resume", begun) if begun else ("--recipe", reference.recipe)
             [process] = self.start(reference.case, flag, path, out)
             status = finish_or_kill(process, HANG_SECONDS)
