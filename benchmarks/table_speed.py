@@ -283,7 +283,8 @@ def _campaign(values: dict[str, Any]) -> str:
         f'{table}\n\n`make soak ARGS="{arguments} --seed {values["seed"]}"`: trainings of every preset '
         f"in small, on the CPU, that save after every step. {machine(values)}\n\nA SIGKILL lost "
         f"{lost['median']:.1f} s (median; {lost['min']:.1f} to {lost['max']:.1f}, n = {lost['n']}), "
-        "starting up included. Memory and open files: the most in the second half, against the first."
+        "starting up included but for imports. Memory and open files: the most in the second half, against "
+        "the first."
     )
 
 
