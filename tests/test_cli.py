@@ -146,7 +146,7 @@ def test_a_signal_in_any_command_is_one_line(signum: int, monkeypatch, capsys) -
     assert capsys.readouterr().err == f"fasttrain data: {signal.Signals(signum).name}: stopped\n"
 
 
-def test_a_signal_ends_a_process_whose_threads_wait(tmp_path) -> None:
+def test_a_signal_ends_a_process_whose_threads_wait() -> None:
     """As one that imports torch in the background may, for seconds or, with a broken lock, for ever."""
     code = (
         "import os, signal, sys, threading, time\nfrom fasttrain import cli\n"

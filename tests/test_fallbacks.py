@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -254,3 +255,14 @@ def test_with_several_ranks_a_failure_to_compile_ends_the_run(monkeypatch) -> No
         compile_module.compile_step(
             step, "default", compile_module.CompileCache("a CPU"), *example_batch(8, 32, CPU)
         )
+
+
+@pytest.mark.usefixtures("default_sigint")
+def test_ctrl_c_while_dali_is_tried_is_not_its_failure(monkeypatch) -> None:
+    def interrupted(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise ImportError("initialization failed")  # what DALI makes of the signal's exception
+
+    monkeypatch.setattr(build_loader, "_first_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_loader.dali_unusable.__wrapped__(torch.device("cpu"))

@@ -97,15 +97,16 @@ class BadInputs:
         )
 
     def recipe_file(self) -> bool:
-        path = self.work / "recipe.json"
-        path.write_bytes(damage_bytes(json.dumps(self.recipe.to_dict()).encode(), self.rng))
-        read = load_recipe(str(path))  # another value may be a recipe too, but then a valid one
-        return Recipe(**read.to_dict()) == read
+        return self._reads_recipe(damage_bytes(json.dumps(self.recipe.to_dict()).encode(), self.rng))
 
     def recipe_values(self) -> bool:
+        values = damage_value(self.recipe.to_dict(), self.rng, JSON_VALUES)
+        return self._reads_recipe(json.dumps(values).encode())
+
+    def _reads_recipe(self, content: bytes) -> bool:
         path = self.work / "recipe.json"
-        path.write_text(json.dumps(damage_value(self.recipe.to_dict(), self.rng, JSON_VALUES)))
-        read = load_recipe(str(path))
+        path.write_bytes(content)
+        read = load_recipe(str(path))  # another value may be a recipe too, but then a valid one
         return Recipe(**read.to_dict()) == read
 
     def run_files(self) -> bool:
@@ -113,9 +114,8 @@ class BadInputs:
 
     def run_values(self) -> bool:
         def damage(content: bytes) -> bytes:
-            *others, line = (
-                content.splitlines() if b"\n{" in content else [content]
-            )  # metrics.jsonl has lines
+            has_lines = b"\n{" in content  # it is metrics.jsonl
+            *others, line = content.splitlines() if has_lines else [content]
             line = json.dumps(damage_value(json.loads(line), self.rng, JSON_VALUES)).encode()
             return b"\n".join([*others, line]) + b"\n"
 

@@ -21,7 +21,15 @@ from fasttrain.errors import UserError
 from fasttrain.system import roll_call
 from tests.soak.cases import Case
 from tests.soak.signals import NAMED, SIGNALS, run_named
-from tests.soak.trainings import HANG_SECONDS, Reference, Trainings, begun_run, outcome, same
+from tests.soak.trainings import (
+    HANG_SECONDS,
+    Reference,
+    Trainings,
+    begun_run,
+    outcome,
+    same,
+    wait_for_file,
+)
 
 FROZEN_SECONDS = ANSWER_SECONDS + roll_call.SECONDS + 3.0
 """So long a rank is stopped: the others must have named it by then, and have ended."""
@@ -84,7 +92,8 @@ class RankCampaign:
         job, begun = self._start(reference, self.work / f"job-{number}"), time.perf_counter()
         fault, moment = rng.choice(FAULTS), rng.uniform(0.3, self._seconds[reference.recipe])
         if rng.random() < 0.6:  # most of the time is the start, and most of a real run is not
-            moment = self._seconds_to_training(job) + rng.uniform(0, 1)
+            wait_for_file(job.process, self.work / "out", f"*/{LAST}")
+            moment = time.perf_counter() - begun + rng.uniform(0, 1)
         for wrong in self._disturbed(job, reference, fault, begun + moment, rng):
             self.results["wrong"].append(f"{wrong}; {moment:.2f} s after the start, logs in {job.logs}")
 
@@ -92,12 +101,6 @@ class RankCampaign:
         job, begun = self._start(reference, logs), time.perf_counter()
         if job.process.wait(HANG_SECONDS):
             raise UserError(f"ranks: an undisturbed job failed: {job.errors()} {job.summary()}")
-        return time.perf_counter() - begun
-
-    def _seconds_to_training(self, job: Job) -> float:
-        begun = time.perf_counter()
-        while job.process.poll() is None and not list((self.work / "out").glob(f"*/{LAST}")):
-            time.sleep(0.01)
         return time.perf_counter() - begun
 
     def _start(self, reference: Reference, logs: Path) -> Job:

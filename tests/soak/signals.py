@@ -19,7 +19,7 @@ from fasttrain.checkpoint.file import LAST
 from fasttrain.errors import UserError
 from fasttrain.system.files import write_json
 from tests.soak.cases import Case
-from tests.soak.trainings import HANG_SECONDS
+from tests.soak.trainings import HANG_SECONDS, wait_for_file
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
@@ -130,10 +130,7 @@ def every_command(cases: list[Case], work: Path) -> list[Command]:
 def stopped_run(words: list[str], out: Path) -> Path:
     """The folder of a training that was stopped in the middle."""
     process = start(words)
-    while not list(out.glob("*/previous.pt")):
-        if process.poll() is not None:
-            raise UserError(f"signals: the undisturbed training ended with {process.returncode}")
-        time.sleep(0.01)
+    wait_for_file(process, out, "*/previous.pt")
     process.terminate()
     if process.wait(ENDED_SECONDS) != 128 + signal.SIGTERM:
         raise UserError(f"signals: a training could not be stopped: {process.returncode}")

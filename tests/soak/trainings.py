@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,6 +105,13 @@ class Trainings:
             return f"the run in {out} has other bits"
         shutil.rmtree(out)
         return None
+
+
+def wait_for_file(process: subprocess.Popen[Any], out: Path, pattern: str) -> None:
+    """Wait until such a file lies under `out`, but not for a process that has ended or hangs."""
+    deadline = time.perf_counter() + HANG_SECONDS
+    while process.poll() is None and not list(out.glob(pattern)) and time.perf_counter() < deadline:
+        time.sleep(0.01)
 
 
 def free_port() -> int:
