@@ -10,7 +10,8 @@ When a rank dies, torchrun notices within a second, names the rank and the signa
 the others SIGTERM and, 30 s later, SIGKILL. The other ranks do not wait for that. gloo, which transfers
 everything in the host's memory, fails as soon as the connection breaks. NCCL reports nothing, so torch's
 watchdog ends the process after ANSWER_SECONDS. That also covers a rank that hangs and a machine that
-disappears. torchrun knows nothing of a rank that hangs, so the others find out which one it is.
+disappears. torchrun knows nothing of a rank that hangs, so the others find out which one it is. Before the
+training, ranks wait for each other as long as all of them give signs of life.
 """
 
 import atexit
@@ -38,20 +39,23 @@ from fasttrain.system.signals import ignore_sigterm
 T = TypeVar("T")
 
 ANSWER_SECONDS = 18
-"""How long a rank waits for the others during the training."""
+"""How long a rank waits for the others during the training, and before it for a sign of life."""
 
 START_SECONDS = 3600
 """How long a rank waits before the training: the first may download images, search a rate, or compile."""
 
+FROZEN = "it does not answer, and may be stopped or hang"
+
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class World:
     """The processes that train together, seen from one of them; without arguments, a world of one.
 
     local_rank: the rank within its machine. end_answering: ends this rank's answers to a roll call.
-    All ranks must call all methods except `print` and `parallel`, in the same order. As a context manager, it
+    is_training: whether all ranks train, and do nothing that takes long without the others.
+    All ranks must call all methods except `print`, in the same order. As a context manager, it
     turns the loss of another rank into a LostRankError.
     """
 
@@ -60,6 +64,7 @@ class World:
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     end_answering: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
+    is_training: bool = field(default=False, init=False)
 
     @classmethod
     def join(cls, device: torch.device) -> "World":
@@ -131,7 +136,7 @@ class World:
         if self.size == 1:
             return work()
         box = [work() if self.is_main else None]
-        with self.report_lost_rank():
+        with self._exchange():
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]  # type: ignore[return-value]  # the first rank's
 
@@ -149,7 +154,7 @@ class World:
         values: list[Any] = [None] * self.size
         if self.size == 1:
             return [value]
-        with self.report_lost_rank():
+        with self._exchange():
             dist.all_gather_object(values, value)
         return values
 
@@ -162,7 +167,7 @@ class World:
         if self.size == 1:
             return list(values)
         most = torch.tensor(values)
-        with self.report_lost_rank():
+        with self._exchange():
             dist.all_reduce(most, dist.ReduceOp.MAX)
         return most.tolist()
 
@@ -185,7 +190,7 @@ class World:
         if self.size == 1:
             return values
         values = values.clone()
-        with self.report_lost_rank():
+        with self._exchange():
             dist.all_reduce(values)
         return values
 
@@ -194,7 +199,7 @@ class World:
         if self.size == 1:
             return values
         values = values.clone()
-        with self.report_lost_rank():
+        with self._exchange():
             dist.all_reduce(values, dist.ReduceOp.MIN)
         return values
 
@@ -206,7 +211,7 @@ class World:
         """
         if self.size == 1:
             return model
-        with warnings.catch_warnings():
+        with self._exchange(), warnings.catch_warnings():
             # torch 2.13 wants the name forward_sync_buffers, which torch 2.11 does not know.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             return nn.parallel.DistributedDataParallel(
@@ -220,7 +225,7 @@ class World:
         """Copy the first rank's buffers to every rank, so that all of them evaluate the same network."""
         if self.size == 1:
             return
-        with self.report_lost_rank():
+        with self._exchange():
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
@@ -245,6 +250,7 @@ class World:
             return
         self.barrier()
         _set_timeout(ANSWER_SECONDS)
+        self.is_training = True
 
     def close(self) -> None:
         """Leave the world once all ranks have called this.
@@ -278,6 +284,15 @@ class World:
             _raise_if_lost(error)
             raise
 
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Within the block, all ranks transfer something; before the training, it waits for them first."""
+        with self.report_lost_rank():
+            if not self.is_training and (lost := roll_call.wait_for_all(ANSWER_SECONDS)):
+                ignore_sigterm()
+                raise LostRankError(_lost(lost, f"no sign of life for {ANSWER_SECONDS} s", FROZEN))
+            yield
+
 
 def _raise_if_lost(error: BaseException) -> None:
     """Raise LostRankError if this is torch's or gloo's error for one; SIGTERM is ignored from then on."""
@@ -287,12 +302,14 @@ def _raise_if_lost(error: BaseException) -> None:
     ignore_sigterm()  # torchrun's, which follows: this rank ends by itself, and says why
     # Its first sentence, without gloo's place in its sources; more sentences guess at the cause.
     reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0].rstrip(".")
-    lost = roll_call.missing_ranks()
-    names = f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}" if lost else "another rank"
-    why = "see above, or in torchrun's summary, why it ended"
-    if "timed out" in reason.lower():
-        why = "it does not answer, and may be stopped or hang"
-    raise LostRankError(f"lost {names} ({reason}): {why}") from error
+    why = FROZEN if "timed out" in reason.lower() else "see above, or in torchrun's summary, why it ended"
+    raise LostRankError(_lost(roll_call.missing_ranks(), reason, why)) from error
+
+
+def _lost(ranks: list[int], reason: str, why: str) -> str:
+    """The line for these ranks, or for one that is not known."""
+    names = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if ranks else "another rank"
+    return f"lost {names} ({reason}): {why}"
 
 
 def _set_timeout(seconds: float) -> None:

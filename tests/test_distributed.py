@@ -283,7 +283,7 @@ import os, signal, torch
 from fasttrain.distributed import World
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 world = World.join(torch.device("cpu"))
-world.barrier()
+world.begin()
 if world.rank == 2:
     os.kill(os.getpid(), signal.SIGKILL)
 try:
@@ -309,10 +309,45 @@ def test_ranks_that_torchrun_has_not_started_end_in_silence() -> None:
         "with World.join(torch.device('cpu')) as world:\n    world.begin()\n    world.close()\n"
         "time.sleep(1.5 * world.rank)\n"
     )
+    ended = [(rank.communicate(timeout=60)[1], rank.returncode) for rank in two_ranks(code)]
+    assert ended == [("", 0), ("", 0)]
+
+
+FREEZE_RANK_1 = """
+import os, signal, sys, time, torch
+from fasttrain import distributed
+distributed.ANSWER_SECONDS = 2
+world = distributed.World.join(torch.device("cpu"))
+world.barrier()
+if world.rank == 1:
+    time.sleep(4)  # it works alone for longer than that
+    world.barrier()
+    os.kill(os.getpid(), signal.SIGSTOP)
+world.barrier()
+try:
+    world.gather(0)
+except Exception as error:
+    sys.exit(f"{type(error).__name__} {error}")
+"""
+
+
+def test_a_rank_that_freezes_before_the_training_is_named() -> None:
+    waiting, frozen = two_ranks(FREEZE_RANK_1)
+    try:
+        _, errors = waiting.communicate(timeout=60)
+    finally:
+        frozen.kill()
+        frozen.communicate()
+    assert errors.startswith("LostRankError lost rank 1 (no sign of life for 2 s): it does not answer")
+    assert waiting.returncode == 1
+
+
+def two_ranks(code: str) -> list[subprocess.Popen[str]]:
+    """Two ranks that run this code, started as by srun, without torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    ranks = [
+    return [
         subprocess.Popen(
             [sys.executable, "-c", code],
             env=os.environ | where | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)},
@@ -321,8 +356,6 @@ def test_ranks_that_torchrun_has_not_started_end_in_silence() -> None:
         )
         for rank in "01"
     ]
-    ended = [(rank.communicate(timeout=60)[1], rank.returncode) for rank in ranks]
-    assert ended == [("", 0), ("", 0)]
 
 
 def pid_of_rank(rank: int, torchrun: int) -> int:

@@ -45,13 +45,13 @@ CAMPAIGNS: dict[str, Callable[[list[Case], Path], Campaign]] = {
 """The memory campaign has no turns."""
 
 SHARES = {
-    "kill": 0.4,
-    "ranks": 0.14,
-    "signals": 0.14,
-    "disks": 0.06,
-    "host": 0.07,
-    "bad-inputs": 0.04,
-    "memory": 0.15,
+    "kill": 0.25,
+    "ranks": 0.38,
+    "signals": 0.12,
+    "disks": 0.05,
+    "host": 0.06,
+    "bad-inputs": 0.03,
+    "memory": 0.11,
 }
 """The share of the time that each campaign gets. A minute of memory's is 240 epochs, 24 runs, 8 resumes."""
 

@@ -50,6 +50,7 @@ def cases(work: Path) -> list[Case]:
         Case(small("fast", loader="tensor", compute_dtype="fp32", early_scale=0.5), folder),
         Case(small("speedrun", loader="dali", compute_dtype="fp32"), release, ranks=2),
         Case(small("default", loader="tensor", ema_epochs=0.5), folder, ranks=3),
+        Case(small("laptop", loader="tensor", compile="default"), release),
     ]
 
 

@@ -56,19 +56,19 @@ class KillCampaign:
     ) -> list[Any] | None:
         """Train one run to its end, with a signal at each moment, 0 to 1; returns its outcome or None."""
         folder: Path | None = None
-        lived = behind = 0.0  # seconds of all processes, and those that the last one had not kept
+        lived = behind = kept = 0.0  # seconds of all processes; of them not kept by the last one, and kept
         while True:
             begun = time.perf_counter()
             flag, path = ("--resume", folder) if folder else ("--recipe", reference.recipe)
             ranks = self.trainings.start(reference.case, flag, path, out)
-            moment = begun + 0.1 + moments.pop() * 0.8 * reference.seconds if moments else None
+            left = 0.9 * max(reference.seconds - kept, 0.0)  # of what an undisturbed one takes
+            moment = begun + 0.1 + moments.pop() * left if moments else None
             signum, is_good = self._interrupt(ranks, moment, rng, is_resumed=folder is not None)
             folder = begun_run(out)
             is_finished = folder is not None and (folder / "result.json").exists()
             if is_finished or signum is None or not is_good:
                 return outcome(folder) if folder is not None and is_finished and is_good else None
             lived += time.perf_counter() - begun
-            kept = 0.0
             if folder is not None and (folder / LAST).exists():
                 kept = load_checkpoint(folder / LAST)["progress"]["wall_seconds"]
             if signum == signal.SIGKILL and len(ranks) == 1:
