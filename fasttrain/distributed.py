@@ -34,7 +34,7 @@ from fasttrain.errors import DivergedError, LostRankError, TrainingInterrupted, 
 from fasttrain.system import roll_call
 from fasttrain.system.console import reader_may_leave
 from fasttrain.system.program import typed
-from fasttrain.system.signals import ignore_sigterm
+from fasttrain.system.signals import die_of_signals, ignore_sigterm
 
 T = TypeVar("T")
 
@@ -94,7 +94,8 @@ class World:
             if dist.is_initialized():
                 _set_timeout(START_SECONDS)
             else:
-                dist.init_process_group(BACKENDS[device.type], timeout=timedelta(seconds=START_SECONDS))
+                with die_of_signals():
+                    dist.init_process_group(BACKENDS[device.type], timeout=timedelta(seconds=START_SECONDS))
             return cls(rank, size, local_rank, device, roll_call.answer(rank))
         except RuntimeError as error:
             if isinstance(error, dist.DistError) or "connect" in str(error).lower():

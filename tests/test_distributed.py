@@ -342,6 +342,31 @@ def test_a_rank_that_freezes_before_the_training_is_named() -> None:
     assert waiting.returncode == 1
 
 
+STOP_RANK_0 = """
+import os, sys, time, torch
+if os.environ["RANK"] == "0":
+    from fasttrain.__main__ import main
+    sys.argv = ["fasttrain", "train", "--device", "cpu"]
+    sys.exit(main())
+from fasttrain.distributed import World
+from fasttrain.system import roll_call
+World.join(torch.device("cpu"))
+while roll_call._store().add("arrivals", 0) == 0:
+    time.sleep(0.1)
+"""
+
+
+def test_a_signal_before_the_training_ends_a_rank_in_one_line() -> None:
+    waiting, other = two_ranks(STOP_RANK_0)
+    try:
+        assert other.wait(60) == 0  # the first waits for it, and it is gone
+        waiting.terminate()
+        _, errors = waiting.communicate(timeout=10)
+    finally:
+        waiting.kill()
+    assert (errors, waiting.returncode) == ("fasttrain train: SIGTERM: stopped\n", 128 + signal.SIGTERM)
+
+
 def two_ranks(code: str) -> list[subprocess.Popen[str]]:
     """Two ranks that run this code, started as by srun, without torchrun."""
     with socket.socket() as free:

@@ -50,18 +50,25 @@ def leave_from_now_on() -> None:
 
 @contextmanager
 def raise_on_signals() -> Iterator[None]:
-    """Within the block, SIGTERM and SIGHUP raise Interrupted, as Ctrl-C raises KeyboardInterrupt.
-
-    Under torchrun they do what they do without the block: a rank that waits for another runs no handler.
-    """
+    """Within the block, SIGTERM and SIGHUP raise Interrupted, as Ctrl-C raises KeyboardInterrupt."""
 
     def stop(signum: int, _: object) -> None:
         raise Interrupted(f"{signal.Signals(signum).name}: stopped", signum)
 
     with (
-        _handlers(stop, [] if _has_ranks() else [signum for signum in STOPPING if signum != signal.SIGINT]),
+        _handlers(stop, [signum for signum in STOPPING if signum != signal.SIGINT]),
         _repeat_lost_signals(),
     ):
+        yield
+
+
+@contextmanager
+def die_of_signals() -> Iterator[None]:
+    """Within the block, a signal ends the process as if Python did not handle it.
+
+    For a long wait outside Python, in which no handler runs.
+    """
+    with _handlers(signal.SIG_DFL, STOPPING):
         yield
 
 
@@ -92,7 +99,7 @@ def _repeat_lost_signals() -> Iterator[None]:
 
 
 @contextmanager
-def _handlers(handler: Callable[[int, object], None], signums: list[int]) -> Iterator[None]:
+def _handlers(handler: Callable[[int, object], None] | signal.Handlers, signums: list[int]) -> Iterator[None]:
     """Handle these signals within the block, except those that the process ignores, as under nohup."""
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
