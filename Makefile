@@ -21,7 +21,7 @@ RESULTS =
 train_takes = RECIPE EPOCHS SEED MAX_LR DATA DATA_DIR DEVICE ARGS
 find-lr_takes = $(train_takes)
 profile_takes = $(train_takes)
-summary_takes = DEVICE ARGS
+summary_takes = RECIPE DEVICE ARGS
 data_takes = DATA DATA_DIR ARGS
 evaluate_takes = DATA DATA_DIR DEVICE ARGS
 predict_takes = DEVICE ARGS
@@ -107,7 +107,7 @@ train: $(installed)  ## train: RECIPE= EPOCHS= SEED= MAX_LR= DATA= DATA_DIR= DEV
 find-lr: $(installed)  ## suggest a learning rate and draw lr_find.png: the variables of train
 	$(fasttrain)
 
-summary: $(installed)  ## print the network, layer by layer, and what it costs: DEVICE= ARGS=
+summary: $(installed)  ## print the network, layer by layer, and what it costs: RECIPE= DEVICE= ARGS=
 	$(fasttrain)
 
 data: $(installed)  ## fetch and verify the images: DATA= DATA_DIR= ARGS=

@@ -8,7 +8,7 @@ from typing import Any
 class Callback:
     """Told about the epochs and the end of a training; a subclass overrides what it wants to hear.
 
-    Under torchrun only the first process calls them, and after an epoch the others wait for it, 20 s at most.
+    Under torchrun only the first process calls them, and after an epoch the others wait for it, 18 s at most.
     """
 
     def on_epoch_end(self, metrics: dict[str, float]) -> None:

@@ -68,14 +68,14 @@ def find_lr(args: Sequence[str]) -> int:
 
 
 def summary(args: Sequence[str]) -> int:
-    options = _parse(SummaryOptions, "summary", args)
+    options = _parse_recipe(SummaryOptions, "summary", args)
     with leave_on_signals():
         from fasttrain.model import build_model
         from fasttrain.report.network_table import epoch_floor, summary
         from fasttrain.system.machine import pick_device
 
     device = pick_device(options.device)
-    model = build_model(Recipe(network=options.network, resolution=options.resolution), num_classes=10)
+    model = build_model(options.settings, num_classes=10)
     print(summary(model))
     print(epoch_floor(model, device))
     return 0

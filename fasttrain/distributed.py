@@ -16,7 +16,6 @@ training, ranks wait for each other as long as all of them give signs of life.
 
 import atexit
 import os
-import shlex
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +32,6 @@ from fasttrain.data.sampler import Shard
 from fasttrain.errors import DivergedError, LostRankError, TrainingInterrupted, UserError
 from fasttrain.system import roll_call
 from fasttrain.system.console import reader_may_leave
-from fasttrain.system.program import typed
 from fasttrain.system.signals import die_of_signals, ignore_sigterm
 
 T = TypeVar("T")
@@ -323,18 +321,6 @@ def _environment(name: str, default: int | None = None) -> int:
     if text is None or not str(text).isdigit():
         raise UserError(f"the environment has WORLD_SIZE but {name}={text}: start the ranks with torchrun")
     return int(text)
-
-
-def command(*words: str) -> str:
-    """Return the command that runs fasttrain with these arguments on as many ranks as now, to be pasted.
-
-    On several machines the user has to add where they meet.
-    """
-    size, local_size = _environment("WORLD_SIZE", 1), os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if size == 1:
-        return typed(*words)
-    nodes = ["--nnodes", str(size // int(local_size))] if size > int(local_size) else []
-    return shlex.join(["torchrun", *nodes, "--nproc-per-node", local_size, "-m", "fasttrain", *words])
 
 
 class _MeanOverRanks(torch.autograd.Function):

@@ -12,7 +12,7 @@ import tyro
 
 from fasttrain.callbacks import Callback
 from fasttrain.errors import UserError
-from fasttrain.recipe import NetworkName, Recipe, Views, flag
+from fasttrain.recipe import Recipe, Views, flag
 
 if TYPE_CHECKING:
     from fasttrain.data.dataset import Dataset
@@ -159,6 +159,8 @@ class EvaluateOptions(DataOptions):
 
     checkpoint: tyro.conf.Positional[Path]
     """A run's folder, or a checkpoint such as its best.pt; latest: the newest finished run in runs/."""
+    data: DataName = "auto"
+    """auto: the run's own images. Any other value as in training: other images with the same classes."""
     split: Literal["test", "train", "all"] = "test"
     """Which images to measure on; all: a folder of new images as a whole, for instance."""
     device: str = "auto"
@@ -239,15 +241,11 @@ class CompareOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SummaryOptions:
-    """Print the network layer by layer, the shape after every block, its cost, and an epoch's least time."""
+class SummaryOptions(RecipeOptions):
+    """Print a recipe's network layer by layer, every block's shape, its cost, and an epoch's least time."""
 
     device: str = "auto"
     """Where to measure the matmul rate: auto, cpu, cuda, cuda:1, ..."""
-    network: NetworkName = "resnet"
-    """resnet or compact, as a recipe's."""
-    resolution: int = Recipe.resolution
-    """Width and height of the images in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from fasttrain.data.run_images import RunImages
 from fasttrain.distributed import World
 from fasttrain.errors import DivergedError
 from fasttrain.evaluation import Evaluation, concat, evaluate
-from fasttrain.laptop import estimate_full_recipe, is_laptop
+from fasttrain.full_recipe import estimate_full_recipe, is_laptop
 from fasttrain.loss import class_weights
 from fasttrain.lr_finder import find_max_lr
 from fasttrain.options import TrainKeywords, TrainOptions

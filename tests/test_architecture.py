@@ -22,7 +22,7 @@ FLOORS = [
     {"fasttrain.evaluation", "fasttrain.step"},
     {
         "fasttrain.compile",
-        "fasttrain.laptop",
+        "fasttrain.full_recipe",
         "fasttrain.checkpoint",
         "fasttrain.report",
     },

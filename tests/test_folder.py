@@ -12,7 +12,7 @@ from PIL import Image
 from fasttrain.cli import main
 from fasttrain.data.dataset import Dataset, channel_statistics
 from fasttrain.data.load_dataset import load_dataset
-from fasttrain.data.sources import folder, pixel_cache
+from fasttrain.data.sources import folder, own_images
 from fasttrain.errors import UserError
 from fasttrain.recipe import load_recipe
 from fasttrain.tools.predict import read_image
@@ -299,7 +299,7 @@ def damage(root: Path) -> dict[str, str]:
 
 def test_every_bad_file_is_named_with_what_is_wrong(root: Path, monkeypatch) -> None:
     reasons = damage(root)
-    monkeypatch.setattr(pixel_cache, "NAMED", 100)
+    monkeypatch.setattr(own_images, "NAMED", 100)
     message = refused(root, f"13 of {20 + len(reasons)} files cannot be used: .*--skip-bad")
     found = dict(
         part.split("cat/")[1].rstrip(")").split(" (", 1) for part in message.split("used: ")[1].split("), ")
@@ -390,7 +390,7 @@ def test_pixels_are_cached_until_a_file_changes(root: Path, monkeypatch) -> None
     first = read(root)
     [cache] = (root.parent / "cache").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(pixel_cache, "_decode", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(own_images, "_decode", lambda *_: pytest.fail("decoded again"))
         again = read(root)
         assert np.array_equal(first.train.images, again.train.images)
         assert np.array_equal(first.test.labels, again.test.labels)
@@ -405,7 +405,7 @@ def test_pixels_are_cached_until_a_file_changes(root: Path, monkeypatch) -> None
     changed = read(root)
     assert holds(np.concatenate([changed.train.images, changed.test.images]), pixels(noise(999)))
     (root / "dog" / "000.png").rename(root / "dog" / "renamed.png")
-    monkeypatch.setattr(pixel_cache, "_decode", lambda *_: (_ for _ in ()).throw(UserError("decoded")))
+    monkeypatch.setattr(own_images, "_decode", lambda *_: (_ for _ in ()).throw(UserError("decoded")))
     with pytest.raises(UserError, match="decoded"):
         read(root)
     assert list((root.parent / "cache").iterdir()) == [cache]

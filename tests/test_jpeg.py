@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fasttrain.data.sources import folder, jpeg, pixel_cache
+from fasttrain.data.sources import folder, jpeg, own_images
 from fasttrain.data.sources.image import decode
 from fasttrain.errors import UserError
 
@@ -144,7 +144,7 @@ def dali_decoded(monkeypatch) -> list[int]:
         counts.append(len(images))
         return images
 
-    monkeypatch.setattr(pixel_cache, "decode_plain", counted)
+    monkeypatch.setattr(own_images, "decode_plain", counted)
     return counts
 
 

@@ -70,7 +70,7 @@ def test_every_variable_becomes_its_flag() -> None:
         ("train epochs=3", "`make train` does not take epochs= (did you mean EPOCHS=?)"),
         ("train LR=0.1", "does not take LR= (did you mean MAX_LR=?)"),
         ("check train EPOCH=3", "`make check train` does not take EPOCH="),
-        ("summary EPOCHS=3", "`make summary` does not take EPOCHS=; it takes DEVICE= ARGS="),
+        ("summary EPOCHS=3", "`make summary` does not take EPOCHS=; it takes RECIPE= DEVICE= ARGS="),
         ("check SEED=3", "it takes no variables"),
         ("EPOCHS=3", "`make help` does not take EPOCHS="),
     ],

@@ -14,7 +14,7 @@ from fasttrain.cli import main
 from fasttrain.compile import CompileEstimate
 from fasttrain.data.sources import cifar
 from fasttrain.errors import UserError
-from fasttrain.laptop import is_laptop
+from fasttrain.full_recipe import is_laptop
 from fasttrain.model import CompactNet, CustomResNet, mean_flop_per_image, training_flop_per_image
 from fasttrain.recipe import PRESETS, Recipe
 from fasttrain.report import network_table
@@ -299,10 +299,12 @@ def test_help_of_train_shows_the_chosen_recipes_defaults(capsys) -> None:
 def test_summary_names_the_least_time_of_an_epoch_on_this_machine(monkeypatch, capsys) -> None:
     monkeypatch.setattr(network_table, "measure_matmul_tflops", lambda *_: 10.0)
     monkeypatch.setattr(network_table, "pick_precision", lambda *_: "fp32")
-    assert main(["summary", "--device", "cpu"]) == 0
+    assert main(["summary", "--device", "cpu", "--recipe", "assignment"]) == 0
     out = capsys.readouterr().out
     assert "6,573,130" in out and f"{cpu_cores()} cores" in out
     assert "10 TFLOP/s of fp32 matmul" in out and "take 11.4 s an epoch" in out  # 113.8 / 10
+    assert main(["summary", "--device", "cpu", "--resolution", "64"]) == 0  # of the recipe used here
+    assert "[1, 3, 64, 64]" in capsys.readouterr().out
     assert main(["summary", "--device", "tpu"]) == 2
 
 

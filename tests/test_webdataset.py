@@ -12,7 +12,7 @@ from PIL import Image
 
 from fasttrain.cli import main
 from fasttrain.data.dataset import Dataset
-from fasttrain.data.sources import pixel_cache, webdataset
+from fasttrain.data.sources import own_images, webdataset
 from fasttrain.errors import UserError
 
 Members = list[tuple[str, bytes]]
@@ -83,7 +83,7 @@ def test_every_sample_counts_once_with_its_own_label(root: Path) -> None:
 def test_pixels_are_cached_until_a_shard_changes(root: Path, monkeypatch) -> None:
     first = read(root)
     with monkeypatch.context() as patch:
-        patch.setattr(pixel_cache, "_decode", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(own_images, "_decode", lambda *_: pytest.fail("decoded again"))
         assert np.array_equal(read(root).train.images, first.train.images)
     write_shard(root / "01.tar", samples(50, 10, pet))
     os.utime(root / "01.tar", ns=(0, 0))
@@ -186,7 +186,7 @@ def damage(root: Path) -> tuple[str, dict[str, str]]:
 
 def test_every_bad_shard_and_sample_is_named_with_what_is_wrong(root: Path, monkeypatch) -> None:
     pattern, reasons = damage(root)
-    monkeypatch.setattr(pixel_cache, "NAMED", 100)
+    monkeypatch.setattr(own_images, "NAMED", 100)
     with pytest.raises(
         UserError, match=f"{len(reasons)} of [0-9]+ files cannot be used: .*--skip-bad"
     ) as refusal:
@@ -298,7 +298,7 @@ def test_a_folder_of_shards_is_read_and_cached_under_its_own_name(root: Path, mo
     by_folder = read(root, ".")
     assert by_folder.name == by_pattern.name == "webdataset:pets"
     assert np.array_equal(by_folder.train.images, by_pattern.train.images)
-    monkeypatch.setattr(pixel_cache, "_decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(own_images, "_decode", lambda *_: pytest.fail("decoded again"))
     assert np.array_equal(read(root, ".").test.images, by_pattern.test.images)
     assert np.array_equal(read(root).test.images, by_pattern.test.images)
 

@@ -17,7 +17,7 @@ from fasttrain.checkpoint.network import images_of, saved_precision, unproven
 from fasttrain.checkpoint.state import RunState
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.run_images import RunImages
-from fasttrain.distributed import World, command
+from fasttrain.distributed import World
 from fasttrain.errors import Interrupted, LostRankError, TrainingInterrupted, UserError, WriteError, one_line
 from fasttrain.options import TrainOptions, typed_flags
 from fasttrain.recipe import Recipe, flag, load_recipe
@@ -25,6 +25,7 @@ from fasttrain.system.fallbacks import Fallbacks
 from fasttrain.system.files import quarantine, write_atomically
 from fasttrain.system.memory import is_full_memory
 from fasttrain.system.precision import DTYPES, fails_in, pick_precision
+from fasttrain.system.program import typed_for_all_ranks
 from fasttrain.system.run_folder import ERROR_FILE, RECIPE_FILE, RESULT_FILE, read_machine
 
 
@@ -234,4 +235,4 @@ def resume_command(folder: Path, options: TrainOptions) -> str:
     The run remembers its images, so their options are left out too.
     """
     kept = typed_flags(options, "device", "save_every", "on_nan", "fallback", "tensorboard")
-    return command("train", "--resume", str(folder), *kept)
+    return typed_for_all_ranks("train", "--resume", str(folder), *kept)

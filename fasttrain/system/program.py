@@ -1,5 +1,6 @@
 """How this program is called from the user's shell, so that the commands in our messages work when pasted."""
 
+import os
 import shlex
 import shutil
 import sys
@@ -22,3 +23,12 @@ def program() -> str:
 def typed(*words: str) -> str:
     """Return the command that calls this program with these arguments, to be pasted into the user's shell."""
     return f"{program()} {shlex.join(words)}"
+
+
+def typed_for_all_ranks(*words: str) -> str:
+    """Return the command for as many ranks as now; on several machines the user adds where they meet."""
+    size, local_size = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if size == 1:
+        return typed(*words)
+    nodes = ["--nnodes", str(size // int(local_size))] if size > int(local_size) else []
+    return shlex.join(["torchrun", *nodes, "--nproc-per-node", local_size, "-m", "fasttrain", *words])

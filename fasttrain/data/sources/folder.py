@@ -1,7 +1,7 @@
 """A folder of a user's own images, with one folder per class, as a Dataset.
 
 PATH/train/<class>/*, PATH/test/<class>/*    (see TRAIN_NAMES and TEST_NAMES)
-PATH/<class>/*                               split by pixel_cache.py: one image in five is a test image
+PATH/<class>/*                               split by own_images.py: one image in five is a test image
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.sources.image import SUFFIXES, UNREAD_SUFFIXES, is_image
-from fasttrain.data.sources.pixel_cache import CLASSES_MAX, TEST_NAMES, Sample, Source, read_decoded
+from fasttrain.data.sources.own_images import CLASSES_MAX, TEST_NAMES, Sample, Source, read_decoded
 from fasttrain.errors import UserError
 
 TRAIN_NAMES = ("train", "training")
@@ -36,7 +36,7 @@ def read(
     classes: Sequence[str] | None = None,
     log: Log = print,
 ) -> Dataset:
-    """Decode the folder's images, or take their pixels from the cache; see pixel_cache.read_decoded.
+    """Decode the folder's images, or take their pixels from the cache; see own_images.read_decoded.
 
     The split depends on `<class>/<name>`. Files that are no images by their names, or without an ending by
     their content, are left out, and so is everything hidden; one line logs how many.

@@ -4,7 +4,7 @@ A sample consists of the members with one key, `<key>.<extension>`: an image (se
 `<key>.cls`, its class, as a name or a number. Members with other extensions are ignored.
 
 Shards with a word of TEST_NAMES in their name, as in `pets-{train,val}-{000..009}.tar`, hold the test images;
-if there are none, pixel_cache.py splits. Nothing is unpacked: only the positions of the members are noted.
+if there are none, own_images.py splits. Nothing is unpacked: only the positions of the members are noted.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from typing import BinaryIO, NoReturn
 
 from fasttrain.data.dataset import Dataset
 from fasttrain.data.sources.image import SUFFIXES
-from fasttrain.data.sources.pixel_cache import CLASSES_MAX, TEST_NAMES, Sample, Source, read_decoded
+from fasttrain.data.sources.own_images import CLASSES_MAX, TEST_NAMES, Sample, Source, read_decoded
 from fasttrain.errors import UserError
 
 IMAGES, LABEL = tuple(suffix[1:] for suffix in SUFFIXES), "cls"

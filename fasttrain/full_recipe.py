@@ -5,13 +5,13 @@ import time
 
 import torch
 
-from fasttrain.distributed import command
 from fasttrain.model import build_model
 from fasttrain.options import TrainOptions, typed_flags
 from fasttrain.recipe import PRESETS, Recipe
 from fasttrain.step import TrainStep
 from fasttrain.system.gpu import other_gpu
 from fasttrain.system.precision import autocast
+from fasttrain.system.program import typed_for_all_ranks
 from fasttrain.system.rng import fork_rng
 
 PROBE_PIXELS = 64 * 32**2
@@ -38,7 +38,7 @@ def estimate_full_recipe(step: TrainStep, images: int, options: TrainOptions) ->
         kept += ["--resolution", str(resolution)]
     return (
         f"{gpu}: this is the short laptop recipe. The full one, {full.epochs} epochs, would take about "
-        f"{minutes:.0f} minutes here: {command('train', '--recipe', full.name, *kept)}"
+        f"{minutes:.0f} minutes here: {typed_for_all_ranks('train', '--recipe', full.name, *kept)}"
     )
 
 
