@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar  # noqa: E402
 import tyro  # noqa: E402
 
 from fasttrain import __version__  # noqa: E402
-from fasttrain.errors import Interrupted, UserError  # noqa: E402
+from fasttrain.errors import Interrupted, TrainingInterrupted, UserError  # noqa: E402
 from fasttrain.options import (  # noqa: E402
     CompareOptions,
     DataOptions,
@@ -269,7 +269,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if first == "help":
         first, *rest = [*rest, "--help"]
     command = _command(first)
-    rank = os.environ.get("RANK", "0")  # set by torchrun
+    rank, is_shared = os.environ.get("RANK", "0"), False  # set by torchrun
     try:
         status = COMMANDS[command][0](rest)
         sys.stdout.flush()
@@ -279,11 +279,13 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     except UserError as error:
         line, status = str(error), 2
+    except TrainingInterrupted as stop:  # all ranks at once, and one line is enough
+        line, status, is_shared = str(stop), stop.status, True
     except Interrupted as stop:
         line, status = str(stop), stop.status
     except KeyboardInterrupt:
         line, status = "SIGINT: stopped", 130
-    if status == 2 or rank == "0":  # all ranks stop for the same signal
+    if rank == "0" or not is_shared:
         place = command if rank == "0" else f"{command}, rank {rank}"
         print(f"fasttrain {place}: {' '.join(line.splitlines())}", file=sys.stderr)
     return status

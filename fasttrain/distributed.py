@@ -42,8 +42,6 @@ ANSWER_SECONDS = 18
 START_SECONDS = 3600
 """How long a rank waits before the training: the first may download images, search a rate, or compile."""
 
-FROZEN = "it does not answer, and may be stopped or hang"
-
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
@@ -51,7 +49,7 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 class World:
     """The processes that train together, seen from one of them; without arguments, a world of one.
 
-    local_rank: the rank within its machine. end_answering: ends this rank's answers to a roll call.
+    local_rank: the rank within its machine.
     is_training: whether all ranks train, and do nothing that takes long without the others.
     All ranks must call all methods except `print`, in the same order. As a context manager, it
     turns the loss of another rank into a LostRankError.
@@ -61,7 +59,6 @@ class World:
     size: int = 1
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    end_answering: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
     is_training: bool = field(default=False, init=False)
 
     @classmethod
@@ -94,7 +91,8 @@ class World:
             else:
                 with die_of_signals():
                     dist.init_process_group(BACKENDS[device.type], timeout=timedelta(seconds=START_SECONDS))
-            return cls(rank, size, local_rank, device, roll_call.answer(rank))
+            roll_call.give_signs(rank)
+            return cls(rank, size, local_rank, device)
         except RuntimeError as error:
             if isinstance(error, dist.DistError) or "connect" in str(error).lower():
                 _raise_if_lost(error)
@@ -258,8 +256,8 @@ class World:
         it.
         """
         if self.size > 1:
+            roll_call.leave(self.rank)
             self.barrier()
-            self.end_answering()  # the store is in the first rank, if torchrun has not started them
             atexit.unregister(dist.destroy_process_group)
             atexit.register(dist.destroy_process_group)
 
@@ -287,9 +285,10 @@ class World:
     def _exchange(self) -> Iterator[None]:
         """Within the block, all ranks transfer something; before the training, it waits for them first."""
         with self.report_lost_rank():
-            if not self.is_training and (lost := roll_call.wait_for_all(ANSWER_SECONDS)):
+            if not self.is_training and (lost := roll_call.wait_for_all(ANSWER_SECONDS)) is not None:
                 ignore_sigterm()
-                raise LostRankError(_lost(lost, f"no sign of life for {ANSWER_SECONDS} s", FROZEN))
+                reason = f"no sign of life for {ANSWER_SECONDS} s" if lost else "torch's store is silent"
+                raise LostRankError(_lost(lost, reason, "it has ended, is stopped or hangs"))
             yield
 
 
@@ -301,7 +300,9 @@ def _raise_if_lost(error: BaseException) -> None:
     ignore_sigterm()  # torchrun's, which follows: this rank ends by itself, and says why
     # Its first sentence, without gloo's place in its sources; more sentences guess at the cause.
     reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0].rstrip(".")
-    why = FROZEN if "timed out" in reason.lower() else "see above, or in torchrun's summary, why it ended"
+    why = "see above, or in torchrun's summary, why it ended"
+    if "timed out" in reason.lower():
+        why = "it does not answer, and may be stopped or hang"
     raise LostRankError(_lost(roll_call.missing_ranks(), reason, why)) from error
 
 
@@ -312,8 +313,9 @@ def _lost(ranks: list[int], reason: str, why: str) -> str:
 
 
 def _set_timeout(seconds: float) -> None:
-    # No public function changes a group's timeout, and a second group would need a second communicator.
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+    # A second group would need a second communicator. torch 2.13 has no public function that does this.
+    set_timeout = dist.set_timeout if hasattr(dist, "set_timeout") else dist.distributed_c10d._set_pg_timeout
+    set_timeout(timedelta(seconds=seconds))
 
 
 def _environment(name: str, default: int | None = None) -> int:

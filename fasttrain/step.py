@@ -7,7 +7,7 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from fasttrain.runtime import Runtime
 from fasttrain.system.memory import pinning_fails
 from fasttrain.system.precision import autocast
 from fasttrain.system.rng import fork_rng
+from fasttrain.system.signals import die_of_signals
 
 
 class TrainStep:
@@ -315,8 +316,10 @@ class TrainStep:
         kept += self.average.tensors if self.average else []
         kept += [self._table.step] if self._table else []
         copies, scaler = [tensor.detach().clone() for tensor in kept], self.scaler.state_dict()
+        # Ranks wait for each other's gradients in torch, where no handler runs.
+        waiting = nullcontext() if self.world.size == 1 else die_of_signals()
         try:
-            with fork_rng(self.device):
+            with fork_rng(self.device), waiting:
                 yield
         finally:
             with torch.no_grad():

@@ -202,12 +202,12 @@ class Trainer:
         Raises DivergedError on NaN or infinity, and Interrupted after a signal.
         """
         state, opts, test = self.state, self.options, None
+        self.world.begin()
         with (
             CheckpointWriter(self.log.folder, self.runtime.device) as writer,
             catch_signals() as stop_signal,
             self.world.report_lost_rank(),
         ):
-            self.world.begin()
             checkpoints = CheckpointManager(
                 state,
                 writer,

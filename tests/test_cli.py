@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 import fasttrain
 from fasttrain import cli
@@ -170,18 +172,29 @@ def test_a_signal_changes_nothing_once_the_command_has_ended() -> None:
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("fasttrain ")
 
 
-def test_ranks_of_a_job_leave_sigterm_to_torchrun(monkeypatch) -> None:
-    """One that waits for another inside gloo would never run a handler of Python's."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    before = signal.getsignal(signal.SIGTERM)
-    with raise_on_signals():
-        assert signal.getsignal(signal.SIGTERM) is before
+def test_only_ranks_that_stop_together_wait_for_each_other(monkeypatch) -> None:
     left = []
     monkeypatch.setattr(World, "close", lambda world: left.append(world))
     for error in (Interrupted("SIGINT", signal.SIGINT), TrainingInterrupted("saved", signal.SIGINT)):
         with pytest.raises(Interrupted), World():
             raise error
-    assert len(left) == 1  # only where all ranks stop together may one wait for the others
+    assert len(left) == 1
+
+
+def test_a_signal_ends_a_rank_that_connects(monkeypatch) -> None:
+    """It waits outside Python there, for an hour if need be, and would never run a handler of Python's."""
+    handlers = []
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+    def connect(*_: object, **__: object) -> None:
+        handlers.extend(signal.getsignal(signum) for signum in STOPPING)
+        raise UserError("connected")
+
+    monkeypatch.setattr(dist, "init_process_group", connect)
+    with pytest.raises(UserError, match="connected"), raise_on_signals():
+        World.join(torch.device("cpu"))
+    assert handlers == [signal.SIG_DFL] * 3
 
 
 def test_a_reader_who_leaves_is_no_error(dataset_dir: Path, tmp_path) -> None:

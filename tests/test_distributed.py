@@ -309,37 +309,84 @@ def test_ranks_that_torchrun_has_not_started_end_in_silence() -> None:
         "with World.join(torch.device('cpu')) as world:\n    world.begin()\n    world.close()\n"
         "time.sleep(1.5 * world.rank)\n"
     )
-    ended = [(rank.communicate(timeout=60)[1], rank.returncode) for rank in two_ranks(code)]
+    ended = [(rank.communicate(timeout=60)[1], rank.returncode) for rank in some_ranks(code, 2)]
     assert ended == [("", 0), ("", 0)]
 
 
-FREEZE_RANK_1 = """
-import os, signal, sys, time, torch
+WITH_SHORT_ANSWERS = """
+import os, signal, subprocess, sys, time, torch
 from fasttrain import distributed
 distributed.ANSWER_SECONDS = 2
-world = distributed.World.join(torch.device("cpu"))
-world.barrier()
-if world.rank == 1:
-    time.sleep(4)  # it works alone for longer than that
-    world.barrier()
+def freeze(seconds=60):
+    subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"], stderr=subprocess.DEVNULL)
     os.kill(os.getpid(), signal.SIGSTOP)
-world.barrier()
-try:
-    world.gather(0)
-except Exception as error:
-    sys.exit(f"{type(error).__name__} {error}")
+def meet():
+    try:
+        world.barrier()
+    except Exception as error:
+        print(f"{type(error).__name__} {error}", file=sys.stderr, flush=True)
+        time.sleep(6 if world.rank == 0 else 0)  # it has the store
+        os._exit(1)
+world = distributed.World.join(torch.device("cpu"))
+meet()
+"""
+
+FREEZE_RANK_1 = """
+if world.rank == 1:
+    time.sleep(3)  # it works alone for longer than an answer may take
+    meet()
+    freeze()
+meet()
+if world.rank == 2:
+    time.sleep(5)  # the first has ended by then
+meet()
+"""
+
+FREEZE_RANK_1_FOR_A_WHILE = """
+if world.rank == 1:
+    for _ in range(3):  # longer than an answer may take, but not at a time
+        freeze(1)
+        time.sleep(1.5)
+meet()
+"""
+
+FREEZE_RANK_0 = """
+if world.rank == 0:
+    freeze()
+meet()
+"""
+
+TRAIN_TWICE = """
+world.close()
+if world.rank == 0:
+    time.sleep(4)  # it draws the report
+world = distributed.World.join(torch.device("cpu"))
+meet()
 """
 
 
-def test_a_rank_that_freezes_before_the_training_is_named() -> None:
-    waiting, frozen = two_ranks(FREEZE_RANK_1)
+@pytest.mark.parametrize(
+    ("scenario", "frozen", "said"),
+    [
+        (FREEZE_RANK_1, 1, "LostRankError lost rank 1 (no sign of life for 2 s): it has ended, is stopped"),
+        (FREEZE_RANK_0, 0, "LostRankError lost another rank (torch's store is silent): "),  # it holds it
+        (FREEZE_RANK_1_FOR_A_WHILE, None, ""),
+        (TRAIN_TWICE, None, ""),
+    ],
+    ids=["frozen", "frozen with the store", "frozen for a while", "busy after a training"],
+)
+def test_before_the_training_a_rank_without_signs_of_life_is_named(
+    scenario: str, frozen: int | None, said: str
+) -> None:
+    processes = some_ranks(WITH_SHORT_ANSWERS + scenario, 3 if frozen == 1 else 2)
     try:
-        _, errors = waiting.communicate(timeout=60)
+        errors = [p.communicate(timeout=60)[1] for n, p in enumerate(processes) if n != frozen]
     finally:
-        frozen.kill()
-        frozen.communicate()
-    assert errors.startswith("LostRankError lost rank 1 (no sign of life for 2 s): it does not answer")
-    assert waiting.returncode == 1
+        for process in processes:
+            process.kill()
+            process.wait()
+    for error in errors:
+        assert error.startswith(said) and error.count("\n") == (1 if said else 0)
 
 
 STOP_RANK_0 = """
@@ -357,7 +404,7 @@ while roll_call._store().add("arrivals", 0) == 0:
 
 
 def test_a_signal_before_the_training_ends_a_rank_in_one_line() -> None:
-    waiting, other = two_ranks(STOP_RANK_0)
+    waiting, other = some_ranks(STOP_RANK_0, 2)
     try:
         assert other.wait(60) == 0  # the first waits for it, and it is gone
         waiting.terminate()
@@ -367,19 +414,23 @@ def test_a_signal_before_the_training_ends_a_rank_in_one_line() -> None:
     assert (errors, waiting.returncode) == ("fasttrain train: SIGTERM: stopped\n", 128 + signal.SIGTERM)
 
 
-def two_ranks(code: str) -> list[subprocess.Popen[str]]:
-    """Two ranks that run this code, started as by srun, without torchrun."""
+def some_ranks(code: str, size: int) -> list[subprocess.Popen[str]]:
+    """Ranks that run this code, started as by srun, without torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        where = {
+            "WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+        }
     return [
         subprocess.Popen(
             [sys.executable, "-c", code],
-            env=os.environ | where | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)},
+            env=os.environ | where | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in "01"
+        for rank in range(size)
     ]
 
 

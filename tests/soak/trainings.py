@@ -19,6 +19,7 @@ from fasttrain import cli as command_line
 from fasttrain.checkpoint.file import LAST, load_checkpoint
 from fasttrain.errors import UserError
 from fasttrain.system.files import write_json
+from fasttrain.system.signals import raise_on_signals
 from tests.soak.cases import Case
 from tests.soak.fork import finish_or_kill, last_line, start
 
@@ -85,7 +86,8 @@ class Trainings:
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 os.environ |= {"WORLD_SIZE": str(case.ranks), "LOCAL_WORLD_SIZE": str(case.ranks)}
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            return command_line.main(["train", flag, str(path), *flags])
+            with raise_on_signals():  # as fasttrain.__main__ does
+                return command_line.main(["train", flag, str(path), *flags])
 
         return [start(functools.partial(action, rank), self.log) for rank in range(case.ranks)]
 
