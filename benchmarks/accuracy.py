@@ -6,7 +6,7 @@
 
 Ablations change one field at a time and train on the same seeds, hence from the same first weights and on the
 same images in the same order; the figure of interest is the difference within each pair. They never see the
-test images: the last tenth of the training images, in stored order (the release's is random), is held out and
+test images: a tenth of the training images of each class is held out and
 measured on. The final runs train on all training images and are measured on the test images; nothing is
 chosen by them. They also say how long a training takes.
 
@@ -30,7 +30,7 @@ from benchmarks.harness import require_counts, run, save, show, software
 from benchmarks.stats import compare, describe, mean_interval
 from benchmarks.workloads import training_flop
 from fasttrain import trainer
-from fasttrain.data.dataset import Dataset, Split, channel_statistics
+from fasttrain.data.dataset import Dataset
 from fasttrain.data.load_dataset import load_dataset
 from fasttrain.errors import Interrupted, UserError
 from fasttrain.recipe import Recipe, flag, load_recipe
@@ -131,24 +131,6 @@ def changes(options: Options) -> list[tuple[str, Any]]:
         except ValueError:  # a word
             found.append((field, value))
     return found
-
-
-def held_out(dataset: Dataset) -> Dataset:
-    """Only the training images: the last tenth stands for the test images, the rest has its own statistics.
-
-    The test images are in no array of it, so nothing can be chosen by them.
-    """
-    images, labels = dataset.train.images, dataset.train.labels
-    kept = len(labels) - len(labels) // 10
-    mean, std = channel_statistics(images[:kept])
-    return dataclasses.replace(
-        dataset,
-        name=f"{dataset.name}, the last {len(labels) - kept:,} training images held out",
-        train=Split(images[:kept], labels[:kept]),
-        test=Split(images[kept:], labels[kept:]),
-        mean=mean,
-        std=std,
-    )
 
 
 def trained(recipe: Recipe, dataset: Dataset, folder: Path, device: str) -> Run:
@@ -372,9 +354,7 @@ def times_table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def main(options: Options) -> None:
     device = pick_device(options.device)
     recipes = variants(options)
-    dataset = load_dataset(options.data, options.data_dir)
-    if options.mode == "ablations":
-        dataset = held_out(dataset)
+    dataset = load_dataset(options.data, options.data_dir, hold_out=options.mode == "ablations")
     cheap = [f"{options.epochs}-epochs"] * (options.epochs is not None)
     cheap += [f"width-{options.width}"] * (options.width is not None)
     out = options.out / "-".join([options.mode, *cheap])

@@ -33,7 +33,8 @@ def estimate_full_recipe(step: TrainStep, images: int, options: TrainOptions) ->
     minutes = full.epochs * images * seconds / 60
     other = other_gpu()
     gpu = f"The {other} GPU is not used" if other else "No GPU is used"
-    kept = typed_flags(options, "data", "data_dir", "skip_bad", "device", "out", "save_every", "tensorboard")
+    images_flags = ("data", "data_dir", "skip_bad", "hold_out")
+    kept = typed_flags(options, *images_flags, "device", "out", "save_every", "tensorboard")
     if resolution != full.resolution:
         kept += ["--resolution", str(resolution)]
     return (

@@ -32,6 +32,8 @@ class DataOptions:
     """Folder of the data; by default $FASTTRAIN_DATA, else data/."""
     skip_bad: bool = False
     """Leave out files of your own that cannot be decoded, and say how many; by default they are refused."""
+    hold_out: bool = False
+    """To choose settings by: a tenth of each class's training images takes the place of the test images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,7 @@ class TrainKeywords(TypedDict, total=False):
     data: "str | Dataset"
     data_dir: Path | str | None
     skip_bad: bool
+    hold_out: bool
     device: str
     out: Path | str
     resume: Path | str | None

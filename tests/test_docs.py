@@ -41,7 +41,7 @@ def small_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_python_block_has_a_test() -> None:
     found = {page.name: len(python_blocks(page.read_text(encoding="utf-8"))) for page in pages()}
-    assert {name: count for name, count in found.items() if count} == {"README.md": 2, "python.md": 4}
+    assert {name: count for name, count in found.items() if count} == {"README.md": 2, "python.md": 5}
 
 
 def test_the_readme_trains_from_python(small_data: Path) -> None:
@@ -110,6 +110,15 @@ def test_a_network_is_used_as_docs_python_says(names: dict[str, Any], small_data
     assert names["found"].accuracy == names["run"].result["test_accuracy"]
     assert names["model"].classes == names["fasttrain"].load_dataset("auto").classes
     assert names["card"].exists() and "cat.png" in capsys.readouterr().out
+
+
+def test_settings_are_chosen_on_held_out_images_as_docs_python_says(small_data: Path) -> None:
+    """On the stand-in, which `cifar10` rightly refuses."""
+    names: dict[str, Any] = {"fasttrain": fasttrain, "dataclasses": dataclasses}
+    exec(python_blocks(PYTHON)[4].replace('"cifar10"', '"auto"').replace("range(5)", "range(1)"), names)
+    assert len(names["runs"]) == len([*(small_data / "runs" / "rates").iterdir()]) == 2
+    for run in names["runs"]:
+        assert run.result["dataset"] == "synthetic, a tenth of the training images held out"
 
 
 def test_docs_runs_lists_the_keys_of_metrics_jsonl(run: Run) -> None:

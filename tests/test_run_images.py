@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fasttrain.cli import main
-from fasttrain.data.dataset import Dataset
+from fasttrain.data.dataset import Dataset, hold_out_images
 from fasttrain.data.load_dataset import absolute
 from fasttrain.data.run_images import RunImages, find_dataset
 from fasttrain.data.sources import cifar, synthetic, webdataset
@@ -106,6 +106,40 @@ def test_other_images_of_the_same_classes_can_be_measured_on(run: Path, home: Pa
     assert "on the test images of folder:pets" in said
 
 
+def test_a_run_that_held_images_out_goes_on_with_these(home: Path, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    pets = f"folder:{home / 'pets'}"
+    shutil.copytree(home / "pets" / "train", tmp_path / "alone" / "train", ignore=lambda *_: ["torn.png"])
+    shutil.copytree(home / "pets" / "test", tmp_path / "alone" / "test")
+    assert main(["train", "--data", f"folder:{tmp_path / 'alone'}", "--hold-out", *SMALL]) == 0
+    [run] = (tmp_path / "runs").iterdir()
+    result = json.loads((run / "result.json").read_text())
+    assert result["dataset"] == "folder:alone, a tenth of the training images held out"
+    assert "--data folder:alone --hold-out" in (run / "report.html").read_text()
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert f"test accuracy {result['test_accuracy']:.2%}" in said and "over 2 images" in said
+    assert main(["evaluate", str(run), "--device", "cpu", "--data", pets, "--skip-bad"]) == 0
+    assert "over 6 images" in capsys.readouterr().out  # the test images, which the training did not have
+    assert main(["evaluate", str(run), "--device", "cpu", "--hold-out"]) == 2
+    assert "--hold-out: is for training" in capsys.readouterr().err
+    (run / "result.json").unlink()
+    assert main(["train", "--resume", str(run), "--device", "cpu"]) == 0
+    shutil.rmtree(tmp_path / "alone" / "test")
+    shutil.copytree(home / "pets" / "test", tmp_path / "alone" / "test")
+    assert main(["report", str(run), "--device", "cpu"]) == 0
+    assert "Confusion matrix" in (run / "report.html").read_text()
+
+
+def test_a_release_of_which_images_are_held_out_is_found_again(tmp_path: Path) -> None:
+    synthetic.generate(tmp_path / synthetic.NAME, train_count=64, test_count=40)
+    held = hold_out_images(cifar.read(tmp_path / synthetic.NAME))
+    images = RunImages.of(held, DataOptions(data_dir=tmp_path))
+    assert images.hold_out and find_dataset(images).content_hash == held.content_hash
+    assert len(held.test.labels) == 10 and images.data == "synthetic"
+
+
 def test_the_splits_add_up(run: Path, capsys) -> None:
     found = {
         split: evaluate_checkpoint(EvaluateOptions(checkpoint=run, device="cpu", split=split))  # type: ignore[arg-type]
@@ -180,6 +214,7 @@ def test_a_typed_data_folder_does_not_change_the_release(tmp_path: Path) -> None
         "data": "cifar100",
         "data_dir": tmp_path / "x",
         "skip_bad": False,
+        "hold_out": False,
     }
     assert images.options("folder:y", None, False)["data"] == "folder:y"
     with pytest.raises(UserError, match="--data cifar10x: expected auto"):

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from benchmarks.accuracy import accuracies, compared_table, hardware, held_out, trained
+from benchmarks.accuracy import accuracies, compared_table, hardware, trained
 from benchmarks.harness import require_counts, run, save, show
 from benchmarks.stats import compare
 from fasttrain.data.dataset import Dataset, Split, channel_statistics
@@ -82,7 +82,7 @@ def at_quality(dataset: Dataset, quality: int) -> Dataset:
 def main(options: Options) -> None:
     device = pick_device(options.device)
     recipe = dataclasses.replace(load_recipe(options.base), epochs=options.epochs, width=options.width)
-    original = held_out(load_dataset(options.data, options.data_dir))
+    original = load_dataset(options.data, options.data_dir, hold_out=True)
     runs: dict[str, dict[int, Run]] = {}
     for quality in (None, *options.qualities):
         name = "as they are" if quality is None else f"q{quality}"

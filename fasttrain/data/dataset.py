@@ -1,5 +1,6 @@
 """The data set that every source returns and every loader takes: two splits of images, and statistics."""
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,6 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from fasttrain.data.sources.releases import Channels, Release
+from fasttrain.errors import UserError
+
+HELD_OUT = ", a tenth of the training images held out"
+"""What the name of such a data set ends with."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,34 @@ class Dataset:
             digest.update(np.ascontiguousarray(split.images).data)
             digest.update(np.ascontiguousarray(split.labels).data)
         return digest.hexdigest()
+
+
+def hold_out_images(dataset: Dataset) -> Dataset:
+    """Return a data set of the training images alone: a tenth of each class takes the test images' place.
+
+    So settings can be chosen without the test images. The tenth is evenly spaced in the class, and at least
+    one image. The images are copied; mean and std are those of the images that are left to train on.
+    Raises UserError if a class has fewer than two training images.
+    """
+    images, labels = dataset.train.images, dataset.train.labels
+    is_held = np.zeros(len(labels), bool)
+    for label, name in enumerate(dataset.classes):
+        members = np.flatnonzero(labels == label)
+        if len(members) < 2:
+            raise UserError(
+                f"--hold-out: expected at least two training images of each class; {name} has {len(members)}"
+            )
+        step = len(members) // max(len(members) // 10, 1)
+        is_held[members[step - 1 :: step]] = True
+    mean, std = channel_statistics(images[~is_held])
+    return dataclasses.replace(
+        dataset,
+        name=dataset.name + HELD_OUT,
+        train=Split(images[~is_held], labels[~is_held]),
+        test=Split(images[is_held], labels[is_held]),
+        mean=mean,
+        std=std,
+    )
 
 
 def channel_statistics(images: np.ndarray) -> tuple[Channels, Channels]:

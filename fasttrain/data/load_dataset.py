@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fasttrain.data.dataset import Dataset
+from fasttrain.data.dataset import Dataset, hold_out_images
 from fasttrain.data.sources import cifar, folder, synthetic, webdataset
 from fasttrain.data.sources.download import DownloadError, download
 from fasttrain.errors import UserError
@@ -36,6 +36,7 @@ def load_dataset(
     *,
     resolution: int = Recipe.resolution,
     skip_bad: bool = False,
+    hold_out: bool = False,
     classes: Sequence[str] | None = None,
     log: Callable[[str], object] = print,
 ) -> Dataset:
@@ -46,11 +47,24 @@ def load_dataset(
     webdataset:PATTERN take the images there, scaled to the resolution and cached as pixels in the data
     folder; with skip_bad, images that cannot be decoded are left out.
     data_dir: the data folder; by default $FASTTRAIN_DATA, else data/.
+    hold_out: only the training images, a tenth of them as test images; see dataset.hold_out_images.
     classes: those of a trained network, to measure it on images of your own: labels are in their order, some
     may be missing, and test images are enough.
     Raises UserError if there is no such data set, or if its files are missing, corrupt or unreadable.
     """
-    root = cifar.locate(data_dir)
+    dataset = _load(data, cifar.locate(data_dir), resolution, skip_bad, classes, log)
+    return hold_out_images(dataset) if hold_out else dataset
+
+
+def _load(
+    data: str,
+    root: Path,
+    resolution: int,
+    skip_bad: bool,
+    classes: Sequence[str] | None,
+    log: Callable[[str], object],
+) -> Dataset:
+    """Load the whole data set, as load_dataset; root: the data folder."""
     source, _, place = data.partition(":")
     if source in OWN_IMAGES and place:
         path, cache = Path(place).expanduser(), root / "decoded"
@@ -103,12 +117,13 @@ def load_from_options(
     From Python, the options may also hold the data set itself.
     """
     if isinstance(options.data, Dataset):
-        return options.data
+        return hold_out_images(options.data) if options.hold_out else options.data
     return load_dataset(
         options.data,
         options.data_dir,
         resolution=resolution,
         skip_bad=options.skip_bad,
+        hold_out=options.hold_out,
         classes=classes,
         log=log,
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fasttrain.data.dataset import Dataset
+from fasttrain.data.dataset import HELD_OUT, Dataset, hold_out_images
 from fasttrain.data.load_dataset import absolute, load_dataset, names_own_images
 from fasttrain.data.sources import cifar, synthetic
 from fasttrain.errors import UserError
@@ -20,7 +20,7 @@ class RunImages:
 
     name: the data set's. sha256: its content_hash; None if the run does not say, and only the name can be
     compared. data, data_dir, skip_bad: as load_dataset takes them, for any working directory; data is None if
-    the run does not say.
+    the run does not say. hold_out: whether a tenth of the training images took the test images' place.
     """
 
     name: str
@@ -28,6 +28,7 @@ class RunImages:
     data: str | None = None
     data_dir: str | None = None
     skip_bad: bool = False
+    hold_out: bool = False
 
     @classmethod
     def of(cls, dataset: Dataset, options: DataOptions) -> "RunImages":
@@ -40,7 +41,7 @@ class RunImages:
             data = absolute(options.data)
         elif dataset.root.absolute() == root / synthetic.NAME:
             data = "synthetic"  # auto, or the name itself
-        if data == "auto" and dataset.name != synthetic.NAME:  # a resumed run must not fall back
+        if data == "auto" and not dataset.name.startswith(synthetic.NAME):  # a resumed run must not fall back
             data = next((key for key, one in cifar.RELEASES.items() if one == dataset.release), data)
         return cls(
             name=dataset.name,
@@ -48,6 +49,7 @@ class RunImages:
             data=data,
             data_dir=str(root.absolute()),
             skip_bad=options.skip_bad,
+            hold_out=dataset.name.endswith(HELD_OUT),
         )
 
     @classmethod
@@ -64,6 +66,7 @@ class RunImages:
             "data": str | None,
             "data_dir": str,
             "skip_bad": bool,
+            "hold_out": bool | None,
         }
         return images if all(isinstance(values.get(key), kind) for key, kind in kinds.items()) else None
 
@@ -78,13 +81,14 @@ class RunImages:
         own images are.
         """
         if data != "auto":
-            return {"data": data, "data_dir": data_dir, "skip_bad": skip_bad}
+            return {"data": data, "data_dir": data_dir, "skip_bad": skip_bad, "hold_out": self.hold_out}
         if self.data is None and names_own_images(self.name):
             kind = self.name.partition(":")[0]
             raise UserError(f"the run's images are {self.name}: say where they are with --data {kind}:...")
         if data_dir is None and self.data_dir is not None and Path(self.data_dir).is_dir():
             data_dir = Path(self.data_dir)
-        return {"data": self.data or data, "data_dir": data_dir, "skip_bad": skip_bad or self.skip_bad}
+        data, skip_bad = self.data or data, skip_bad or self.skip_bad
+        return {"data": data, "data_dir": data_dir, "skip_bad": skip_bad, "hold_out": self.hold_out}
 
     def are(self, dataset: Dataset) -> bool:
         """Return whether a data set holds these images, whatever it is called now."""
@@ -140,7 +144,10 @@ def _find_release(images: RunImages, root: Path, *, typed: bool) -> Dataset:
         places = [(folder, release) for release in cifar.RELEASES.values()]
         for place, release in (*places, (folder / synthetic.NAME, cifar.CIFAR10)):
             try:
-                if cifar.exists(place, release) and images.are(dataset := cifar.read(place, release)):
+                if not cifar.exists(place, release):
+                    continue
+                dataset = cifar.read(place, release)
+                if images.are(dataset := hold_out_images(dataset) if images.hold_out else dataset):
                     return dataset
             except UserError as error:  # perhaps of another release than the run's
                 damaged = damaged or error

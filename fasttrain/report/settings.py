@@ -3,6 +3,7 @@
 import shlex
 from typing import Any
 
+from fasttrain.data.dataset import HELD_OUT
 from fasttrain.data.load_dataset import names_own_images
 from fasttrain.data.run_images import RunImages
 from fasttrain.recipe import PRESETS, Recipe, flag
@@ -35,7 +36,8 @@ def train_command(recipe: Recipe, images: RunImages | None) -> str:
         if recipe.seed != base_preset(recipe).seed:
             words += ["--seed", str(recipe.seed)]
     if images is not None:
-        data = images.name if names_own_images(images.name) else images.data
+        name = images.name.removesuffix(HELD_OUT)
+        data = name if names_own_images(name) else images.data
         words += ["--data", data] if data else []
-        words += ["--skip-bad"] if images.skip_bad else []
+        words += ["--skip-bad"] * images.skip_bad + ["--hold-out"] * images.hold_out
     return shlex.join(words)

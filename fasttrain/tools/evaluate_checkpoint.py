@@ -127,6 +127,8 @@ def evaluate_checkpoint(options: EvaluateOptions) -> Evaluation:
 def _load(trained: TrainedModel, options: DataOptions) -> Dataset:
     """Return the images that the options name, else the run's own; a release is downloaded if necessary."""
     resolution = trained.recipe.resolution
+    if options.hold_out:
+        raise UserError("--hold-out: is for training; a run that held images out is measured on them anyway")
     if options.data != "auto":
         return load_from_options(options, resolution, classes=trained.classes)
     data_dir, skip_bad = options.data_dir, options.skip_bad
