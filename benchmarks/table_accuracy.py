@@ -10,6 +10,8 @@ from benchmarks.accuracy import compared_table, points, table
 from benchmarks.committed import CommittedRun, link, preset_name, results_of
 from benchmarks.harness import markdown, software
 from benchmarks.research import published
+from fasttrain.recipe import Recipe, flag
+from fasttrain.report.settings import changed_settings
 from fasttrain.system.machine import hardware_name
 
 NOT_MEASURED = "Not measured yet."
@@ -17,7 +19,7 @@ NOT_MEASURED = "Not measured yet."
 
 def presets_table(results: Path) -> str:
     """The presets at a glance, by machine: the accuracy over seeds, and the pace of the committed run."""
-    rows, datasets, compiled = [], set(), []
+    rows, datasets, flags = [], set(), []
     paces = {(r.preset, r.result["epochs"], r.hardware): r for r in committed.runs(results, current=True)}
     for values in results_of(results, "final"):
         for row in values["rows"]:
@@ -30,8 +32,8 @@ def presets_table(results: Path) -> str:
             datasets.add(values["dataset"])
             cells = [name, str(row["epochs"]), accuracy, f"{row['train_seconds']:,.1f}"]
             rows.append([*cells, seconds_per_epoch(run), run.hardware])
-            if run.result["compile"] != "off":
-                compiled.append(compiling(run))
+            if set(changed_settings(Recipe(**run.recipe))) - {"test_views"}:
+                flags.append(given(run))
     rows.sort(key=lambda cells: cells[0])
     columns = ["preset", "epochs", "test accuracy, %", "training, s", "an epoch, s", "machine"]
     caption = (
@@ -39,19 +41,21 @@ def presets_table(results: Path) -> str:
         "over n seeds; one seed shows no spread. Seconds: training only; the median over seeds, and the "
         "median (range) over the epochs of one run. [What ran beside them](docs/results.md#the-runs)."
     )
-    how = f"Compiled: {'; '.join(compiled)}. `--compile auto` may leave so short a training uncompiled."
-    notes = [how] if compiled else []
+    compiling = "`--compile auto` compiles so short a training from a warm cache at most."
+    notes = [f"{'; '.join(flags)}. {compiling}"] if flags else []
     return "\n\n".join([markdown(columns, rows), caption, *notes])
 
 
-def compiling(run: CommittedRun) -> str:
-    """How a compiled run was started, and what it took besides training."""
-    recipe, result = run.recipe, run.result
-    return (
-        f"`{run.preset}` on {hardware_name(run.machine)} with `--compile {recipe['compile']} "
-        f"--loader {recipe['loader']}`, {result['compile_seconds']:.1f} s to compile, "
-        f"{result['wall_seconds']:.1f} s in all"
-    )
+def given(run: CommittedRun) -> str:
+    """The flags that a run was given besides its preset, and what a compiled one took besides training."""
+    changed = changed_settings(Recipe(**run.recipe)).items()
+    flags = " ".join(f"{flag(field)} {value}" for field, value in changed if field != "test_views")
+    text = f"`{run.preset}` on {hardware_name(run.machine)} with `{flags}`"
+    if run.result["compile"] != "off":
+        text += (
+            f", {run.result['compile_seconds']:.1f} s to compile, {run.result['wall_seconds']:.1f} s in all"
+        )
+    return text
 
 
 def seconds_per_epoch(run: CommittedRun) -> str:
