@@ -92,6 +92,7 @@ def test_a_run_goes_on_with_a_renamed_folder_and_remembers_it(
 
 def test_a_resumed_run_needs_no_word_about_its_images(run: Path) -> None:
     (run / "result.json").unlink()
+    assert main(["train", "--resume", str(run), "--device", "cpu", "--hold-out"]) == 2
     assert main(["train", "--resume", str(run), "--device", "cpu"]) == 0
     assert json.loads((run / "result.json").read_text())["dataset"] == "folder:pets"
 
@@ -125,7 +126,11 @@ def test_a_run_that_held_images_out_goes_on_with_these(home: Path, tmp_path, mon
     assert main(["evaluate", str(run), "--device", "cpu", "--hold-out"]) == 2
     assert "--hold-out: is for training" in capsys.readouterr().err
     (run / "result.json").unlink()
-    assert main(["train", "--resume", str(run), "--device", "cpu"]) == 0
+    (run / "data.json").unlink()  # its checkpoint says so too
+    assert (
+        main(["train", "--resume", str(run), "--device", "cpu", "--data", f"folder:{tmp_path / 'alone'}"])
+        == 0
+    )
     shutil.rmtree(tmp_path / "alone" / "test")
     shutil.copytree(home / "pets" / "test", tmp_path / "alone" / "test")
     assert main(["report", str(run), "--device", "cpu"]) == 0

@@ -70,6 +70,8 @@ class ResumePoint:
         """Return the options with the run's own images, unless these name a place for them."""
         if self.images is None or isinstance(typed.data, Dataset):
             return typed
+        if typed.hold_out and not self.images.hold_out:
+            raise UserError("--hold-out: the run was begun without it; leave this flag out")
         return dataclasses.replace(typed, **self.images.options(typed.data, typed.data_dir, typed.skip_bad))
 
     def require_images(self, dataset: Dataset) -> None:

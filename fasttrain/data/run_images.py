@@ -20,7 +20,7 @@ class RunImages:
 
     name: the data set's. sha256: its content_hash; None if the run does not say, and only the name can be
     compared. data, data_dir, skip_bad: as load_dataset takes them, for any working directory; data is None if
-    the run does not say. hold_out: whether a tenth of the training images took the test images' place.
+    the run does not say.
     """
 
     name: str
@@ -28,7 +28,6 @@ class RunImages:
     data: str | None = None
     data_dir: str | None = None
     skip_bad: bool = False
-    hold_out: bool = False
 
     @classmethod
     def of(cls, dataset: Dataset, options: DataOptions) -> "RunImages":
@@ -49,7 +48,6 @@ class RunImages:
             data=data,
             data_dir=str(root.absolute()),
             skip_bad=options.skip_bad,
-            hold_out=dataset.name.endswith(HELD_OUT),
         )
 
     @classmethod
@@ -66,9 +64,13 @@ class RunImages:
             "data": str | None,
             "data_dir": str,
             "skip_bad": bool,
-            "hold_out": bool | None,
         }
         return images if all(isinstance(values.get(key), kind) for key, kind in kinds.items()) else None
+
+    @property
+    def hold_out(self) -> bool:
+        """Whether a tenth of the training images took the place of the test images."""
+        return self.name.endswith(HELD_OUT)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields and their values, ready for JSON."""
