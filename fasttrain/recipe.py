@@ -15,6 +15,9 @@ from fasttrain.errors import UserError
 
 NetworkName = Literal["resnet", "compact"]
 
+LARGEST = 2**31 - 1
+"""Of all whole numbers in a recipe: JSON's and Python's have no limit."""
+
 SMALLEST_RESOLUTION = 12
 """Pixels of a side that every network can pool to one."""
 
@@ -133,7 +136,7 @@ class Recipe:
             ),
             ("epochs", self.epochs >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 2, "at least 2 (BatchNorm needs two images)"),
-            ("seed", 0 <= self.seed < 2**31, "from 0 to 2147483647"),
+            ("seed", self.seed >= 0, "0 or more"),
             ("max_lr", self.max_lr == "auto" or 0 < self.max_lr < float("inf"), "above 0, or auto"),
             ("weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "from 0 to below 1"),
@@ -235,6 +238,8 @@ def _require_type(field: str, value: object, wanted: Any) -> None:
     if not fits:
         expected = " or ".join([*(kind.__name__ for kind in types), *literals])
         raise UserError(f"{flag(field)} {value!r}: expected {expected}")
+    if type(value) is int and abs(value) > LARGEST:
+        raise UserError(f"{flag(field)} {value!r:.40}: expected at most {LARGEST}")
 
 
 # A short schedule: more of what helps when there is little time, small batches for more steps, no cutout and

@@ -4,7 +4,7 @@ import pytest
 
 from fasttrain.checkpoint.fingerprint import differences, recipe_flags
 from fasttrain.errors import UserError
-from fasttrain.recipe import PRESETS, Recipe, load_recipe
+from fasttrain.recipe import PRESETS, Recipe, flag, load_recipe
 
 
 def test_the_assignment_is_faithful() -> None:
@@ -136,6 +136,17 @@ def test_a_recipe_survives_its_json_file(tmp_path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(PRESETS["laptop"].to_dict()))
     assert load_recipe(str(path)) == PRESETS["laptop"]
+
+
+@pytest.mark.parametrize(
+    "field", [key for key, value in Recipe().to_dict().items() if type(value) in (int, float)]
+)
+def test_no_number_is_too_large_for_a_float(field: str, tmp_path) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({field: 10**400}))
+    with pytest.raises(UserError, match=rf"{flag(field)} 1000.*: expected ") as error:
+        load_recipe(str(path))
+    assert len(str(error.value)) < 250 + len(str(path))
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"epochs": 0}', '{"epoks": 3}', "{"])
