@@ -272,26 +272,42 @@ def scaling_table(results: Path) -> str:
 
 
 def reliability_table(results: Path) -> str:
-    """What each machine's fault campaign injected, and what came out wrong."""
-    return each_file(results, "soak", _campaign) or NOT_MEASURED
+    """What all fault campaigns together injected, and what came out wrong."""
+    campaigns = list(results_of(results, "soak"))
+    if not campaigns:
+        return NOT_MEASURED
+    notes = [_campaign(values) for values in campaigns]
+    below = (
+        "Trainings of every preset in small, on the CPU, that save after every step. Memory and open files: "
+        "the most in the second half of a campaign, against its first; the largest growth of any campaign."
+    )
+    table = markdown(["faults", "of what kind", "outcome"], _faults(campaigns))
+    return "\n\n".join([table, below, *notes])
 
 
 def _campaign(values: dict[str, Any]) -> str:
     lost, arguments = values["kill"]["lost_seconds"], f"--minutes {values['minutes']:g}"
-    table = markdown(["faults", "of what kind", "outcome"], _faults(values))
     return (
-        f'{table}\n\n`make soak ARGS="{arguments} --seed {values["seed"]}"`: trainings of every preset '
-        f"in small, on the CPU, that save after every step. {machine(values)}\n\nA SIGKILL lost "
-        f"{lost['median']:.1f} s (median; {lost['min']:.1f} to {lost['max']:.1f}, n = {lost['n']}), "
-        "starting up included but for imports. Memory and open files: the most in the second half, against "
-        "the first."
+        f'- `make soak ARGS="{arguments} --seed {values["seed"]}"`. {machine(values)} A SIGKILL lost '
+        f"{lost['median']:.1f} s (median; {lost['min']:.1f} to {lost['max']:.1f}, n = {lost['n']}), starting "
+        "up included but for imports."
     )
 
 
-def _faults(values: dict[str, Any]) -> list[list[str]]:
+def _added(campaigns: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The counts of one kind of faults in all campaigns, and their wrong outcomes."""
+    total: dict[str, Any] = {}
+    for values in campaigns:
+        for key, value in values[name].items():
+            if isinstance(value, int | list):
+                total[key] = total[key] + value if key in total else value
+    return total
+
+
+def _faults(campaigns: list[dict[str, Any]]) -> list[list[str]]:
     """A row for each kind of faults: how many, of what kind, and the outcome."""
-    kill, signals, disks = values["kill"], values["signals"], values["disks"]
-    ranks, host, files, memory = (values[name] for name in ("ranks", "host", "bad-inputs", "memory"))
+    names = ("kill", "ranks", "signals", "disks", "host", "bad-inputs")
+    kill, ranks, signals, disks, host, files = (_added(campaigns, name) for name in names)
     jobs = ranks["jobs"] - ranks["ended_before"]
     kinds = {
         "stopped": "SIGSTOP",
@@ -313,8 +329,8 @@ def _faults(values: dict[str, Any]) -> list[list[str]]:
         ],
         [
             f"{signals['sent']:,} commands with a signal",
-            f"SIGTERM, SIGHUP or SIGINT to one of {signals['commands']} commands, {signals['twice']:,} times "
-            "a second one within half a second",
+            f"SIGTERM, SIGHUP or SIGINT to one of {campaigns[-1]['signals']['commands']} commands, "
+            f"{signals['twice']:,} times a second one within half a second",
             f"{len(signals['wrong'])} without exactly one true line",
         ],
         [
@@ -337,10 +353,9 @@ def _faults(values: dict[str, Any]) -> list[list[str]]:
         ],
     ]
     for name, what in (("epochs", "of one run"), ("runs", "in one process"), ("resumes", "of one run")):
-        found = memory[name]
-        grown = found["second_mib"] / found["first_mib"] - 1
-        files_more = found["second_files"] - found["first_files"]
-        rows.append(
-            [f"{found['count']:,} {name}", what, f"memory {grown:+.1%}, open files {files_more:+.0f}"]
-        )
+        found = [values["memory"][name] for values in campaigns]
+        grown = max(one["second_mib"] / one["first_mib"] - 1 for one in found)
+        files_more = max(one["second_files"] - one["first_files"] for one in found)
+        count = sum(one["count"] for one in found)
+        rows.append([f"{count:,} {name}", what, f"memory {grown:+.1%}, open files {files_more:+.0f}"])
     return rows

@@ -84,7 +84,7 @@ def test_a_small_fault_campaign(tmp_path: Path) -> None:
         env=os.environ | {"FASTTRAIN_RESULTS": str(tmp_path)},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    [path] = tmp_path.glob("*/soak.json")
+    [path] = tmp_path.glob("*/soak-seed-0.json")
     figures = json.loads(path.read_text())
     assert figures["kill"]["kills"] > 0 and figures["kill"]["runs"] == figures["kill"]["bit_equal"] > 0
     for name in ("disks", "host"):

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import pictures, tables
 from benchmarks.committed import RESULTS, CommittedRun, preset_name, runs
 from benchmarks.table_accuracy import presets_table, runs_table
+from benchmarks.table_speed import reliability_table
 from fasttrain.recipe import PRESETS
 
 
@@ -98,3 +99,20 @@ def test_every_committed_run_names_its_data_its_machine_and_a_clean_commit() -> 
         rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
         assert rows[-1]["test_accuracy"] == run.result["test_accuracy"]
         assert len(rows) == run.result["epochs"]
+
+
+def test_fault_campaigns_add_up(tmp_path: Path) -> None:
+    [path, *_] = sorted((RESULTS / "2-core-amd-epyc").glob("soak-seed-*.json"))
+    values = json.loads(path.read_text())
+    one, two = tmp_path / "one" / "machine", tmp_path / "two" / "machine"
+    for folder, seeds in ((one, (0,)), (two, (0, 1))):
+        folder.mkdir(parents=True)
+        for seed in seeds:
+            (folder / f"soak-seed-{seed}.json").write_text(json.dumps(values | {"seed": seed}))
+    one_table, two_tables = (reliability_table(results) for results in (one.parent, two.parent))
+    once, twice = (
+        [int(row.split()[1].replace(",", "")) for row in table.split("\n")[2:11]]
+        for table in (one_table, two_tables)
+    )
+    assert once[0] == values["kill"]["kills"] > 0
+    assert twice == [2 * count for count in once]

@@ -3,8 +3,8 @@
     python -m tests.soak --minutes 60           # the reliability table reports what an hour found
     python -m tests.soak --only kill --seed 3 --turn 17      # one turn again, as a wrong outcome names it
 
-A seed determines every turn, but not how far a process has come at a given moment. The figures of all
-campaigns together go where those of benchmarks go (benchmarks/README.md).
+A seed determines every turn, but not how far a process has come at a given moment. The figures go where those
+of benchmarks go (benchmarks/README.md), in a file named after the seed: the table adds up all files.
 """
 
 import importlib
@@ -85,7 +85,7 @@ def main(options: Options) -> None:
         figures[name] = campaign_of(name, folder / name, 60 * share * options.minutes, options)
     show("faults", ["figure", "value"], rows(figures))
     if not options.only:
-        print(save("soak", CPU, figures))
+        print(save(f"soak-seed-{options.seed}", CPU, figures))
     wrong = [line for name in SHARES for line in figures.get(name, {}).get("wrong", [])]
     if wrong:
         raise UserError(f"soak: {len(wrong)} wrong outcomes, the first: {wrong[0]}; {folder} has the rest")
