@@ -6,9 +6,9 @@
 
 Ablations change one field at a time and train on the same seeds, hence from the same first weights and on the
 same images in the same order; the figure of interest is the difference within each pair. They never see the
-test images: a tenth of the training images of each class is held out and
-measured on. The final runs train on all training images and are measured on the test images; nothing is
-chosen by them. They also say how long a training takes.
+test images: a tenth of each class's training images is held out and measured on. The final runs train on all
+training images and are measured on the test images; nothing is chosen by them. They also say how long a
+training takes.
 
 Run it again to continue where it stopped: finished runs are read, an unfinished one is resumed. Each is a
 run's folder in OUT/<mode>/<variant>/seed-<n>/, without its checkpoints once it has finished. A finished run

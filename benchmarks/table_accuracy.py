@@ -32,8 +32,7 @@ def presets_table(results: Path) -> str:
             datasets.add(values["dataset"])
             cells = [name, str(row["epochs"]), accuracy, f"{row['train_seconds']:,.1f}"]
             rows.append([*cells, seconds_per_epoch(run), run.hardware])
-            if set(changed_settings(Recipe(**run.recipe))) - {"test_views"}:
-                flags.append(given(run))
+            flags.append(extra_flags(run))
     rows.sort(key=lambda cells: cells[0])
     columns = ["preset", "epochs", "test accuracy, %", "training, s", "an epoch, s", "machine"]
     caption = (
@@ -41,20 +40,21 @@ def presets_table(results: Path) -> str:
         "over n seeds; one seed shows no spread. Seconds: training only; the median over seeds, and the "
         "median (range) over the epochs of one run. [What ran beside them](docs/results.md#the-runs)."
     )
-    compiling = "`--compile auto` compiles so short a training from a warm cache at most."
-    notes = [f"{'; '.join(flags)}. {compiling}"] if flags else []
+    extra, compiling = "; ".join(filter(None, flags)), "compiles so short a training only from a warm cache"
+    notes = [f"Extra flags: {extra}. `--compile auto` {compiling}."] if extra else []
     return "\n\n".join([markdown(columns, rows), caption, *notes])
 
 
-def given(run: CommittedRun) -> str:
-    """The flags that a run was given besides its preset, and what a compiled one took besides training."""
+def extra_flags(run: CommittedRun) -> str:
+    """The flags that changed a run's training, besides its preset, and what compiling took, or ""."""
     changed = changed_settings(Recipe(**run.recipe)).items()
     flags = " ".join(f"{flag(field)} {value}" for field, value in changed if field != "test_views")
-    text = f"`{run.preset}` on {hardware_name(run.machine)} with `{flags}`"
+    if not flags:
+        return ""
+    text = f"`{run.preset}`, {hardware_name(run.machine)}: `{flags}`"
     if run.result["compile"] != "off":
-        text += (
-            f", {run.result['compile_seconds']:.1f} s to compile, {run.result['wall_seconds']:.1f} s in all"
-        )
+        seconds = run.result["compile_seconds"], run.result["wall_seconds"]
+        text += " ({:.1f} s to compile, {:.1f} s in all)".format(*seconds)
     return text
 
 

@@ -269,7 +269,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if first == "help":
         first, *rest = [*rest, "--help"]
     command = _command(first)
-    rank, is_shared = os.environ.get("RANK", "0"), False  # set by torchrun
+    rank = os.environ.get("RANK", "0")  # set by torchrun
     try:
         status = COMMANDS[command][0](rest)
         sys.stdout.flush()
@@ -279,15 +279,14 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     except UserError as error:
         line, status = str(error), 2
-    except TrainingInterrupted as stop:  # all ranks at once, and one line is enough
-        line, status, is_shared = str(stop), stop.status, True
     except Interrupted as stop:
         line, status = str(stop), stop.status
+        if isinstance(stop, TrainingInterrupted) and rank != "0":
+            return status  # all ranks stop at once, and one line is enough
     except KeyboardInterrupt:
         line, status = "SIGINT: stopped", 130
-    if rank == "0" or not is_shared:
-        place = command if rank == "0" else f"{command}, rank {rank}"
-        print(f"fasttrain {place}: {' '.join(line.splitlines())}", file=sys.stderr)
+    place = command if rank == "0" else f"{command}, rank {rank}"
+    print(f"fasttrain {place}: {' '.join(line.splitlines())}", file=sys.stderr)
     return status
 
 

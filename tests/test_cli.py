@@ -172,6 +172,29 @@ def test_a_signal_changes_nothing_once_the_command_has_ended() -> None:
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("fasttrain ")
 
 
+@pytest.mark.parametrize(
+    ("stop", "rank", "said"),
+    [
+        (Interrupted("SIGTERM: stopped", signal.SIGTERM), "0", "fasttrain doctor: SIGTERM: stopped\n"),
+        (
+            Interrupted("SIGTERM: stopped", signal.SIGTERM),
+            "1",
+            "fasttrain doctor, rank 1: SIGTERM: stopped\n",
+        ),
+        (TrainingInterrupted("SIGTERM: saved", signal.SIGTERM), "0", "fasttrain doctor: SIGTERM: saved\n"),
+        (TrainingInterrupted("SIGTERM: saved", signal.SIGTERM), "1", ""),
+    ],
+)
+def test_ranks_that_stop_together_say_so_once(stop, rank: str, said: str, monkeypatch, capsys) -> None:
+    def interrupted(_: object) -> int:
+        raise stop
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setitem(cli.COMMANDS, "doctor", (interrupted, ""))
+    assert main(["doctor"]) == 143
+    assert capsys.readouterr().err == said
+
+
 def test_only_ranks_that_stop_together_wait_for_each_other(monkeypatch) -> None:
     left = []
     monkeypatch.setattr(World, "close", lambda world: left.append(world))

@@ -320,13 +320,13 @@ distributed.ANSWER_SECONDS = 2
 def freeze(seconds=60):
     subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"], stderr=subprocess.DEVNULL)
     os.kill(os.getpid(), signal.SIGSTOP)
-def meet():
+def meet(exchange=distributed.World.barrier):
     try:
-        world.barrier()
+        exchange(world)
     except Exception as error:
         print(f"{type(error).__name__} {error}", file=sys.stderr, flush=True)
         time.sleep(6 if world.rank == 0 else 0)  # it has the store
-        os._exit(1)
+        sys.exit(1)
 world = distributed.World.join(torch.device("cpu"))
 meet()
 """
@@ -356,6 +356,13 @@ if world.rank == 0:
 meet()
 """
 
+FREEZE_RANK_0_AT_THE_END = """
+world.begin()
+if world.rank == 0:
+    freeze()
+meet(distributed.World.close)
+"""
+
 TRAIN_TWICE = """
 world.close()
 if world.rank == 0:
@@ -370,12 +377,13 @@ meet()
     [
         (FREEZE_RANK_1, 1, "LostRankError lost rank 1 (no sign of life for 2 s): it has ended, is stopped"),
         (FREEZE_RANK_0, 0, "LostRankError lost another rank (torch's store is silent): "),  # it holds it
+        (FREEZE_RANK_0_AT_THE_END, 0, "LostRankError lost another rank ("),
         (FREEZE_RANK_1_FOR_A_WHILE, None, ""),
         (TRAIN_TWICE, None, ""),
     ],
-    ids=["frozen", "frozen with the store", "frozen for a while", "busy after a training"],
+    ids=["frozen", "frozen with the store", "frozen at the end", "frozen a while", "busy after a training"],
 )
-def test_before_the_training_a_rank_without_signs_of_life_is_named(
+def test_outside_the_training_a_rank_without_signs_of_life_is_named(
     scenario: str, frozen: int | None, said: str
 ) -> None:
     processes = some_ranks(WITH_SHORT_ANSWERS + scenario, 3 if frozen == 1 else 2)

@@ -112,7 +112,8 @@ def test_a_run_that_held_images_out_goes_on_with_these(home: Path, tmp_path, mon
     pets = f"folder:{home / 'pets'}"
     shutil.copytree(home / "pets" / "train", tmp_path / "alone" / "train", ignore=lambda *_: ["torn.png"])
     shutil.copytree(home / "pets" / "test", tmp_path / "alone" / "test")
-    assert main(["train", "--data", f"folder:{tmp_path / 'alone'}", "--hold-out", *SMALL]) == 0
+    alone = f"folder:{tmp_path / 'alone'}"
+    assert main(["train", "--data", alone, "--hold-out", *SMALL]) == 0
     [run] = (tmp_path / "runs").iterdir()
     result = json.loads((run / "result.json").read_text())
     assert result["dataset"] == "folder:alone, a tenth of the training images held out"
@@ -127,10 +128,7 @@ def test_a_run_that_held_images_out_goes_on_with_these(home: Path, tmp_path, mon
     assert "--hold-out: is for training" in capsys.readouterr().err
     (run / "result.json").unlink()
     (run / "data.json").unlink()  # its checkpoint says so too
-    assert (
-        main(["train", "--resume", str(run), "--device", "cpu", "--data", f"folder:{tmp_path / 'alone'}"])
-        == 0
-    )
+    assert main(["train", "--resume", str(run), "--device", "cpu", "--data", alone]) == 0
     shutil.rmtree(tmp_path / "alone" / "test")
     shutil.copytree(home / "pets" / "test", tmp_path / "alone" / "test")
     assert main(["report", str(run), "--device", "cpu"]) == 0

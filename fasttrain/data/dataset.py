@@ -67,14 +67,10 @@ def hold_out_images(dataset: Dataset) -> Dataset:
             )
         step = len(members) // max(len(members) // 10, 1)
         is_held[members[step - 1 :: step]] = True
-    mean, std = channel_statistics(images[~is_held])
+    train, test = (Split(images[chosen], labels[chosen]) for chosen in (~is_held, is_held))
+    mean, std = channel_statistics(train.images)
     return dataclasses.replace(
-        dataset,
-        name=dataset.name + HELD_OUT,
-        train=Split(images[~is_held], labels[~is_held]),
-        test=Split(images[is_held], labels[is_held]),
-        mean=mean,
-        std=std,
+        dataset, name=dataset.name + HELD_OUT, train=train, test=test, mean=mean, std=std
     )
 
 

@@ -40,7 +40,7 @@ class RunImages:
             data = absolute(options.data)
         elif dataset.root.absolute() == root / synthetic.NAME:
             data = "synthetic"  # auto, or the name itself
-        if data == "auto" and not dataset.name.startswith(synthetic.NAME):  # a resumed run must not fall back
+        if data == "auto" and not synthetic.names_stand_in(dataset.name):  # a resumed run must not fall back
             data = next((key for key, one in cifar.RELEASES.items() if one == dataset.release), data)
         return cls(
             name=dataset.name,

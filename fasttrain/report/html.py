@@ -99,7 +99,7 @@ def write_report(
         path,
         "report.html.j2",
         run=run,
-        is_synthetic=run.result["dataset"].startswith(synthetic.NAME),
+        is_synthetic=synthetic.names_stand_in(run.result["dataset"]),
         is_comparable=_is_comparable(run.result["dataset"]),
         **settings_of(run),
         **run.pictures(),
@@ -145,7 +145,7 @@ def progress_page(run: UnfinishedRun, refresh_seconds: int | None = None) -> str
         **settings_of(run),
         pictures=run.pictures() if run.epochs else {},
         dataset=images.name if images else None,
-        is_synthetic=images is not None and images.name.startswith(synthetic.NAME),
+        is_synthetic=images is not None and synthetic.names_stand_in(images.name),
         refresh_seconds=refresh_seconds,
     )
 

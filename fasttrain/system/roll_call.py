@@ -57,7 +57,7 @@ def leave(rank: int) -> None:
     """End them where the store will be gone before this process: in the first rank, without torchrun."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         _end_signs()
-        _store().set(_key(rank), str(AWAY))
+        _store().set(_key(rank), str(AWAY))  # which waits for no answer
 
 
 def _end_signs() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fasttrain.data.dataset import HELD_OUT
 from fasttrain.data.sources import cifar
 from fasttrain.errors import UserError
 from fasttrain.system.files import new_folder
@@ -31,6 +32,11 @@ SQRT_2 = np.float32(2**0.5)
 # 1, 1), is half of an object's radius or of a texture's period in pixels; `phase`, (N, 1, 1), is from 0 to 2
 # pi.
 Pattern = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+def names_stand_in(name: str) -> bool:
+    """Return whether this is the stand-in's name, of all its images or with some of them held out."""
+    return name.removesuffix(HELD_OUT) == NAME
 
 
 def _wave(distance: np.ndarray, scale: np.ndarray, phase: np.ndarray) -> np.ndarray:
